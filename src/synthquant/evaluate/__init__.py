@@ -1,0 +1,1 @@
+"""Measure a network: accuracy, agreement with the float network, size and operations."""

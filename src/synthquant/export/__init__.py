@@ -1,0 +1,1 @@
+"""Write a quantized network to files and read it back."""

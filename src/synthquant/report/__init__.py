@@ -1,0 +1,1 @@
+"""One self-contained HTML page out of the files of run folders."""
