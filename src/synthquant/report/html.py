@@ -11,11 +11,9 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
 `images`
     `method` str, `count` int. (The sheet, pixel statistics and quality come from `images/manifest.json`.)
 `quantize`
-    `method` str, `scheme` str (one line, `QuantScheme.describe()`), `iterations` int | null.
-    `units`: list of `{name, loss_start, loss_end, undecided, diverged}` in execution order; losses are float | null,
-    `undecided` is the share 0..1 of roundings that did not settle or null, `diverged` bool.
-    `losses`: list of `{unit, iterations: [int], values: [float]}`, the sampled curve of the reconstruction loss of each
-    unit (at most about 200 points a unit).
+    `method` str and `units`: the fields of a `QuantReport` as JSON (`report.model_dump(mode="json")`); of each unit `name`,
+    `start_loss`, `end_loss`, `undecided`, `diverged`, `seconds` and `losses` (evenly spaced, at most about 200 points).
+    `scheme` str (one line, `QuantScheme.describe()`).
     `coverage`: list of `{name, kind, weight_bits, input_bits, parameters, macs, reason}` in execution order; bits are
     int | null (null: left in float), `macs` for one image, `reason` str | null.
 `evaluate`
