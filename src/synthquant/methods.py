@@ -55,14 +55,14 @@ class UnitReport(Settings):
     layers: tuple[str, ...] = ()
     """Names of the quantized layers in the unit."""
 
-    start_loss: float = 0.0
+    loss_start: float | None = None
     """Reconstruction error before the first step: squared difference per sample, summed over channels."""
 
-    end_loss: float = 0.0
+    loss_end: float | None = None
     """Reconstruction error after the last step, with hard rounding."""
 
-    undecided: float = 0.0
-    """Share (0..1) of soft roundings that were neither 0 nor 1 when annealing ended."""
+    undecided: float | None = None
+    """Share (0..1) of soft roundings that were neither 0 nor 1 when annealing ended; none for methods without them."""
 
     diverged: bool = False
     """Whether the unit ended worse than it started and was therefore put back to its start."""
@@ -70,8 +70,11 @@ class UnitReport(Settings):
     seconds: float = 0.0
     """Wall-clock time of the unit."""
 
+    steps: tuple[int, ...] = ()
+    """Iterations at which `losses` was sampled, at most about 200."""
+
     losses: tuple[float, ...] = ()
-    """The loss at evenly spaced steps, for the report's curves."""
+    """The loss at these iterations, for the report's curves."""
 
 
 class QuantReport(Settings):
@@ -130,7 +133,10 @@ class QuantStep(Protocol):
         workdir: Path | None = None,
         memory: MemoryBudget | None = None,
     ) -> QuantReport:
-        """Quantize `quant_model` in place with `images`; with a `workdir`, each finished unit is saved there and a killed run resumes."""
+        """Quantize `quant_model` in place with `images`.
+
+        With a `workdir`, each finished unit is saved there and a killed run resumes after it.
+        """
         ...
 
 
