@@ -1,0 +1,142 @@
+"""Files that are either wholly there or not there at all, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from synthquant.core.errors import InputError, OutputError
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the SHA-256 of `data` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, reading it in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a crash leaves either the old content or the new, never a mixture.
+
+    Raises `OutputError` if it cannot be written.
+    """
+    temporary = _temporary_sibling(path)
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys and a final newline, as `write_bytes` does: equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; raises `InputError` if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}") from error
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise InputError(f"{path} is not a JSON file: {error}") from error
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that becomes `path` on success and is removed on failure.
+
+    An existing `path` that is not empty is only replaced if `replace` says so.
+    Raises `OutputError` if it is in the way or the folder cannot be made.
+    """
+    if path.is_dir():
+        if not replace and any(path.iterdir()):
+            raise OutputError(f"{path} already exists and is not empty; choose another folder or remove it")
+    elif path.exists():
+        raise OutputError(f"{path} is a file, not a folder; choose another name")
+    temporary = _temporary_sibling(path)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {path}: {_reason(error)}") from error
+    try:
+        yield temporary
+        _swap_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def require_writable(folder: Path) -> None:
+    """Raise `OutputError` naming the path and the reason if files cannot be made in `folder`.
+
+    A folder that does not exist yet is not made: the nearest existing parent is tried instead.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OutputError(f"cannot write to {folder}: {existing} is a file, not a folder")
+    probe = existing / f".{uuid4().hex}.tmp"
+    try:
+        # Permission bits say too little (root, read-only mounts, quotas): try it.
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {_reason(error)}") from error
+
+
+def _swap_folder(temporary: Path, path: Path) -> None:
+    old = _temporary_sibling(path)
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise OutputError(f"cannot write folder {path}: {_reason(error)}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid4().hex[:12]}.tmp"
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is only safe against power loss once its folder is written; some systems cannot open folders.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

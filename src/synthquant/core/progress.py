@@ -1,0 +1,156 @@
+"""Progress bars and messages; nothing else in the package writes to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_LOGGER = logging.getLogger("synthquant")
+
+
+class Bar:
+    """Counts the steps of one piece of work. This one only counts."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
+        self.total = total
+        self.done = 0
+        self.fields: dict[str, float | str] = {}
+
+    def advance(self, steps: int = 1, **fields: float | str) -> None:
+        """Count `steps` and show `fields` beside the bar.
+
+        Fields are plain numbers or text: reading one from a GPU tensor waits for the GPU, so pass them rarely.
+        """
+        self.done += steps
+        self.fields.update(fields)
+
+    def summary(self) -> str:
+        """Return the fields as text, for example `loss 0.124, lr 0.001`."""
+        return ", ".join(f"{name} {_shown(value)}" for name, value in self.fields.items())
+
+
+class Progress:
+    """The quiet kind: bars only count, messages go to the `synthquant` logger.
+
+    Warnings are therefore still seen in a program that configures no logging (Python prints them to standard error).
+    """
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        """Yield the bar of a piece of work of `total` steps."""
+        yield Bar(title, total)
+
+    def say(self, text: str) -> None:
+        """Tell something of interest."""
+        _LOGGER.info(text)
+
+    def warn(self, text: str) -> None:
+        """Tell something that may make the result worse than expected."""
+        _LOGGER.warning(text)
+
+
+QUIET = Progress()
+"""The default wherever a function takes `progress`."""
+
+
+class ConsoleProgress(Progress):
+    """Bars on a terminal; elsewhere one line for each finished bar.
+
+    Bars may be nested. Messages appear above running bars.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self._live: RichProgress | None = None
+        self._open_bars = 0
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        """Yield the bar of a piece of work of `total` steps."""
+        show = self._live_bar if self.stream.isatty() else self._line_bar
+        with show(title, total) as bar:
+            yield bar
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line that starts with `warning:`."""
+        self.say(f"warning: {text}")
+
+    @contextmanager
+    def _line_bar(self, title: str, total: int) -> Iterator[Bar]:
+        bar = Bar(title, total)
+        started = time.perf_counter()
+        yield bar
+        summary = bar.summary()
+        seconds = time.perf_counter() - started
+        self.say(f"{title}: {bar.done}/{total} in {seconds:.1f} s{', ' if summary else ''}{summary}")
+
+    @contextmanager
+    def _live_bar(self, title: str, total: int) -> Iterator[Bar]:
+        # One rich display holds all open bars; it starts with the first and ends with the last.
+        if self._live is None:
+            self._live = _new_display(self.stream)
+            self._live.start()
+        self._open_bars += 1
+        bar = _LiveBar(title, total, self._live)
+        try:
+            yield bar
+        finally:
+            self._open_bars -= 1
+            if self._open_bars == 0:
+                self._live.stop()
+                self._live = None
+            else:  # an inner bar has said its piece; many of them would fill the screen
+                bar.remove()
+
+
+class _LiveBar(Bar):
+    """A bar drawn by rich."""
+
+    def __init__(self, title: str, total: int, display: RichProgress) -> None:
+        super().__init__(title, total)
+        self._display = display
+        self._task: TaskID = display.add_task(title, total=total, summary="")
+
+    def advance(self, steps: int = 1, **fields: float | str) -> None:
+        """Count `steps` and show `fields` beside the bar."""
+        super().advance(steps, **fields)
+        self._display.update(self._task, completed=self.done, summary=self.summary())
+
+    def remove(self) -> None:
+        """Take the bar off the screen."""
+        self._display.remove_task(self._task)
+
+
+def _new_display(stream: TextIO) -> RichProgress:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[summary]}", markup=False),
+        console=Console(file=stream),
+    )
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -1,0 +1,60 @@
+"""Tables from a name to the thing that carries it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from synthquant.core.errors import InputError, UnknownNameError
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_./-]*")
+
+
+class Registry(Generic[T]):
+    """Named entries of one kind; a clash is an error and an unknown name is answered with a suggestion."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that enters what it decorates under `name`.
+
+        Raises `InputError` if the name is taken by something else or is not lower case.
+        """
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{self.kind} name {name!r} must be lower-case letters, digits, '_', '-', '.' or '/'")
+
+        def enter(entry: T) -> T:
+            if name in self._entries:
+                raise InputError(
+                    f"{self.kind} name {name!r} is already taken by {self._entries[name]!r}; choose another"
+                )
+            self._entries[name] = entry
+            return entry
+
+        return enter
+
+    def get(self, name: str) -> T:
+        """Return the entry called `name`; raises `UnknownNameError` with a suggestion."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownNameError(self.kind, name, self.names()) from None
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names, sorted."""
+        return tuple(sorted(self._entries))
+
+    def items(self) -> tuple[tuple[str, T], ...]:
+        """Return all names with their entries, sorted by name."""
+        return tuple((name, self._entries[name]) for name in self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
