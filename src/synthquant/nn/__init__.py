@@ -1,0 +1,1 @@
+"""Quantizers, quantized layers and the quantized copy of a network."""

@@ -1,0 +1,133 @@
+"""Fake quantization and soft rounding as pure functions of tensors.
+
+Every grid is written with unsigned codes `0 .. top`, `top = 2**bits - 1`, a positive `scale` and a `zero_point`; a
+signed symmetric grid is the one with `zero_point = 2**(bits - 1)`. A code `q` stands for `scale * (q - zero_point)`.
+Rounding is half-to-even throughout (torch and ONNX agree on it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Stretch of the rectified sigmoid, AdaRound (arXiv:2004.10568), eq. 23.
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+# Smallest step: keeps constant and all-zero channels from dividing by zero.
+SMALLEST_SCALE = 1e-8
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int) -> torch.Tensor:
+    """Codes of `x` as floats: `clip(round(x / scale) + zero_point, 0, top)`; arguments broadcast."""
+    return torch.clamp_(torch.round(x / scale).add_(zero_point), 0, top)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """`(codes - zero_point) * scale`; arguments broadcast."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int) -> torch.Tensor:
+    """`x` rounded to its grid, without gradients of its own (GenQ, arXiv:2312.05272, eq. 1-2, bounds corrected)."""
+    return quantize(x, scale, zero_point, top).sub_(zero_point).mul_(scale)
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Fake quantization whose step size is learned, with optional element-wise dropping.
+
+    With `y` the output and `g` its gradient, the straight-through estimate gives `dx = g` where the value is inside
+    the range or was not quantized, else 0, and `dscale = (sum(g * y) - sum(dx * x)) / scale`: inside the range this is
+    `g * (q - zero_point - x / scale)`, outside `g * (q - zero_point)`, and nothing where the value was dropped.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        top: int,
+        keep: torch.Tensor | None,
+        gradient_scale: float,
+    ) -> torch.Tensor:
+        codes = torch.round(x / scale).add_(zero_point)
+        inside = (codes >= 0).logical_and_(codes <= top)
+        y = codes.clamp_(0, top).sub_(zero_point).mul_(scale)
+        if keep is not None:
+            y = torch.where(keep, y, x)
+            inside.logical_or_(keep.logical_not())
+        ctx.save_for_backward(x, y, inside, scale)
+        ctx.gradient_scale = gradient_scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (g,) = gradients
+        x, y, inside, scale = ctx.saved_tensors
+        dx = g * inside
+        dscale = None
+        if ctx.needs_input_grad[1]:
+            if scale.numel() == 1:
+                difference = ((g * y).sum(dtype=torch.float32) - (dx * x).sum(dtype=torch.float32)).reshape(scale.shape)
+            else:
+                difference = (g * y).sub_(dx * x).sum_to_size(scale.shape)
+            dscale = difference / scale * ctx.gradient_scale
+        return (dx if ctx.needs_input_grad[0] else None), dscale, None, None, None, None
+
+
+def learned_step_quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    top: int,
+    keep: torch.Tensor | None = None,
+    gradient_scale: float = 1.0,
+) -> torch.Tensor:
+    """LSQ (arXiv:1902.08153, eq. 1-3), with QDrop's element-wise dropping (arXiv:2203.05740, eq. 6).
+
+    Args:
+        x: activations or weights of any shape.
+        scale: learned step sizes, broadcastable to `x`.
+        zero_point: their zero points, not learned.
+        top: the largest code.
+        keep: same shape as `x`, true where the quantized value is used; empty: everywhere.
+        gradient_scale: factor on the gradient of `scale` (LSQ: `1 / sqrt(x.numel() * top)`; Genie: 1).
+
+    Returns:
+        Fake-quantized activations, same shape.
+    """
+    result: torch.Tensor = _LearnedStep.apply(x, scale, zero_point, top, keep, gradient_scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+def random_keep(like: torch.Tensor, probability: float, generator: torch.Generator | None) -> torch.Tensor:
+    """A boolean mask shaped as `like`, true with the given probability.
+
+    The probability is rounded to 1/256, so that one 64-bit random number serves eight elements.
+    """
+    count = like.numel()
+    words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    below = words.view(torch.uint8)[:count] < round(probability * 256)
+    # Laid out in memory as `like` is (channels last, say), so that later element-wise passes run straight through.
+    return below.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+
+
+def rectified_sigmoid(logit: torch.Tensor) -> torch.Tensor:
+    """Soft rounding `h(V) = clip(sigmoid(V) * 1.2 - 0.1, 0, 1)` (AdaRound, arXiv:2004.10568, eq. 23)."""
+    return torch.clamp(torch.sigmoid(logit) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW, 0, 1)
+
+
+def rectified_sigmoid_inverse(fraction: torch.Tensor) -> torch.Tensor:
+    """Logits `V` with `h(V) = fraction`, for fractions in [0, 1)."""
+    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (fraction - STRETCH_LOW) - 1)
+
+
+def rounding_regularizer(soft: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
+    """`sum(1 - |2h - 1|**beta)`: 0 once every rounding is decided (AdaRound, arXiv:2004.10568, eq. 24)."""
+    return soft.numel() - (2 * soft - 1).abs().pow(beta).sum()
+
+
+def undecided_share(soft: torch.Tensor) -> float:
+    """Share of roundings with `0.02 < h < 0.98`, in 0..1."""
+    return float(((soft > 0.02) & (soft < 0.98)).float().mean()) if soft.numel() else 0.0

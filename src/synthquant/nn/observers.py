@@ -1,0 +1,227 @@
+"""Choice of scale and zero point: what range of values a grid covers.
+
+Each search takes `Samples`, rows of values with one count per column, so that the same code serves the weights (one
+row per channel or group, every count 1) and the histogram of an activation (one row). Candidates are scored by
+`mean |x - x_hat|**2.4`, the score of BRECQ, QDrop and Genie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from synthquant.core.registry import Registry
+from synthquant.nn.functional import SMALLEST_SCALE, fake_quantize
+
+EXPONENT = 2.4
+# Above this many bits QDrop's search over zero points gives way to zero points that follow the ends of the range: the
+# zero point is then finer than 1/32 of the range, and the search costs `100 * 2**bits` passes.
+_FREE_ZERO_POINT_BITS = 5
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of values to cover, one grid each.
+
+    Attributes:
+        values: `[R, K]`.
+        counts: how often each value occurs, `[R, K]`, or empty for once each.
+        low: smallest value of each row, `[R]`.
+        high: largest value of each row, `[R]`.
+    """
+
+    values: torch.Tensor
+    counts: torch.Tensor | None
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def of_rows(cls, rows: torch.Tensor) -> Samples:
+        """Samples from a tensor `[R, K]`, each value counted once."""
+        low, high = torch.aminmax(rows, dim=1)
+        return cls(rows, None, low, high)
+
+    def score(self, scale: torch.Tensor, zero_point: torch.Tensor, top: int) -> torch.Tensor:
+        """Mean of `|x - x_hat|**2.4` of each row, `[R]`."""
+        rounded = fake_quantize(self.values, scale[:, None], zero_point[:, None], top)
+        error = rounded.sub_(self.values).abs_().pow_(EXPONENT)
+        return error.mean(1) if self.counts is None else error.mul_(self.counts).sum(1)
+
+
+@dataclass
+class _Best:
+    """The best candidate so far, per row."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    score: torch.Tensor
+
+    @classmethod
+    def start(cls, like: torch.Tensor) -> _Best:
+        return cls(torch.ones_like(like), torch.zeros_like(like), torch.full_like(like, torch.inf))
+
+    def offer(self, scale: torch.Tensor, zero_point: torch.Tensor, score: torch.Tensor) -> None:
+        better = score < self.score
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero_point = torch.where(better, zero_point, self.zero_point)
+        self.score = torch.where(better, score, self.score)
+
+
+Grid = tuple[torch.Tensor, torch.Tensor]
+
+
+class Observer(Protocol):
+    """Chooses one grid for each row of the samples."""
+
+    def __call__(self, samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+        """Scale and zero point, `[R]` each.
+
+        Args:
+            samples: what the grids are to cover.
+            bits: bits of one code.
+            symmetric: zero in the middle of the grid, or at its lower end if a row has no negative value.
+            zero_inside: zero must be a code; padding needs it, so activations ask for it.
+        """
+
+
+OBSERVERS: Registry[Observer] = Registry("observer")
+
+
+@OBSERVERS.register("minmax")
+def minmax(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+    """The whole range, from the smallest to the largest value (ZeroQ, arXiv:2001.00281)."""
+    low, high = _ends(samples, symmetric, zero_inside)
+    return _grid(low, high, bits)
+
+
+@OBSERVERS.register("brecq")
+def brecq(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+    """80 ranges that shrink both ends together, to 1.00, 0.99 ... 0.21 of the whole (BRECQ, arXiv:2102.05426)."""
+    ratios = [1 - step / 100 for step in range(80)]
+    return _shrink(samples, bits, ratios, symmetric, zero_inside)
+
+
+@OBSERVERS.register("genie")
+def genie(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+    """100 ranges that shrink both ends together, to 1.00, 0.99 ... 0.01 of the whole (Genie, arXiv:2212.04780)."""
+    ratios = [1 - step / 100 for step in range(100)]
+    return _shrink(samples, bits, ratios, symmetric, zero_inside)
+
+
+@OBSERVERS.register("qdrop")
+def qdrop(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+    """100 widths; for two-sided asymmetric grids each with every zero point (QDrop, arXiv:2203.05740).
+
+    Zero is always a code. The search over zero points skips windows that leave the data on one side while they cut it
+    on the other: the same grid shifted by whole steps covers more with the same codes, so none of them can win. Above
+    5 bits the zero point follows the ends of the range instead of being searched.
+    """
+    low, high = samples.low.clamp(max=0), samples.high.clamp(min=0)
+    one_sided = (low == 0) | (high == 0)
+    best = _Best.start(low)
+    for step in range(1, 101):
+        width = step / 100
+        if symmetric:
+            scale, zero_point = _grid(*_mirror(low * width, high * width), bits)
+        else:
+            scale, zero_point = _grid(low * width, high * width, bits)
+        best.offer(scale, zero_point, samples.score(scale, zero_point, 2**bits - 1))
+    if not symmetric and bits <= _FREE_ZERO_POINT_BITS and not bool(one_sided.all()):
+        _search_zero_points(samples, bits, low, high, best)
+    return best.scale, best.zero_point
+
+
+def _search_zero_points(samples: Samples, bits: int, low: torch.Tensor, high: torch.Tensor, best: _Best) -> None:
+    top = 2**bits - 1
+    for step in range(1, 101):
+        scale = ((high - low) * (step / 100) / top).clamp(min=SMALLEST_SCALE)
+        for code in range(top + 1):
+            starts_inside = -code * scale >= low - scale
+            ends_inside = (top - code) * scale <= high + scale
+            useful = starts_inside & ends_inside
+            if bool(useful.any()):
+                zero_point = torch.full_like(scale, code)
+                score = samples.score(scale, zero_point, top)
+                best.offer(scale, zero_point, torch.where(useful, score, torch.inf))
+
+
+def _shrink(samples: Samples, bits: int, ratios: Iterable[float], symmetric: bool, zero_inside: bool) -> Grid:
+    low, high = _ends(samples, symmetric, zero_inside)
+    best = _Best.start(low)
+    for ratio in ratios:
+        scale, zero_point = _grid(low * ratio, high * ratio, bits)
+        best.offer(scale, zero_point, samples.score(scale, zero_point, 2**bits - 1))
+    return best.scale, best.zero_point
+
+
+def _ends(samples: Samples, symmetric: bool, zero_inside: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if symmetric:
+        return _mirror(samples.low, samples.high)
+    if zero_inside:
+        return samples.low.clamp(max=0), samples.high.clamp(min=0)
+    return samples.low, samples.high
+
+
+def _mirror(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends of a symmetric range: both sides alike, or from 0 where nothing is negative."""
+    largest = torch.maximum(low.abs(), high.abs())
+    return torch.where(low < 0, -largest, torch.zeros_like(low)), largest
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> Grid:
+    """Grid from `low` to `high`. Half-to-even rounding puts the zero point of a mirrored range on `2**(bits - 1)`."""
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
+    return scale, torch.round(-low / scale)
+
+
+class ActivationHistogram:
+    """What an activation quantizer saw: range first, then a histogram over that range.
+
+    Zeros are counted on their own, because after a ReLU they are most of the values and lie on no bin's centre. The
+    sums are of whole numbers, so the result does not depend on the order or the size of the batches.
+    """
+
+    def __init__(self, bins: int = 2048) -> None:
+        self._bins = bins
+        self._low: torch.Tensor | None = None
+        self._high: torch.Tensor | None = None
+        self._counts: torch.Tensor | None = None
+        self._zeros: torch.Tensor | None = None
+
+    def observe_range(self, x: torch.Tensor) -> None:
+        """First pass: widen the range to hold `x`, of any shape."""
+        low, high = torch.aminmax(x.detach().float())
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Second pass: count the values of `x`, of any shape."""
+        if self._low is None or self._high is None:
+            raise RuntimeError("observe_range must see the data before observe")
+        flat = x.detach().float().flatten()
+        zeros = (flat == 0).sum(dtype=torch.float64)
+        low, high = float(self._low), float(self._high)
+        counts = torch.histc(flat[flat != 0], self._bins, low, high if high > low else low + 1).double()
+        self._zeros = zeros if self._zeros is None else self._zeros + zeros
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was counted yet."""
+        return self._counts is None
+
+    def samples(self) -> Samples:
+        """One row: bin centres and zero, with the share of values at each."""
+        if self._low is None or self._high is None or self._counts is None or self._zeros is None:
+            raise RuntimeError("nothing observed yet")
+        low, high = self._low, self._high
+        width = (torch.where(high > low, high - low, torch.ones_like(low))) / self._bins
+        centres = low + (torch.arange(self._bins, device=low.device, dtype=torch.float32) + 0.5) * width
+        values = torch.cat([centres, centres.new_zeros(1)]).clamp(min=low, max=torch.maximum(high, low))
+        counts = torch.cat([self._counts, self._zeros.reshape(1)])
+        used = counts > 0
+        shares = (counts / counts.sum())[used].float()
+        return Samples(values[used][None], shares[None], low.reshape(1), high.reshape(1))

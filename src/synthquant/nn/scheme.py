@@ -1,0 +1,212 @@
+"""Quantization schemes as plain data, in the vocabulary of compressed-tensors."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from synthquant.core.errors import SchemeError
+from synthquant.core.settings import Settings, parse_settings
+
+_PRESET = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
+_WEIGHT_BITS = tuple(range(2, 9))
+_ACTIVATION_BITS = (*range(2, 9), 16)
+IMAGE_BITS = 8
+
+
+class QuantArgs(Settings):
+    """How one kind of tensor is quantized."""
+
+    num_bits: int
+    """Bits of one code: 2 to 8, and 16 for activations."""
+    symmetric: bool = False
+    """Zero sits in the middle of the grid; for activations that are never negative, at its lower end."""
+    strategy: Literal["tensor", "channel", "group"] = "tensor"
+    """What shares one scale: the whole tensor, an output channel, or a group inside an output channel."""
+    group_size: int | None = Field(default=None, gt=0)
+    """Weights in a group (strategy `group` only); must divide the weights of one output channel."""
+    observer: str | None = None
+    """How the range is chosen: `minmax`, `brecq`, `genie` or `qdrop`; empty: as the method's paper does."""
+
+    @model_validator(mode="after")
+    def _group_size_with_groups_only(self) -> QuantArgs:
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError("group_size belongs to strategy 'group' and only there")
+        return self
+
+    @property
+    def top(self) -> int:
+        """The largest code, `2**num_bits - 1`; the smallest is 0."""
+        return 2**self.num_bits - 1
+
+
+class LayerScheme(Settings):
+    """What applies to one layer."""
+
+    weights: QuantArgs | None = None
+    """Weights; empty: left in floating point."""
+    input_activations: QuantArgs | None = None
+    """The tensor the layer reads; empty: left in floating point."""
+
+
+class QuantScheme(Settings):
+    """Bits, grids and exceptions for a whole network.
+
+    `QuantScheme.parse("W4A4")` gives per-channel asymmetric weights and per-tensor asymmetric activations, as BRECQ,
+    QDrop and Genie use for weights. `W4A16` is weight-only.
+    """
+
+    weights: QuantArgs | None = None
+    """Weights of convolutions and linear layers; empty: left in floating point."""
+    input_activations: QuantArgs | None = None
+    """Tensors read by these layers; empty: left in floating point."""
+    ends: Literal["w8a8", "same"] = "w8a8"
+    """`w8a8`: first and last layer, and what the first one puts out, at 8 bits (BRECQ, Genie); `same`: no exception.
+    The image itself is 8 bits either way."""
+    shortcuts: bool = True
+    """Where a block's input also feeds an identity shortcut, the shortcut reads the quantized tensor too (Genie)."""
+    ignore: tuple[str, ...] = ()
+    """Layers left in floating point, by glob or, behind `re:`, by regular expression."""
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Pattern -> fields of `weights` and `input_activations` to change there (null: leave it in floating point);
+    the last match wins, and wins over `ends`."""
+
+    @model_validator(mode="after")
+    def _bits_in_range(self) -> QuantScheme:
+        _check_bits(self.weights, _WEIGHT_BITS, "weights")
+        _check_bits(self.input_activations, _ACTIVATION_BITS, "input_activations")
+        if self.input_activations is not None and self.input_activations.strategy != "tensor":
+            raise ValueError("input_activations: only strategy 'tensor' is supported")
+        if self.weights is None and self.input_activations is None:
+            raise ValueError("nothing to quantize: give weights, input_activations or both")
+        return self
+
+    @classmethod
+    def parse(cls, value: str | dict[str, Any] | QuantScheme) -> QuantScheme:
+        """A scheme from a preset name (`W4A4`), a mapping (optionally with `preset` as its base), or a scheme.
+
+        Raises:
+            SchemeError: unknown preset, unsupported bits, or a wrong field.
+        """
+        if isinstance(value, QuantScheme):
+            return value
+        if isinstance(value, str):
+            value = {"preset": value}
+        fields = dict(value)
+        preset = fields.pop("preset", None)
+        merged = _preset(str(preset)) if preset is not None else {}
+        for key, change in fields.items():
+            known = merged.get(key)
+            merged[key] = {**known, **change} if isinstance(known, dict) and isinstance(change, dict) else change
+        try:
+            return parse_settings(cls, merged, "scheme")
+        except ValueError as error:
+            raise SchemeError(str(error)) from error
+
+    @property
+    def name(self) -> str:
+        """Short name such as `W4A4`; `A16` stands for activations in floating point."""
+        weights = self.weights.num_bits if self.weights else 32
+        return f"W{weights}A{self.input_activations.num_bits if self.input_activations else 16}"
+
+    def describe(self) -> str:
+        """One line that tells bits, grids and the rule for the ends, to be printed with every result."""
+        ends = {
+            "w8a8": "first and last layer W8A8, first layer's output 8 bit",
+            "same": "same bits in every layer, image 8 bit",
+        }[self.ends]
+        parts = [f"{role} {_describe(args)}" for role, args in self._roles()]
+        extra = [f"{len(self.ignore)} ignore patterns"] if self.ignore else []
+        extra += [f"{len(self.overrides)} overrides"] if self.overrides else []
+        return f"{self.name} ({'; '.join([*parts, ends, *extra])})"
+
+    def resolve(self, layers: Sequence[str], after_first: Sequence[str] = ()) -> dict[str, LayerScheme]:
+        """The scheme of each layer that is quantized.
+
+        Args:
+            layers: names of all quantizable layers in execution order.
+            after_first: those that read what the first layer puts out.
+
+        Raises:
+            SchemeError: a pattern that matches no layer, or an override that is not a valid scheme.
+        """
+        for pattern in (*self.ignore, *self.overrides):
+            if not any(matches(pattern, name) for name in layers):
+                raise SchemeError(f"scheme: pattern {pattern!r} matches no layer; layers are {', '.join(layers[:5])}, ...")
+        kept = [name for name in layers if not any(matches(pattern, name) for pattern in self.ignore)]
+        return {name: self._layer(name, layers, after_first) for name in kept}
+
+    def _layer(self, name: str, layers: Sequence[str], after_first: Sequence[str]) -> LayerScheme:
+        weights, inputs = self.weights, self.input_activations
+        if self.ends == "w8a8" and name in (layers[0], layers[-1]):
+            weights, inputs = _at_least(weights, 8), _at_least(inputs, 8)
+        elif (self.ends == "w8a8" and name in after_first) or name == layers[0]:
+            inputs = _at_least(inputs, IMAGE_BITS)
+        fields: dict[str, Any] = {
+            "weights": weights.model_dump() if weights else None,
+            "input_activations": inputs.model_dump() if inputs else None,
+        }
+        for pattern, change in self.overrides.items():
+            if matches(pattern, name):
+                for role, wanted in change.items():
+                    base = fields.get(role)
+                    fields[role] = {**base, **wanted} if isinstance(base, dict) and isinstance(wanted, dict) else wanted
+        try:
+            scheme = parse_settings(LayerScheme, fields, f"scheme override for {name}")
+            _check_bits(scheme.weights, _WEIGHT_BITS, "weights")
+            _check_bits(scheme.input_activations, _ACTIVATION_BITS, "input_activations")
+        except ValueError as error:
+            raise SchemeError(str(error)) from error
+        return scheme
+
+    def _roles(self) -> list[tuple[str, QuantArgs]]:
+        pairs = (("weights", self.weights), ("activations", self.input_activations))
+        return [(role, args) for role, args in pairs if args is not None]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer name fits a glob (`*.fc`) or a regular expression behind `re:`."""
+    if pattern.startswith("re:"):
+        try:
+            return re.match(pattern[3:], name) is not None
+        except re.error as error:
+            raise SchemeError(f"scheme: {pattern!r} is not a regular expression: {error}") from error
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    match = _PRESET.fullmatch(name)
+    if match is None:
+        raise SchemeError(f"unknown scheme {name!r}; write it as W<bits>A<bits>, for example W8A8, W4A4, W2A4 or W4A16")
+    weight_bits, activation_bits = int(match[1]), int(match[2])
+    _require_bits(weight_bits, _WEIGHT_BITS, f"scheme {name}: weights")
+    _require_bits(activation_bits, _ACTIVATION_BITS, f"scheme {name}: activations")
+    preset: dict[str, Any] = {"weights": {"num_bits": weight_bits, "strategy": "channel"}}
+    if activation_bits != 16:
+        preset["input_activations"] = {"num_bits": activation_bits}
+    return preset
+
+
+def _require_bits(bits: int, allowed: tuple[int, ...], where: str) -> None:
+    if bits not in allowed:
+        also = " (or 16)" if 16 in allowed else ""
+        raise SchemeError(f"{where} cannot have {bits} bits; choose {allowed[0]} to 8{also}")
+
+
+def _check_bits(args: QuantArgs | None, allowed: tuple[int, ...], where: str) -> None:
+    if args is not None:
+        _require_bits(args.num_bits, allowed, where)
+
+
+def _at_least(args: QuantArgs | None, bits: int) -> QuantArgs | None:
+    return args if args is None or args.num_bits >= bits else args.model_copy(update={"num_bits": bits})
+
+
+def _describe(args: QuantArgs) -> str:
+    kind = "symmetric" if args.symmetric else "asymmetric"
+    share = f"group {args.group_size}" if args.strategy == "group" else f"per {args.strategy}"
+    return f"{args.num_bits} bit {kind} {share}"
