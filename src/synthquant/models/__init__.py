@@ -1,0 +1,1 @@
+"""Float networks: opening them, following tensors through them, batch norm, and the units they fall into."""

@@ -23,11 +23,13 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `[B, out_channels, H / stride, W / stride]` for `[B, in_channels, H, W]`."""
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += identity
-        return self.relu(out)
+        result: torch.Tensor = self.relu(out)
+        return result
 
 
 class CifarResNet(nn.Module):
@@ -56,9 +58,11 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(depth - 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits `[B, num_classes]` for images `[B, 3, 32, 32]`."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        logits: torch.Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
 
 
 def resnet20(num_classes: int = 10) -> CifarResNet:
