@@ -1,0 +1,107 @@
+"""What an image set says about itself: `manifest.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from synthquant.core.errors import DataError, InputError
+from synthquant.core.files import read_json, write_json
+from synthquant.core.settings import Settings, parse_settings
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+
+ImageDtype = Literal["uint8", "float16"]
+Framing = Literal["cropped", "raw"]
+
+
+class Part(Settings):
+    """One Parquet file of a set."""
+
+    name: str
+    """File name."""
+    count: int = Field(ge=0)
+    """Images in it."""
+    sha256: str
+    """Hash of the file."""
+
+
+class SetAside(Settings):
+    """An image that was left out."""
+
+    name: str
+    """Its path or its place in the source."""
+    reason: str
+    """Why it was left out."""
+
+
+class Statistics(Settings):
+    """Pixel statistics over all finite images, in pixel space (0..1 nominal)."""
+
+    mean: tuple[float, float, float]
+    """Mean of each channel."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel."""
+    min: float
+    """Smallest value."""
+    max: float
+    """Largest value."""
+
+
+class Manifest(Settings):
+    """What is in a set and how it came about. Holds no times, so equal runs write equal bytes."""
+
+    version: int = FORMAT_VERSION
+    """Version of the format."""
+    count: int = Field(ge=0)
+    """Images in the set."""
+    dtype: ImageDtype = "uint8"
+    """Pixel type: `uint8`, or `float16` where values may leave 0..1."""
+    framing: Framing = "raw"
+    """`cropped`: each image is what a network of `image_size` sees; `raw`: to be resized and cropped first."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, if all images share them."""
+    method: str | None = None
+    """What made the images."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The method's settings."""
+    seed: int | None = None
+    """The seed they were made with."""
+    model_fingerprint: str | None = None
+    """Fingerprint of the network they were made from."""
+    statistics: Statistics | None = None
+    """Pixel statistics; none if not measured."""
+    parts: tuple[Part, ...] = ()
+    """Files, in order; empty for images kept elsewhere."""
+    set_aside: tuple[SetAside, ...] = ()
+    """Images that were left out, with reasons."""
+    quality: dict[str, Any] = Field(default_factory=dict)
+    """Findings of the quality checks: positions of suspicious images by kind."""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an image set; raises `DataError` if it is missing, broken or of another version."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(f"{folder} is not a finished image set: it has no {MANIFEST_NAME}")
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise DataError(f"{path} is not a manifest: it holds no fields")
+        if content.get("version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {content.get('version')!r}, this release reads version {FORMAT_VERSION}"
+            )
+        return parse_settings(Manifest, content, str(path))
+    except DataError:
+        raise
+    except InputError as error:
+        raise DataError(str(error)) from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, which makes the set a finished one; raises `OutputError`."""
+    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))

@@ -1,0 +1,171 @@
+"""How a network wants its images: size, crop, mean, standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from synthquant.core.errors import DataError
+from synthquant.core.settings import Settings
+from synthquant.data.image_set import ImageSet
+from synthquant.data.manifest import Framing
+
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class Preprocess(Settings):
+    """Turns pixel-space images into network input, as torchvision and timm do for evaluation.
+
+    A `raw` image is resized (short side, or to an exact size) and cropped in the centre; a `cropped` one is only
+    resized to `input_size` if it has another size. Then `(pixels - mean) / std`.
+    """
+
+    input_size: tuple[int, int]
+    """Height and width the network sees."""
+    resize: int | tuple[int, int] | None = None
+    """Short side, or exact height and width, that a raw image is resized to before the crop; none: no resize."""
+    mean: tuple[float, float, float]
+    """Mean of each channel, in pixel space."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel, in pixel space."""
+    interpolation: Interpolation = "bilinear"
+    """Resampling filter, with antialiasing as in Pillow."""
+    crop: bool = Field(default=True)
+    """Crop a raw image in the centre (padding a smaller one with black); without it, resize to `input_size`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocess:
+        sizes = [*self.input_size]
+        if self.resize is not None:
+            sizes += [self.resize] if isinstance(self.resize, int) else self.resize
+        if min(sizes) < 1:
+            raise ValueError(f"sizes must be at least 1, got input_size {self.input_size} and resize {self.resize}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
+        return self
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return network input of pixel-space values `[B,3,H,W]` (or `[3,H,W]`); differentiable."""
+        mean, std = _channel_constants(self.mean, self.std, pixels.dtype, pixels.device)
+        return (pixels - mean) / std
+
+    def pixels(self, normalized: Tensor) -> Tensor:
+        """Return pixel-space values of network input `[B,3,H,W]` (or `[3,H,W]`); inverse of `normalize`."""
+        mean, std = _channel_constants(self.mean, self.std, normalized.dtype, normalized.device)
+        return normalized * std + mean
+
+    def fit(self, image: Tensor, framing: Framing) -> Tensor:
+        """Return one image `[3,h,w]` in the size the network sees, `[3,H,W]`, same pixel type; no normalisation."""
+        if framing == "cropped":
+            return _resized(image, self.input_size, self.interpolation)
+        if isinstance(self.resize, int):
+            image = _resized(image, _short_side_size(image, self.resize), self.interpolation)
+        elif self.resize is not None:
+            image = _resized(image, self.resize, self.interpolation)
+        if self.crop:
+            return _center_crop(image, self.input_size)
+        return _resized(image, self.input_size, self.interpolation)
+
+    def __call__(self, images: Sequence[Tensor] | Tensor, framing: Framing) -> Tensor:
+        """Return network input, float32 `[B,3,H,W]`, of images `[3,h,w]` (uint8, or floats in pixel space)."""
+        if len(images) == 0:
+            return torch.zeros(0, 3, *self.input_size)
+        batch = torch.stack([self.fit(image, framing) for image in images])
+        pixels = batch.float().div_(255) if batch.dtype == torch.uint8 else batch.float()
+        return self.normalize(pixels)
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """Images as a network sees them."""
+
+    inputs: Tensor
+    """float32 `[B,3,H,W]`, normalised."""
+    labels: Tensor | None
+    """int64 `[B]`, -1 where an image has no label."""
+    indices: list[int]
+    """Positions in the image set."""
+
+
+def input_batches(
+    image_set: ImageSet, preprocess: Preprocess, batch_size: int = 64, indices: Sequence[int] | None = None
+) -> Iterator[InputBatch]:
+    """Yield network input of a set in batches; decoding and resizing run ahead in threads.
+
+    Broken images are left out and noted in `image_set.set_aside`.
+    """
+    fit = partial(preprocess.fit, framing=image_set.manifest.framing)
+    for batch in image_set.batches(batch_size, indices, transform=fit):
+        yield InputBatch(preprocess(batch.images, "cropped"), batch.labels, batch.indices)
+
+
+def model_inputs(
+    image_set: ImageSet, preprocess: Preprocess, indices: Sequence[int] | None = None, batch_size: int = 64
+) -> Tensor:
+    """Return network input of a whole set, float32 `[N,3,H,W]`, in one tensor; for sets that fit into memory.
+
+    Broken images are left out and noted in `image_set.set_aside`. Raises `DataError` if no image is left.
+    """
+    batches = [batch.inputs for batch in input_batches(image_set, preprocess, batch_size, indices)]
+    if not batches:
+        raise DataError(f"no usable image among {len(image_set) if indices is None else len(indices)}")
+    return torch.cat(batches)
+
+
+@lru_cache(maxsize=64)  # making them anew each step would copy to the GPU, which waits for it
+def _channel_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # a cached inference tensor could never take part in a backward pass
+        return (
+            torch.tensor(mean, dtype=dtype, device=device).view(3, 1, 1),
+            torch.tensor(std, dtype=dtype, device=device).view(3, 1, 1),
+        )
+
+
+def _short_side_size(image: Tensor, size: int) -> tuple[int, int]:
+    # The long side is cut to a whole number, not rounded, as in torchvision.
+    height, width = image.shape[-2:]
+    if width <= height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def _resized(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    height_width, filter_ = (size[1], size[0]), _FILTERS[interpolation]
+    if image.dtype == torch.uint8:
+        picture = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
+        array = np.asarray(picture.resize(height_width, filter_))
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    # Pillow resizes floats one channel at a time; the filters are the same ones.
+    channels = [Image.fromarray(channel).resize(height_width, filter_) for channel in image.float().numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).to(image.dtype)
+
+
+def _center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
+    # The rounding of odd margins is torchvision's.
+    missing_height, missing_width = (max(0, want - have) for want, have in zip(size, image.shape[-2:], strict=True))
+    if missing_height or missing_width:
+        left, top = missing_width // 2, missing_height // 2
+        image = functional.pad(image, (left, missing_width - left, top, missing_height - top))
+    top = round((image.shape[-2] - size[0]) / 2)
+    left = round((image.shape[-1] - size[1]) / 2)
+    return image[..., top : top + size[0], left : left + size[1]]
