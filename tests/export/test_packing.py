@@ -46,12 +46,12 @@ def test_codes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("bits", [0, 9])
 def test_other_widths_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"codes of {bits} bits cannot be packed"):
+    with pytest.raises(ValueError, match=f"codes of {bits} bits cannot"):
         pack_codes(torch.zeros(4, dtype=torch.uint8), bits)
 
 
 def test_unpacking_checks_size_and_dtype() -> None:
     with pytest.raises(ValueError, match=r"needs uint8 of 5 bytes"):
         unpack_codes(torch.zeros(4, dtype=torch.uint8), 4, (3, 3))
-    with pytest.raises(ValueError, match="packed codes are torch.float32"):
+    with pytest.raises(ValueError, match=r"packed codes are torch\.float32"):
         unpack_codes(torch.zeros(5), 4, (3, 3))

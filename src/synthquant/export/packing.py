@@ -1,7 +1,8 @@
 """Bit packing: codes of b bits, stored next to each other in bytes.
 
-The layout is one little-endian bit stream: code `i` takes the bits `i * b ... i * b + b - 1`, the lowest first, and bit `k` of the
-stream is bit `k % 8` of byte `k // 8`. Eight codes therefore fill exactly `b` bytes, and the last byte is padded with zeros.
+The layout is one little-endian bit stream: code `i` takes the bits `i * b ... i * b + b - 1`, the lowest first, and bit
+`k` of the stream is bit `k % 8` of byte `k // 8`. Eight codes therefore fill exactly `b` bytes, and the last byte is
+padded with zeros.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         count *= size
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(count, bits),):
         expected = f"uint8 of {packed_size(count, bits)} bytes"
-        raise ValueError(f"packed codes are {packed.dtype} {tuple(packed.shape)}, but {bits}-bit {shape} needs {expected}")
+        raise ValueError(
+            f"packed codes are {packed.dtype} {tuple(packed.shape)}, but {bits}-bit {shape} needs {expected}"
+        )
     if bits == 8:
         return packed.view(shape).clone()
     groups = -(-count // _GROUP)

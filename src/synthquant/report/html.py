@@ -1,8 +1,8 @@
 """Write one self-contained HTML page about one or several run folders.
 
 The page is made from the files of the run folders alone: `run.json` (a `RunRecord`), `recipe.yaml`,
-`model/quant_config.json` and `images/` (an `ImageSet`). Everything else is optional: a part of the record that a run did
-not write is left out of the page and named there as missing.
+`model/quant_config.json` and `images/` (an `ImageSet`). Everything else is optional: a part of the record that a run
+did not write is left out of the page and named there as missing.
 
 Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key may be absent; units in brackets):
 
@@ -11,19 +11,180 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
 `images`
     `method` str, `count` int. (The sheet, pixel statistics and quality come from `images/manifest.json`.)
 `quantize`
-    `method` str and `units`: the fields of a `QuantReport` as JSON (`report.model_dump(mode="json")`); of each unit `name`,
-    `start_loss`, `end_loss`, `undecided`, `diverged`, `seconds` and `losses` (evenly spaced, at most about 200 points).
+    `method` str and `units`: the fields of a `QuantReport` as JSON (`report.model_dump(mode="json")`); of each unit
+    `name`, `loss_start`, `loss_end`, `undecided`, `diverged`, `seconds`, and the sampled curve: `steps` and `losses`.
     `scheme` str (one line, `QuantScheme.describe()`).
     `coverage`: list of `{name, kind, weight_bits, input_bits, parameters, macs, reason}` in execution order; bits are
     int | null (null: left in float), `macs` for one image, `reason` str | null.
 `evaluate`
     `data` str, the source the accuracy was measured on, in the form `open_images` takes (real images of the sheet).
     `count` int, `set_aside` list of `{name, reason}`.
-    `accuracy`: list of rows `{name, top1, top5, interval, agreement, kl, recovery, size_bytes, bit_operations, seconds}`,
-    the float network first; `top1`, `top5`, `agreement`, `recovery` are shares 0..1, `interval` is `[low, high]` for
-    top1, `kl` [nats]. Any value but `name` may be null. (`Evaluation.row()` and `Cost.row()` make these.)
-    `sqnr`: list of rows `{name, weights, activations, alone, cumulative}` [dB] in execution order, null where nothing is
-    quantized or no error was made. (`SqnrRow.row()` makes these.)
+    `accuracy`: list of rows `{name, top1, top5, interval, agreement, kl, recovery, size_bytes, bit_operations,
+    seconds}`, the float network first; `top1`, `top5`, `agreement`, `recovery` are shares 0..1, `interval` is `[low,
+    high]` for top1, `kl` [nats]. Any value but `name` may be null. (`Evaluation.row()` and `Cost.row()` make these.)
+    `sqnr`: list of rows `{name, weights, activations, alone, cumulative}` [dB] in execution order, null where nothing
+    is quantized or no error was made. (`SqnrRow.row()` makes these.)
 
 Also read: `seed`, `version`, `environment`, `recipe`, and `status`, `seconds`, `peak_memory_bytes` of every stage.
 """
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from synthquant.core.errors import DataError, InputError
+from synthquant.core.files import write_text
+from synthquant.core.settings import parse_settings
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
+from synthquant.data.sources import open_images
+from synthquant.report import figures, formatting
+from synthquant.report.run_files import CoverageRow, RunFiles, SqnrRow, differing_settings, open_runs
+from synthquant.report.sheet import Sheet, make_sheet
+
+_WORST_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the layer table: coverage and SQNR of the layer, either of which may be missing."""
+
+    name: str
+    coverage: CoverageRow | None
+    sqnr: SqnrRow | None
+
+
+@dataclass
+class RunSection:
+    """All that the page shows about one run."""
+
+    run: RunFiles
+    anchor: str
+    synthetic: Sheet | None = None
+    real: Sheet | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    problems: list[tuple[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    loss_figure: str = ""
+    sqnr_figure: str = ""
+    bits_figure: str = ""
+    layers: list[LayerRow] = field(default_factory=list)
+    worst: list[SqnrRow] = field(default_factory=list)
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page about `runs` to the file `out`, atomically, and return `out`.
+
+    Reads only files of the run folders and, for the sheet of real images, the evaluation data named there; what cannot
+    be read of the latter is said on the page.
+
+    Raises:
+        InputError: no run folder, not a run folder, or a table of `run.json` with a wrong value.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: `out` cannot be written.
+    """
+    opened = open_runs(runs)
+    write_text(out, render_report([_section(run, f"run-{index + 1}") for index, run in enumerate(opened)]))
+    return out
+
+
+def render_report(sections: Sequence[RunSection]) -> str:
+    """Return the page as HTML text; the same sections give the same text."""
+    environment = Environment(
+        loader=PackageLoader("synthquant.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "number", "significant", "count", "size", "quantity", "duration"):
+        environment.filters[name] = getattr(formatting, name)
+    environment.filters["compact_json"] = lambda value: json.dumps(value, sort_keys=True)
+    environment.globals["span"] = _interval_geometry
+    runs = [section.run for section in sections]
+    comparison = ""
+    if len(runs) > 1:
+        comparison = figures.compare_cumulative({run.label: run.sqnr for run in runs if run.sqnr}, "compare")
+    return environment.get_template("page.html.jinja").render(
+        sections=sections,
+        comparison=comparison,
+        differences=differing_settings(runs) if len(runs) > 1 else [],
+        axis=_accuracy_axis(runs),
+        worst_of=_WORST_LAYERS,
+    )
+
+
+def _section(run: RunFiles, anchor: str) -> RunSection:
+    section = RunSection(run, anchor)
+    _add_images(section)
+    section.loss_figure = figures.loss_curves(run.units, f"{anchor}-loss")
+    section.sqnr_figure = figures.layer_sqnr(run.sqnr, f"{anchor}-sqnr")
+    section.bits_figure = figures.layer_bits(run.coverage, f"{anchor}-bits")
+    coverage = {row.name: row for row in run.coverage}
+    sqnr = {row.name: row for row in run.sqnr}
+    section.layers = [LayerRow(name, coverage.get(name), sqnr.get(name)) for name in {**coverage, **sqnr}]
+    ranked = sorted((row for row in run.sqnr if row.alone is not None), key=lambda row: row.alone or 0.0)
+    section.worst = ranked[:_WORST_LAYERS]
+    return section
+
+
+def _add_images(section: RunSection) -> None:
+    """Fill in both sheets; evaluation data that is not there any more becomes a note."""
+    run = section.run
+    classes: tuple[int, ...] = ()
+    if run.images_folder is not None:
+        images = ImageSet.open(run.images_folder)
+        section.manifest = images.manifest.model_dump(mode="json")
+        section.problems = _problems(section.manifest)
+        section.synthetic = make_sheet(images, _preprocess(run), run.class_names)
+        classes = section.synthetic.classes
+    source = run.text("evaluate", "data")
+    if source is None:
+        return
+    try:
+        section.real = make_sheet(open_images(source), _preprocess(run), run.class_names, classes=classes)
+    except DataError as error:
+        section.notes.append(f"The real images are not shown: {error}")
+
+
+def _preprocess(run: RunFiles) -> Preprocess | None:
+    values = run.quant_config.get("preprocess")
+    if not isinstance(values, dict):
+        return None
+    try:
+        return parse_settings(Preprocess, values, "preprocess")
+    except InputError as error:
+        raise InputError(f"{run.folder / 'model' / 'quant_config.json'}: {error}") from error
+
+
+def _problems(manifest: dict[str, Any]) -> list[tuple[str, int]]:
+    """Kind and number of the images that the quality check found fault with."""
+    quality = manifest.get("quality") or {}
+    counted = [(str(kind), len(found)) for kind, found in quality.items() if isinstance(found, list)]
+    return [*counted, ("set aside", len(manifest.get("set_aside") or []))]
+
+
+def _accuracy_axis(runs: Sequence[RunFiles]) -> tuple[float, float]:
+    """Ends of the axis of the interval plots: all intervals, but not so wide that a failed run hides the others."""
+    rows = [row for run in runs for row in run.accuracy if row.top1 is not None]
+    if not rows:
+        return 0.0, 1.0
+    values = [row.top1 for row in rows if row.top1 is not None]
+    floor = statistics.median(values) - 3 * max(0.02, max(values) - statistics.median(values))
+    low = min((row.interval or (row.top1 or 0.0, 0.0))[0] for row in rows if (row.top1 or 0.0) >= floor)
+    high = max((row.interval or (0.0, row.top1 or 0.0))[1] for row in rows)
+    margin = 0.05 * max(high - low, 0.01)
+    return max(0.0, low - margin), min(1.0, high + margin)
+
+
+def _interval_geometry(value: float, axis: tuple[float, float]) -> float:
+    """Position of a share on the axis in percent of its width, held inside it."""
+    low, high = axis
+    return 100 * min(1.0, max(0.0, (value - low) / (high - low)))

@@ -1,0 +1,61 @@
+"""Numbers as the report prints them; a missing value is an en dash."""
+
+from __future__ import annotations
+
+MISSING = "\u2013"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """Return a share 0..1 in percent, without the sign: `0.9123` is `91.23`."""
+    return MISSING if share is None else f"{100 * share:.{digits}f}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return `value` with a fixed number of decimals."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Return `value` with a fixed number of significant digits, small and large ones as powers of ten."""
+    return MISSING if value is None else f"{value:.{digits}g}"
+
+
+def count(value: int | None) -> str:
+    """Return an integer with thin spaces between thousands."""
+    return MISSING if value is None else f"{value:,}".replace(",", "\u202f")
+
+
+def size(value: float | None) -> str:
+    """Return bytes with a decimal unit: `1 090 000` is `1.09 MB`."""
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def quantity(value: float | None) -> str:
+    """Return a large count with a metric prefix: `41e6` is `41.0 M`."""
+    return _scaled(value, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as `0.42 s`, `12.3 s`, `4 min 05 s` or `2 h 10 min`."""
+    if seconds is None:
+        return MISSING
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min {round(seconds) % 60:02d} s"
+    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60:02d} min"
+
+
+def _scaled(value: float | None, units: tuple[str, ...]) -> str:
+    if value is None:
+        return MISSING
+    scaled, index = float(value), 0
+    while scaled >= 999.5 and index < len(units) - 1:
+        scaled, index = scaled / 1000, index + 1
+    if index == 0:
+        return f"{scaled:.0f} {units[0]}".strip()
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{scaled:.{digits}f} {units[index]}"

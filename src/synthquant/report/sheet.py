@@ -1,0 +1,125 @@
+"""Contact sheets: a few images of a set as thumbnails inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from synthquant.core.errors import DataError
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
+
+SHEET_SIZE = 30
+_LARGEST_SIDE = 128
+_LOSSLESS_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """One image of a sheet."""
+
+    uri: str
+    """The image as a `data:` URI."""
+    caption: str
+    """Class name, class number, or nothing."""
+    pixelated: bool
+    """Whether the image is so small that it is shown enlarged, pixel by pixel."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Some images of a set, ordered by class."""
+
+    thumbnails: tuple[Thumbnail, ...]
+    total: int
+    """Images in the set."""
+    clipped: float
+    """Share (0..1) of the pixel values shown that lie outside 0..1 and were cut off for display."""
+    classes: tuple[int, ...]
+    """Class numbers on the sheet, without repetition."""
+
+
+def make_sheet(
+    images: ImageSet,
+    preprocess: Preprocess | None,
+    class_names: Sequence[str] = (),
+    *,
+    count: int = SHEET_SIZE,
+    classes: Sequence[int] = (),
+) -> Sheet:
+    """Pick `count` readable images, spread over the classes, as a network would see them.
+
+    Args:
+        images: the set; the pick depends only on its length and labels.
+        preprocess: crops and scales images that are not cropped yet; none: they are shown whole.
+        class_names: names for the captions.
+        count: how many; fewer if the set is smaller.
+        classes: prefer these classes (those of the sheet beside it).
+
+    Raises:
+        DataError: none of the images picked could be read.
+    """
+    thumbnails: list[Thumbnail] = []
+    outside = values = 0
+    shown: list[int] = []
+    indices = _spread(images.labels, len(images), count, classes)
+    fit = None if preprocess is None else partial(preprocess.fit, framing=images.manifest.framing)
+    for batch in images.batches(16, indices, transform=fit):
+        labels = [-1] * len(batch.images) if batch.labels is None else batch.labels.tolist()
+        for image, label in zip(batch.images, labels, strict=True):
+            pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+            outside += int(((pixels < 0) | (pixels > 1)).sum())
+            values += pixels.numel()
+            thumbnails.append(_thumbnail(pixels, _caption(label, class_names)))
+            if label >= 0 and label not in shown:
+                shown.append(label)
+    if not thumbnails:
+        raise DataError(f"none of {len(indices)} images could be read")
+    return Sheet(tuple(thumbnails), len(images), outside / values, tuple(shown))
+
+
+def _spread(labels: Tensor | None, total: int, count: int, classes: Sequence[int]) -> list[int]:
+    """Indices of `count` images, taking turns between the classes, then ordered by class; evenly spaced without
+    labels."""
+    if labels is None:
+        return [index * total // min(count, total) for index in range(min(count, total))]
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels.tolist()):
+        members.setdefault(label, []).append(index)
+    known = [label for label in classes if label in members] or sorted(members)
+    if len(known) > count:
+        known = [known[index * len(known) // count] for index in range(count)]
+    picked: list[int] = []
+    depth = 0
+    while len(picked) < count and any(depth < len(members[label]) for label in known):
+        picked.extend(members[label][depth] for label in known if depth < len(members[label]))
+        depth += 1
+    order = {label: rank for rank, label in enumerate(sorted(known))}
+    return sorted(picked[:count], key=lambda index: (order[int(labels[index])], index))
+
+
+def _thumbnail(pixels: Tensor, caption: str) -> Thumbnail:
+    data = (pixels.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    picture = Image.fromarray(data.numpy())
+    small = max(picture.size) <= _LOSSLESS_SIDE
+    buffer = io.BytesIO()
+    if small:
+        picture.save(buffer, format="PNG", optimize=True)
+    else:
+        picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
+        picture.save(buffer, format="JPEG", quality=85, optimize=True)
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Thumbnail(f"data:image/{'png' if small else 'jpeg'};base64,{encoded}", caption, small)
+
+
+def _caption(label: int, class_names: Sequence[str]) -> str:
+    if label < 0:
+        return ""
+    return class_names[label].split(",")[0] if label < len(class_names) else f"class {label}"
