@@ -136,7 +136,9 @@ class QuantScheme(Settings):
         """
         for pattern in (*self.ignore, *self.overrides):
             if not any(matches(pattern, name) for name in layers):
-                raise SchemeError(f"scheme: pattern {pattern!r} matches no layer; layers are {', '.join(layers[:5])}, ...")
+                raise SchemeError(
+                    f"scheme: pattern {pattern!r} matches no layer; layers are {', '.join(layers[:5])}, ..."
+                )
         kept = [name for name in layers if not any(matches(pattern, name) for pattern in self.ignore)]
         return {name: self._layer(name, layers, after_first) for name in kept}
 

@@ -1,0 +1,118 @@
+"""Quantized layers: the user's own layer whose `weight` reads as the decoded codes.
+
+A layer is quantized by giving it a class derived from its own, so that every forward of every subclass (timm's
+`Conv2dSame`, say) keeps working, attributes that other modules look at stay, and names in the module tree do not change.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class QuantLayer(nn.Module):
+    """What quantization adds to a convolution or linear layer.
+
+    Attributes:
+        weight_quantizer: codes and scales, or none for a float weight.
+        input_quantizer: quantizer of the tensor read, possibly shared with other layers, or none (float input, or
+            quantized where the surrounding block takes it in).
+        weights_enabled: decode the codes; otherwise the float weight is used.
+        weight_override: a weight to use instead of both, while roundings are learned.
+    """
+
+    weight_quantizer: WeightQuantizer | None
+    input_quantizer: ActivationQuantizer | None
+    weights_enabled: bool
+    weight_override: torch.Tensor | None
+
+    @property
+    def float_weight(self) -> torch.Tensor:
+        """The weight before quantization.
+
+        Raises:
+            RuntimeError: the network was loaded from a checkpoint, which holds codes only.
+        """
+        weight = self._parameters["weight"]
+        if weight is None:
+            raise RuntimeError("this network was loaded from its codes: float weights are not there")
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight a forward pass uses."""
+        if self.weight_override is not None:
+            return self.weight_override
+        if self.weight_quantizer is None or not self.weights_enabled:
+            return self.float_weight
+        decoded: torch.Tensor = self.weight_quantizer()
+        return decoded
+
+    def drop_float_weight(self) -> None:
+        """Forget the float weight of a quantized layer."""
+        if self.weight_quantizer is not None:
+            self._parameters["weight"] = None
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Quantize the input, then the layer's own forward."""
+        if self.input_quantizer is not None:
+            input = self.input_quantizer(input)
+        return super().forward(input, *args, **kwargs)
+
+
+@cache
+def _quantized_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Quant{kind.__name__}", (QuantLayer, kind), {"__module__": kind.__module__})
+
+
+def quantize_layer(
+    layer: nn.Module, weight_quantizer: WeightQuantizer | None, input_quantizer: ActivationQuantizer | None
+) -> QuantLayer:
+    """Turn a convolution or linear layer into its quantized self, in place."""
+    layer.__class__ = _quantized_class(type(layer))
+    quantized = cast(QuantLayer, layer)
+    quantized.weight_quantizer = weight_quantizer
+    quantized.input_quantizer = input_quantizer
+    quantized.weights_enabled = True
+    quantized.weight_override = None
+    return quantized
+
+
+def weight_layout(layer: nn.Module) -> WeightLayout:
+    """How the layer's weight is arranged."""
+    weight = layer._parameters["weight"]
+    if weight is None:
+        raise RuntimeError("layer without a weight")
+    groups = layer.groups if isinstance(layer, _TRANSPOSED) else 0
+    return WeightLayout(tuple(weight.shape), groups)
+
+
+class QuantBlock(nn.Module):
+    """A block whose first argument is quantized once for all its readers, its identity shortcut among them."""
+
+    input_quantizer: ActivationQuantizer
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Quantize the input, then the block's own forward."""
+        return super().forward(self.input_quantizer(input), *args, **kwargs)
+
+
+@cache
+def _quantized_block_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Quant{kind.__name__}", (QuantBlock, kind), {"__module__": kind.__module__})
+
+
+def quantize_block(block: nn.Module, input_quantizer: ActivationQuantizer) -> QuantBlock:
+    """Let a block quantize its first argument, in place."""
+    block.__class__ = _quantized_block_class(type(block))
+    quantized = cast(QuantBlock, block)
+    quantized.input_quantizer = input_quantizer
+    return quantized

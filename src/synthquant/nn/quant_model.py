@@ -1,0 +1,289 @@
+"""The quantized copy of a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from synthquant.core.errors import ModelError, SchemeError
+from synthquant.core.modules import get_module
+from synthquant.models.batch_norm import fold_batch_norms
+from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_inputs, find_units, shared_inputs
+from synthquant.models.float_model import FloatModel
+from synthquant.models.trace import Trace, trace
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
+from synthquant.nn.scheme import LayerScheme, QuantScheme
+from synthquant.nn.weight_quantizers import WeightQuantizer
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """What quantization does to one convolution or linear layer.
+
+    Attributes:
+        name: module name.
+        kind: class name of the float layer.
+        weight_bits: bits of a weight code, or none for a float weight.
+        input_bits: bits of the tensor it reads, or none for a float input.
+        parameters: number of weights.
+        macs: multiply-adds for one image.
+        reason: why it is not quantized; empty if it is.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    input_bits: int | None
+    parameters: int
+    macs: int
+    reason: str = ""
+
+
+class QuantModel(nn.Module):
+    """A copy of a float model in which layers hold integer codes and tensors are fake-quantized.
+
+    Batch norms are folded, layers turned into quantized ones where they stand in the module tree, and quantizers shared
+    where several layers read the same tensor. Nothing is traced symbolically; one forward pass of a small example tells
+    which tensor flows where. Inputs are normalised images `[B, 3, H, W]`, outputs logits `[B, num_classes]`.
+
+    Attributes:
+        float_model: what it was made from.
+        scheme: what was asked for.
+        module: the quantized network.
+        folded: pairs (batch norm, layer it was folded into).
+        layers: quantized layers by name, in execution order.
+        quantizers: activation quantizers by name, each once.
+        loaded: the state came from a checkpoint, so that float weights are not there.
+    """
+
+    def __init__(self, float_model: FloatModel, scheme: QuantScheme, module: nn.Module) -> None:
+        """Wrap an already folded copy; use `build`."""
+        super().__init__()
+        self.float_model = float_model
+        self.scheme = scheme
+        self.module = module
+        self.folded: list[tuple[str, str]] = []
+        self.layers: dict[str, QuantLayer] = {}
+        self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.loaded = False
+        self._macs: dict[str, int] = {}
+        self._input_bits: dict[str, int] = {}
+        self._units: dict[Granularity, list[Unit]] = {}
+
+    @classmethod
+    def build(cls, float_model: FloatModel, scheme: QuantScheme | str) -> QuantModel:
+        """Copy `float_model`, fold its batch norms and put in quantizers by `scheme`; ranges are not calibrated yet.
+
+        Raises:
+            SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
+        """
+        scheme = QuantScheme.parse(scheme)
+        module = copy.deepcopy(float_model.module).eval().requires_grad_(False)
+        example = float_model.example_input(2)
+        folded = fold_batch_norms(module, example)
+        model = cls(float_model, scheme, module)
+        model.folded = folded
+        with torch.no_grad():
+            seen = trace(module, example)
+        order = [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
+        if not order:
+            raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
+        model._macs = _macs(module, seen, order)
+        for granularity in ("block", "layer", "network"):
+            model._units[granularity] = find_units(module, example, granularity, set(order))
+        groups = shared_inputs(seen, order)
+        second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
+        plan = scheme.resolve(order, tuple(second))
+        entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
+        model._insert(order, plan, groups, entries)
+        if not model.layers:
+            raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
+        return model
+
+    def _insert(
+        self,
+        order: Sequence[str],
+        plan: Mapping[str, LayerScheme],
+        groups: Sequence[Sequence[str]],
+        entries: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Put quantizers in: at block entries first, then one for each group of layers that read the same tensor."""
+        readers: dict[str, ActivationQuantizer | None] = {}
+        for block, names in entries.items():
+            args = {plan[name].input_activations for name in names if name in plan}
+            wanted = next(iter(args), None)
+            if len(args) == 1 and wanted is not None and all(name in plan for name in names):
+                quantizer = ActivationQuantizer(wanted).to(self.float_model.device)
+                quantize_block(get_module(self.module, block), quantizer)
+                self.quantizers[f"{block}.input_quantizer"] = quantizer
+                readers.update(dict.fromkeys(names))
+        partners = {name: tuple(group) for group in groups for name in group}
+        for name in order:
+            if name not in plan:
+                continue
+            if name not in readers:
+                wanted = plan[name].input_activations
+                quantizer = ActivationQuantizer(wanted).to(self.float_model.device) if wanted else None
+                if quantizer is not None:
+                    self.quantizers[f"{name}.input_quantizer"] = quantizer
+                same = [
+                    other
+                    for other in partners.get(name, (name,))
+                    if other in plan and other not in readers and plan[other].input_activations == wanted
+                ]
+                readers.update(dict.fromkeys(same, quantizer))
+                readers[name] = quantizer
+            layer = get_module(self.module, name)
+            weights, inputs = plan[name].weights, plan[name].input_activations
+            if inputs is not None:
+                self._input_bits[name] = inputs.num_bits
+            weight_quantizer = None
+            if weights is not None:
+                weight_quantizer = WeightQuantizer(weight_layout(layer), weights, name).to(self.float_model.device)
+            if weight_quantizer is not None or inputs is not None:
+                self.layers[name] = quantize_layer(layer, weight_quantizer, readers[name])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of normalised images."""
+        logits: torch.Tensor = self.module(x)
+        return logits
+
+    def units(self, granularity: Granularity = "block") -> list[Unit]:
+        """Reconstruction units in execution order, those without a quantized layer left out."""
+        return [unit for unit in self._units[granularity] if any(name in self.layers for name in unit.layers)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.float_model.device
+
+    @contextmanager
+    def mode(self, *, weights: bool, activations: bool) -> Iterator[None]:
+        """Quantize weights and activations, or not, for a while.
+
+        Raises:
+            ModelError: float weights are asked for and the network was loaded from a checkpoint.
+        """
+        if not weights and self.loaded:
+            raise ModelError(f"{self.float_model.name}: loaded from a checkpoint, which holds no float weights")
+        former_layers = [(layer, layer.weights_enabled) for layer in self.layers.values()]
+        former_quantizers = [(quantizer, quantizer.enabled) for quantizer in self.quantizers.values()]
+        try:
+            for layer in self.layers.values():
+                layer.weights_enabled = weights
+            for quantizer in self.quantizers.values():
+                quantizer.enabled = activations
+            yield
+        finally:
+            for layer, enabled in former_layers:
+                layer.weights_enabled = enabled
+            for quantizer, enabled in former_quantizers:
+                quantizer.enabled = enabled
+
+    def coverage(self) -> list[CoverageRow]:
+        """One row for each convolution and linear layer of the network, quantized or not, in execution order."""
+        rows = []
+        candidates = [name for name, part in self.module.named_modules() if isinstance(part, QUANTIZABLE)]
+        executed = list(self._macs)
+        for name in executed + [name for name in candidates if name not in self._macs]:
+            part = get_module(self.module, name)
+            layer = self.layers.get(name)
+            weight_bits = layer.weight_quantizer.num_bits if layer and layer.weight_quantizer else None
+            reason = ""
+            if layer is None:
+                reason = "left out by the scheme" if name in self._macs else "its forward is never called"
+            parameters = int(torch.Size(weight_layout(part).shape).numel()) if layer is None else _weights(layer)
+            kind = type(part).__name__.removeprefix("Quant")
+            macs = self._macs.get(name, 0)
+            rows.append(CoverageRow(name, kind, weight_bits, self.input_bits(name), parameters, macs, reason))
+        return rows
+
+    def input_bits(self, name: str) -> int | None:
+        """Bits of the tensor that layer `name` reads, wherever it is quantized; none if it is not."""
+        return self._input_bits.get(name)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every activation quantizer has its range."""
+        return all(quantizer.calibrated for quantizer in self.quantizers.values())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything the quantized network consists of, by name; float weights of quantized layers left out.
+
+        `NAME.weight_codes` (uint8, the weight's shape), `NAME.weight_scale` and `NAME.weight_zero_point` (`[C, G, 1]`),
+        `QUANTIZER.scale` and `QUANTIZER.zero_point` (one element), and other parameters and buffers under their names.
+        """
+        state = self._float_state()
+        for name, layer in self.layers.items():
+            if layer.weight_quantizer is not None:
+                state[f"{name}.weight_codes"] = layer.weight_quantizer.codes
+                state[f"{name}.weight_scale"] = layer.weight_quantizer.scale
+                state[f"{name}.weight_zero_point"] = layer.weight_quantizer.zero_point
+        for name, quantizer in self.quantizers.items():
+            state[f"{name}.scale"] = quantizer.scale.detach()
+            state[f"{name}.zero_point"] = quantizer.zero_point
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take a state written by `state`; float weights are dropped.
+
+        Raises:
+            ModelError: names or shapes differ; says which.
+        """
+        own = self.state()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape of", sorted(wrong))):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ModelError(
+                    f"quantized checkpoint does not fit {self.float_model.name}: {what} {', '.join(names[:5])}{more}"
+                )
+        for name, value in own.items():
+            value.copy_(state[name])
+        for quantizer in self.quantizers.values():
+            quantizer.calibrated = True
+        for layer in self.layers.values():
+            layer.drop_float_weight()
+        self.loaded = True
+
+    def _float_state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers that quantization leaves alone."""
+        parts = [*self.quantizers.values()]
+        parts += [layer.weight_quantizer for layer in self.layers.values() if layer.weight_quantizer is not None]
+        own = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+        own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
+        entries = self.module.state_dict(keep_vars=True)
+        return {name: value.detach() for name, value in entries.items() if id(value) not in own}
+
+
+def _weights(layer: QuantLayer) -> int:
+    return layer.weight_quantizer.codes.numel() if layer.weight_quantizer else layer.float_weight.numel()
+
+
+def _macs(module: nn.Module, seen: Trace, order: Sequence[str]) -> dict[str, int]:
+    """Multiply-adds of each layer for one image: outputs per channel times weights, over all its calls."""
+    macs = {}
+    for name in order:
+        layer = get_module(module, name)
+        layout = weight_layout(layer)
+        weights = int(torch.Size(layout.shape).numel())
+        total = 0
+        for call in seen.calls(name):
+            output = call.outputs[0]
+            # A transposed convolution multiplies every input position with the whole kernel, the others every output.
+            positions = (
+                call.inputs[0].numel() // layer.in_channels
+                if layout.transposed_groups
+                else output.numel() // layout.channels
+            )
+            total += positions * weights // call.inputs[0].shape[0]
+        macs[name] = total
+    return macs

@@ -1,0 +1,56 @@
+"""AdaRound: adaptive rounding for post-training quantization (arXiv:2004.10568)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.calibrate import calibrate_activations
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+
+
+@QUANTIZERS.register("adaround")
+class AdaRound(LearnedRounding):
+    """AdaRound: adaptive rounding for post-training quantization (arXiv:2004.10568).
+
+    Learns, layer by layer, whether each weight is rounded up or down. The layer reads what the weight-quantized network
+    gives it and is fitted to what the float network puts out. Activations stay in floating point meanwhile; their ranges
+    are set afterwards and not learned. The layer's activation function is not part of the layer here.
+    """
+
+    granularity: Literal["block", "layer", "network"] = "layer"
+    """What is fitted at a time: a block of the network, one layer, or the whole network."""
+
+    def apply(
+        self,
+        quant_model: QuantModel,
+        images: ImageSet,
+        rng: Rng,
+        *,
+        progress: Progress = QUIET,
+        workdir: Path | None = None,
+        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+    ) -> QuantReport:
+        """Learn the roundings, then set activation ranges."""
+        calibration = prepare(quant_model, images, self, quantized_weights=False)
+        phase = Phase(
+            name="weights",
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            rounding_lr=self.rounding_lr,
+            rounding_weight=self.rounding_weight,
+            warm_up=self.warm_up,
+            beta=(self.beta_start, self.beta_end),
+            inputs="student",
+            activations=False,
+            sampling="permutation",
+        )
+        report = reconstruct("adaround", quant_model, calibration, self, phase, rng, progress, workdir, memory)
+        calibrate_activations(quant_model, calibration, self.calibration_images, self.observer, quantized_weights=True)
+        return report

@@ -1,0 +1,169 @@
+"""Where the inputs and outputs of units are kept: on the device, in main memory or in files, under a budget."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+
+from synthquant.core.errors import OutputError
+from synthquant.methods import MemoryBudget
+
+_GIB = 2**30
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CacheStore:
+    """Hands out caches and remembers how much each place holds.
+
+    Memory is taken on the device first (if that is an accelerator), then in main memory, and what fits in neither
+    budget goes to files in `folder`. A cache gives its place back when the last reference to it goes.
+
+    Attributes:
+        used: bytes held now, by place.
+        peak: most bytes ever held, by place.
+    """
+
+    def __init__(self, budget: MemoryBudget, device: torch.device, folder: Path | None = None) -> None:
+        self.device = device
+        self.dtype = _DTYPES[budget.cache_dtype]
+        self._folder = folder
+        self._limits = _limits(budget, device)
+        self.used = {"device": 0, "host": 0, "disk": 0}
+        self.peak = dict(self.used)
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> RowCache:
+        """A cache of `shape[0]` rows; floating-point rows are kept in the budget's precision."""
+        kept = self.dtype if dtype.is_floating_point else dtype
+        size = torch.Size(shape).numel() * kept.itemsize
+        place = next((p for p, limit in self._limits.items() if self.used[p] + size <= limit), "disk")
+        cache = RowCache(shape, dtype, kept, self.device, place, self._file() if place == "disk" else None)
+        self.used[place] += size
+        self.peak[place] = max(self.peak[place], self.used[place])
+        weakref.finalize(cache, self._release, place, size)
+        return cache
+
+    def _release(self, place: str, size: int) -> None:
+        self.used[place] -= size
+
+    def _file(self) -> int:
+        """An open file without a name: it goes when it is closed, whatever happens to the process."""
+        try:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            handle, path = tempfile.mkstemp(prefix="cache-", dir=self._folder)
+            os.unlink(path)
+        except OSError as error:
+            where = self._folder or tempfile.gettempdir()
+            raise OutputError(f"cannot keep a cache in {where}: {error.strerror}; raise the memory budget") from error
+        return handle
+
+
+class RowCache:
+    """`shape[0]` rows of one shape, written once in order and read in any order.
+
+    Rows of four dimensions are kept channels-last, as convolutions read them fastest. What is read is always a fresh
+    tensor of the original precision on the device: writing into it does not touch the cache.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        kept: torch.dtype,
+        device: torch.device,
+        place: str,
+        handle: int | None,
+    ) -> None:
+        self.shape = shape
+        self.place = place
+        self._dtype = dtype
+        self._kept = kept
+        self._device = device
+        self._handle = handle
+        self._width = torch.Size(shape[1:]).numel()
+        self._rows: torch.Tensor | None = None
+        if handle is None:
+            where = device if place == "device" else torch.device("cpu")
+            self._rows = torch.empty(shape[0], self._width, dtype=kept, device=where)
+        else:
+            weakref.finalize(self, os.close, handle)
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Keep `rows` from row `start` on."""
+        last = rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows
+        flat = last.reshape(len(rows), -1)
+        if self._rows is not None:
+            self._rows[start : start + len(rows)].copy_(flat)
+            return
+        data = flat.to("cpu", self._kept).contiguous()
+        self._pwrite(_bytes(data), start * self._width * self._kept.itemsize)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop`, `[stop - start, ...]`."""
+        if self._rows is not None:
+            return self._shaped(self._rows[start:stop].to(self._device, self._dtype, copy=True))
+        rows = torch.empty(stop - start, self._width, dtype=self._kept)
+        self._pread(_bytes(rows), start * self._width * self._kept.itemsize)
+        return self._shaped(rows.to(self._device, self._dtype))
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows of an index `[B]` (on any device), `[B, ...]`."""
+        if self._rows is not None:
+            rows = self._rows.index_select(0, index.to(self._rows.device))
+            return self._shaped(rows.to(self._device, self._dtype))
+        rows = torch.empty(len(index), self._width, dtype=self._kept)
+        step = self._width * self._kept.itemsize
+        for view, row in zip(rows, index.tolist(), strict=True):
+            self._pread(_bytes(view), row * step)
+        return self._shaped(rows.to(self._device, self._dtype))
+
+    def _shaped(self, flat: torch.Tensor) -> torch.Tensor:
+        if len(self.shape) == 4:
+            channels, height, width = self.shape[1:]
+            return flat.view(-1, height, width, channels).permute(0, 3, 1, 2)
+        return flat.view(-1, *self.shape[1:])
+
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        assert self._handle is not None
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._handle, data[done:], offset + done)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write a cache file: {error.strerror}; free disk space or lower the count"
+            ) from error
+
+    def _pread(self, data: memoryview, offset: int) -> None:
+        assert self._handle is not None
+        done = 0
+        while done < len(data):
+            count = os.preadv(self._handle, [data[done:]], offset + done)
+            if count == 0:
+                raise RuntimeError("cache row read before it was written")
+            done += count
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _limits(budget: MemoryBudget, device: torch.device) -> dict[str, float]:
+    """Bytes allowed by place, in the order in which they are filled."""
+    limits: dict[str, float] = {}
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        limits["device"] = free / 2 if budget.device_gib is None else budget.device_gib * _GIB
+    if budget.host_gib is None:
+        limits["host"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    else:
+        limits["host"] = budget.host_gib * _GIB
+    return limits

@@ -1,0 +1,112 @@
+"""Ranges: where the grids of weights and activations lie before anything is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from synthquant.core.errors import DataError
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import input_batches
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.observers import ActivationHistogram
+from synthquant.nn.quant_model import QuantModel
+
+
+class CalibrationImages:
+    """The images a network is quantized with, as the network sees them."""
+
+    def __init__(self, model: QuantModel, images: ImageSet) -> None:
+        """Take a set in pixel space.
+
+        Raises:
+            DataError: the set is empty.
+        """
+        if len(images) == 0:
+            raise DataError("0 images to quantize with; synthesize some or give a folder that holds some")
+        self._images = images
+        self._preprocess = model.float_model.preprocess
+        self._device = model.device
+
+    def __len__(self) -> int:
+        """Number of images, broken ones included."""
+        return len(self._images)
+
+    def batches(self, limit: int | None = None, size: int = 64) -> Iterator[torch.Tensor]:
+        """Normalised images `[B, 3, H, W]` on the model's device, the first `limit` of them.
+
+        Raises:
+            DataError: not one image can be read.
+        """
+        chosen = range(len(self) if limit is None else min(limit, len(self)))
+        found = False
+        for batch in input_batches(self._images, self._preprocess, size, chosen):
+            found = True
+            yield batch.inputs.to(self._device)
+        if not found:
+            raise DataError(f"none of the {len(chosen)} images to quantize with can be read")
+
+
+def calibrate_weights(model: QuantModel, observer: str) -> None:
+    """Search the scales of all weights and round them to nearest.
+
+    Args:
+        model: the network, with its float weights.
+        observer: how ranges are searched where the scheme does not say.
+    """
+    for layer in model.layers.values():
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.calibrate(layer.float_weight, observer)
+
+
+def calibrate_activations(
+    model: QuantModel, images: CalibrationImages, count: int, observer: str, *, quantized_weights: bool
+) -> None:
+    """Set the range of every activation quantizer from what it sees, with no activation quantized.
+
+    Args:
+        model: the network.
+        images: the calibration images.
+        count: how many of them to look at; they are gone through twice.
+        observer: how ranges are searched where the scheme does not say.
+        quantized_weights: watch the network with quantized weights instead of float ones.
+    """
+    with model.mode(weights=quantized_weights, activations=False), torch.no_grad():
+        observe(model.quantizers.values(), lambda: _run(model, images.batches(count)), observer)
+
+
+def observe(quantizers: Iterable[ActivationQuantizer], run: Callable[[], None], observer: str) -> None:
+    """Calibrate quantizers on what they see while `run` is called, twice: for ranges, then for histograms.
+
+    A quantizer that sees nothing keeps the state it had.
+    """
+    watched = list(quantizers)
+    with _observing(watched):
+        for quantizer in watched:
+            quantizer.observing_range = True
+        run()
+        for quantizer in watched:
+            quantizer.observing_range = False
+        run()
+        for quantizer in watched:
+            if quantizer.histogram is not None and not quantizer.histogram.empty:
+                quantizer.calibrate(observer)
+
+
+@contextmanager
+def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
+    try:
+        for quantizer in quantizers:
+            quantizer.histogram = ActivationHistogram()
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.histogram = None
+            quantizer.observing_range = False
+
+
+def _run(model: QuantModel, batches: Iterator[torch.Tensor]) -> None:
+    for batch in batches:
+        model(batch)

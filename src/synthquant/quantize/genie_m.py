@@ -1,0 +1,68 @@
+"""Genie-M: zero-shot quantization, joint learning of step size and rounding (arXiv:2212.04780)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+
+
+@QUANTIZERS.register("genie_m")
+class GenieM(LearnedRounding):
+    """Genie-M: zero-shot quantization, joint learning of step size and rounding (arXiv:2212.04780).
+
+    As QDrop, and the step sizes of weights are learned too: the integer part of each weight is fixed from the first step
+    size, so that scale and rounding do not work against each other. Departures from the authors' code: batch norms are
+    folded; batches have `batch_size` images for any count of images; a block's quantized input has one drop mask for all
+    its readers; step sizes stay above zero; a unit that got worse is put back.
+    """
+
+    rounding_weight: float = Field(default=1.0, ge=0)
+    """Factor of the regulariser that pushes roundings to 0 or 1, relative to an error summed over channels."""
+    weight_scale_lr: float = Field(default=1e-4, ge=0)
+    """Adam learning rate of weight step sizes, cosine to 0; 0: fixed, as in AdaRound."""
+    activation_lr: float = Field(default=4e-5, gt=0)
+    """Adam learning rate of activation step sizes, cosine to 0."""
+    keep: float = Field(default=0.5, gt=0, le=1)
+    """Probability that a value is the quantized one (QDrop)."""
+    calibration_images: int = Field(default=32, ge=1)
+    """Images from which activation ranges are set, anew at each unit, in the network quantized so far."""
+
+    def apply(
+        self,
+        quant_model: QuantModel,
+        images: ImageSet,
+        rng: Rng,
+        *,
+        progress: Progress = QUIET,
+        workdir: Path | None = None,
+        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+    ) -> QuantReport:
+        """Learn roundings and all step sizes together."""
+        calibration = prepare(quant_model, images, self, quantized_weights=False)
+        phase = Phase(
+            name="weights",
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            rounding_lr=self.rounding_lr,
+            rounding_weight=self.rounding_weight,
+            warm_up=self.warm_up,
+            beta=(self.beta_start, self.beta_end),
+            weight_scale_lr=self.weight_scale_lr,
+            activation_scale_lr=self.activation_lr,
+            inputs="mixed",
+            activations=True,
+            keep=self.keep,
+            sampling="epoch",
+            calibrate_images=self.calibration_images,
+            observer=self.observer,
+        )
+        return reconstruct("genie_m", quant_model, calibration, self, phase, rng, progress, workdir, memory)

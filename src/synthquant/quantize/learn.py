@@ -1,0 +1,300 @@
+"""Learning the roundings and step sizes of one unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from synthquant.core.rng import Rng
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.functional import (
+    SMALLEST_SCALE,
+    rectified_sigmoid,
+    rectified_sigmoid_inverse,
+    rounding_regularizer,
+    undecided_share,
+)
+from synthquant.nn.layers import QuantLayer
+
+Sampling = Literal["epoch", "permutation", "replacement"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One pass over the units: what is learned, from which inputs, and how.
+
+    Attributes:
+        name: names the files of this pass.
+        iterations: optimisation steps for each unit.
+        batch_size: images in a step.
+        inputs: what a unit reads while it learns: what the `student` (quantized so far) or the `teacher` (float) gives
+            it, or both `mixed` element by element.
+        activations: activations are quantized, in the unit and in what precedes it.
+        rounding_lr: learning rate of the rounding logits; 0: weights keep their codes.
+        rounding_weight: factor of the rounding regulariser.
+        warm_up: share of the steps before the regulariser sets in.
+        beta: exponent of the regulariser when it sets in and at the last step; linear in between.
+        weight_scale_lr: learning rate of weight scales, cosine to 0; 0: fixed (AdaRound, BRECQ, QDrop).
+        activation_scale_lr: learning rate of activation scales, cosine to 0; 0: fixed.
+        keep: probability that a quantized activation, or a student input, is used (QDrop: 0.5).
+        lsq_gradient_scale: scale the gradient of activation steps as LSQ does.
+        norm: exponent of the reconstruction error.
+        sampling: how batches are drawn: through shuffled `epoch`s, a fresh `permutation` each step, or with
+            `replacement`.
+        fisher: weight the error by squared gradients of the network's output error: `diagonal` or `full`, or empty.
+        calibrate_images: images from which activation ranges are set anew at each unit, or none.
+        observer: how these ranges are searched.
+        skip_first: leave the first unit as it is (BRECQ).
+    """
+
+    name: str
+    iterations: int
+    batch_size: int
+    inputs: Literal["student", "teacher", "mixed"]
+    activations: bool
+    rounding_lr: float = 0.0
+    rounding_weight: float = 0.0
+    warm_up: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    weight_scale_lr: float = 0.0
+    activation_scale_lr: float = 0.0
+    keep: float = 1.0
+    lsq_gradient_scale: bool = False
+    norm: float = 2.0
+    sampling: Sampling = "epoch"
+    fisher: Literal["diagonal", "full"] | None = None
+    calibrate_images: int | None = None
+    observer: str = "genie"
+    skip_first: bool = False
+
+
+class SoftRounding:
+    """The weights of one layer while their rounding is learned: `s (clip(B + h(V) + z, 0, top) - z)`.
+
+    `B = floor(W / s)` is fixed from the calibrated scale, so that learning `s` as well does not move it: AdaRound
+    (arXiv:2004.10568, eq. 22) with `s` fixed, Genie-M (arXiv:2212.04780, section 3.2) with `s` learned.
+
+    Attributes:
+        logit: `V`, `[C, G, K]`.
+        scale: `s`, `[C, G, 1]`.
+    """
+
+    def __init__(self, layer: QuantLayer, learn_scale: bool) -> None:
+        assert layer.weight_quantizer is not None
+        self._layer = layer
+        self._quantizer = layer.weight_quantizer
+        ratio = self._quantizer.grouped(layer.float_weight.float()) / self._quantizer.scale
+        base = ratio.floor()
+        self.logit = nn.Parameter(rectified_sigmoid_inverse(ratio - base))
+        self.scale = nn.Parameter(self._quantizer.scale.clone(), requires_grad=learn_scale)
+        self._zero_point = self._quantizer.zero_point
+        self._offset = base + self._zero_point
+        self._top = self._quantizer.args.top
+
+    def apply(self) -> torch.Tensor:
+        """Let the layer use the soft weights; returns `h(V)`."""
+        soft = rectified_sigmoid(self.logit)
+        codes = torch.clamp(self._offset + soft, 0, self._top)
+        self._layer.weight_override = self._quantizer.ungrouped((codes - self._zero_point) * self.scale)
+        return soft
+
+    @torch.no_grad()
+    def harden(self) -> None:
+        """Write the decided codes and scales back into the layer."""
+        self._layer.weight_override = None
+        codes = torch.clamp(self._offset + (self.logit >= 0), 0, self._top)
+        self._quantizer.set_codes(codes, self.scale)
+
+    def release(self) -> None:
+        """Let the layer use its codes again."""
+        self._layer.weight_override = None
+
+    @torch.no_grad()
+    def undecided(self) -> torch.Tensor:
+        """`h(V)` of the weights that rounding can change at all, flat."""
+        inside = (self._offset >= 0) & (self._offset < self._top)
+        return rectified_sigmoid(self.logit)[inside]
+
+
+def batches(count: int, size: int, sampling: Sampling, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless batches of exactly `size` indices below `count` (all of them if there are fewer)."""
+    device, size = generator.device, min(size, count)
+    if sampling == "replacement":
+        while True:
+            yield torch.randint(count, (size,), device=device, generator=generator)
+    rest = torch.empty(0, dtype=torch.int64, device=device)
+    while True:
+        if sampling == "permutation":
+            yield torch.randperm(count, device=device, generator=generator)[:size]
+            continue
+        if len(rest) < size:
+            rest = torch.cat([rest, torch.randperm(count, device=device, generator=generator)])
+        yield rest[:size]
+        rest = rest[size:]
+
+
+def reconstruction_error(
+    output: Any,
+    target: Sequence[torch.Tensor],
+    channels_last: bool,
+    norm: float,
+    fisher: torch.Tensor | None,
+    full: bool,
+) -> torch.Tensor:
+    """Error of a unit's output: summed over channels, mean over images and positions.
+
+    Args:
+        output: what the unit returned, any structure.
+        target: the float unit's floating-point tensors, in order.
+        channels_last: channels are the last dimension (tokens) rather than the second (feature maps).
+        norm: exponent `p` of `|y - y_target|**p`.
+        fisher: `|gradient| + 1` for the first tensor, or none (BRECQ, arXiv:2102.05426, eq. 10).
+        full: use the full form of the Fisher weighting instead of the diagonal.
+    """
+    leaves = [
+        leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    ]
+    total = target[0].new_zeros(())
+    for leaf, wanted in zip(leaves, target, strict=True):
+        difference = leaf - wanted
+        if fisher is not None and full:
+            weighted = difference.abs() * fisher
+            error = weighted.flatten(1).sum(1).view(-1, *[1] * (weighted.ndim - 1)) * weighted / 100
+            total = total + error.mean()
+            continue
+        error = difference.square() if norm == 2 else difference.abs().pow(norm)
+        if fisher is not None:
+            error = error * fisher.square()
+        channels = error.shape[-1 if channels_last or error.ndim < 4 else 1]
+        total = total + error.mean() * channels
+    return total
+
+
+def beta_at(step: int, phase: Phase) -> float:
+    """Exponent of the regulariser at a step (1 .. iterations)."""
+    first, last = phase.beta
+    start = phase.warm_up * phase.iterations
+    share = (step - start) / max(phase.iterations - start, 1)
+    return last + (first - last) * (1 - min(max(share, 0.0), 1.0))
+
+
+@dataclass
+class Learned:
+    """What a unit's learning left behind."""
+
+    undecided: float | None
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def learn_unit(
+    phase: Phase,
+    layers: Sequence[QuantLayer],
+    quantizers: Sequence[ActivationQuantizer],
+    error_of: Callable[[torch.Tensor], torch.Tensor],
+    count: int,
+    device: torch.device,
+    rng: Rng,
+    tick: Callable[[int, float | None], None],
+) -> Learned:
+    """Learn roundings and scales of one unit in place.
+
+    Args:
+        phase: what is learned and how.
+        layers: the unit's layers.
+        quantizers: activation quantizers whose scale this unit may learn.
+        error_of: reconstruction error of the unit for a batch of image indices, differentiable.
+        count: number of images.
+        device: where indices are drawn.
+        rng: randomness of this unit.
+        tick: called after each step with its number and, now and then, the loss.
+
+    Returns:
+        The share of undecided roundings and a sample of the losses.
+    """
+    rounding = (
+        [SoftRounding(x, phase.weight_scale_lr > 0) for x in layers if x.weight_quantizer] if phase.rounding_lr else []
+    )
+    scales = [quantizer.scale for quantizer in quantizers] if phase.activation_scale_lr else []
+    weight_scales = [soft.scale for soft in rounding if soft.scale.requires_grad]
+    groups = [
+        {"params": [soft.logit for soft in rounding], "lr": phase.rounding_lr, "base": 0.0},
+        {"params": weight_scales, "lr": phase.weight_scale_lr, "base": phase.weight_scale_lr},
+        {"params": scales, "lr": phase.activation_scale_lr, "base": phase.activation_scale_lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups or not phase.iterations:
+        return Learned(None, (), ())
+    optimizer = torch.optim.Adam(groups, fused=True)
+    every = max(1, phase.iterations // 100)
+    steps, losses = [], []
+    draw = batches(count, phase.batch_size, phase.sampling, rng.generator("batches", device))
+    try:
+        with _learning(quantizers if phase.activations else (), scales, phase, rng.generator("drop", device)):
+            for step in range(1, phase.iterations + 1):
+                soft = [weights.apply() for weights in rounding]
+                loss = error = error_of(next(draw))
+                if soft and step >= phase.warm_up * phase.iterations:
+                    beta = beta_at(step, phase)
+                    loss = error + phase.rounding_weight * sum(rounding_regularizer(h, beta) for h in soft)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                _cosine(optimizer, step - 1, phase.iterations)
+                optimizer.step()
+                _keep_positive([*weight_scales, *scales])
+                sampled = None
+                if step % every == 0 or step in (1, phase.iterations):
+                    sampled = float(error)
+                    steps.append(step)
+                    losses.append(sampled)
+                tick(step, sampled)
+    finally:
+        for weights in rounding:
+            weights.release()
+    undecided = undecided_share(torch.cat([weights.undecided() for weights in rounding])) if rounding else None
+    for weights in rounding:
+        weights.harden()
+    return Learned(undecided, tuple(steps), tuple(losses))
+
+
+def _cosine(optimizer: torch.optim.Optimizer, step: int, iterations: int) -> None:
+    for group in optimizer.param_groups:
+        if group["base"]:
+            group["lr"] = group["base"] * 0.5 * (1 + math.cos(math.pi * step / iterations))
+
+
+@torch.no_grad()
+def _keep_positive(scales: Sequence[torch.Tensor]) -> None:
+    if scales:
+        torch._foreach_clamp_min_(list(scales), SMALLEST_SCALE)
+
+
+@contextmanager
+def _learning(
+    quantizers: Sequence[ActivationQuantizer], scales: Sequence[nn.Parameter], phase: Phase, generator: torch.Generator
+) -> Iterator[None]:
+    """Let quantizers drop values, and take gradients for their scales, for a while."""
+    try:
+        for scale in scales:
+            scale.requires_grad_(True)
+        for quantizer in quantizers:
+            quantizer.learning = True
+            quantizer.keep = phase.keep
+            quantizer.lsq_gradient_scale = phase.lsq_gradient_scale
+            quantizer.generator = generator
+        yield
+    finally:
+        for scale in scales:
+            scale.requires_grad_(False)
+            scale.grad = None
+        for quantizer in quantizers:
+            quantizer.learning = False
+            quantizer.keep = 1.0
+            quantizer.generator = None

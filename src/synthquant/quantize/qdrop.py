@@ -1,0 +1,63 @@
+"""QDrop: randomly dropping quantization for extremely low-bit post-training quantization (arXiv:2203.05740)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+
+
+@QUANTIZERS.register("qdrop")
+class QDrop(LearnedRounding):
+    """QDrop: randomly dropping quantization for extremely low-bit post-training quantization (arXiv:2203.05740).
+
+    Roundings and activation step sizes of a block are learned together. Each element of what the block reads is the
+    quantized network's or the float network's, and each activation inside is quantized or not, at random. Departure from
+    the authors' code: activations are quantized where layers read them instead of behind the activation function.
+    """
+
+    observer: str = "qdrop"
+    """How ranges are searched where the scheme does not say: `minmax`, `brecq`, `genie` or `qdrop`."""
+    calibration_images: int = Field(default=256, ge=1)
+    """Images from which activation ranges are set, in the float network."""
+    activation_lr: float = Field(default=4e-5, gt=0)
+    """Adam learning rate of activation step sizes, cosine to 0."""
+    keep: float = Field(default=0.5, gt=0, le=1)
+    """Probability that a value is the quantized one (the authors' `drop_prob`)."""
+
+    def apply(
+        self,
+        quant_model: QuantModel,
+        images: ImageSet,
+        rng: Rng,
+        *,
+        progress: Progress = QUIET,
+        workdir: Path | None = None,
+        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+    ) -> QuantReport:
+        """Learn roundings and step sizes together."""
+        calibration = prepare(quant_model, images, self, quantized_weights=False)
+        phase = Phase(
+            name="weights",
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            rounding_lr=self.rounding_lr,
+            rounding_weight=self.rounding_weight,
+            warm_up=self.warm_up,
+            beta=(self.beta_start, self.beta_end),
+            activation_scale_lr=self.activation_lr,
+            inputs="mixed",
+            activations=True,
+            keep=self.keep,
+            lsq_gradient_scale=True,
+            sampling="replacement",
+        )
+        return reconstruct("qdrop", quant_model, calibration, self, phase, rng, progress, workdir, memory)

@@ -1,0 +1,394 @@
+"""Unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
+
+Each unit is fitted to the output of the float unit. What flows between units is cached and rolled forward: the inputs of
+a unit come from the cached outputs of the units before it, so every unit runs once in floating point and once quantized,
+whatever the depth of the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from synthquant.core.modules import get_module, hooked
+from synthquant.core.progress import Bar, Progress
+from synthquant.core.rng import Rng
+from synthquant.methods import MemoryBudget, UnitReport
+from synthquant.models.blocks import Granularity, Unit
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.functional import random_keep
+from synthquant.nn.layers import QuantLayer
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.cache import CacheStore, RowCache
+from synthquant.quantize.calibrate import CalibrationImages, observe
+from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
+from synthquant.quantize.replay import NETWORK_INPUT, Leaves, Replay
+from synthquant.quantize.unit_files import UnitFiles, snapshot
+
+_CHUNK = 64
+
+
+@dataclass
+class _Stream:
+    """What one of the two networks (float or quantized) put out so far: caches of unit outputs still needed."""
+
+    outputs: dict[int, list[RowCache]] = field(default_factory=dict)
+
+    def drop_all_but(self, needed: set[int]) -> None:
+        for index in set(self.outputs) - needed:
+            del self.outputs[index]
+
+
+class Reconstruction:
+    """Fits the units of a network one after the other.
+
+    Attributes:
+        store: the caches, which tell how much memory they took.
+    """
+
+    def __init__(
+        self,
+        model: QuantModel,
+        images: CalibrationImages,
+        granularity: Granularity,
+        memory: MemoryBudget,
+        workdir: Path | None,
+    ) -> None:
+        """Cache the images.
+
+        Args:
+            model: a calibrated network with float weights.
+            images: the calibration images.
+            granularity: what a unit is: `block`, `layer` or `network`.
+            memory: budget of the caches.
+            workdir: where finished units are kept, for resuming, and caches that fit in no memory; none: neither.
+        """
+        self.model = model
+        self.units = model.units(granularity)
+        self.workdir = workdir
+        self.store = CacheStore(memory, model.device, workdir)
+        with model.mode(weights=False, activations=False):
+            self._replay = Replay(model.module, self.units, model.float_model.example_input(3))
+        self._images, self.count = self._cache_images(images)
+        self._owners = _owners(model, self.units)
+
+    def run(self, phase: Phase, rng: Rng, progress: Progress) -> list[UnitReport]:
+        """Go through all units once.
+
+        Args:
+            phase: what is learned and how.
+            rng: randomness; each unit draws from its own child.
+            progress: told about each unit.
+        """
+        files = UnitFiles(self.workdir, phase.name)
+        finished = [files.load(index, self._parts(index)) for index in range(len(self.units))]
+        if all(report is not None for report in finished):
+            return [report for report in finished if report is not None]
+        teacher, student = _Stream(), _Stream()
+        reports = []
+        with progress.bar(phase.name, len(self.units) * max(phase.iterations, 1)) as bar:
+            for index in range(len(self.units)):
+                needed = self._replay.needed_after(index)
+                targets, inputs = self._gather_inputs(index, phase, teacher, student)
+                report = finished[index]
+                if report is None:
+                    stream = teacher if phase.inputs == "teacher" else student
+                    report = self._fit(index, phase, inputs, targets, stream, rng.child(self.units[index].name), bar)
+                    files.save(index, self._parts(index), report)
+                    if report.diverged:
+                        progress.warn(
+                            f"unit {report.name or 'network'} got worse ({report.loss_start:.4g} to "
+                            f"{report.loss_end:.4g}) and was put back to where it started"
+                        )
+                else:
+                    bar.advance(max(phase.iterations, 1))
+                reports.append(report)
+                if phase.inputs != "teacher" and index in needed:
+                    student.outputs[index] = self._run_student(index, phase, inputs.student)
+                if index in needed:
+                    teacher.outputs[index] = targets
+                teacher.drop_all_but(needed)
+                student.drop_all_but(needed)
+        return reports
+
+    def _cache_images(self, images: CalibrationImages) -> tuple[RowCache, int]:
+        height, width = self.model.float_model.preprocess.input_size
+        cache = self.store.allocate((len(images), 3, height, width))
+        count = 0
+        for batch in images.batches():
+            cache.write(count, batch)
+            count += len(batch)
+        return cache, count
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.count, _CHUNK):
+            yield start, min(start + _CHUNK, self.count)
+
+    def _parts(self, index: int) -> tuple[list[QuantLayer], list[ActivationQuantizer]]:
+        layers = [self.model.layers[name] for name in self.units[index].layers if name in self.model.layers]
+        return layers, self._owners[index]
+
+    def _gather_inputs(
+        self, index: int, phase: Phase, teacher: _Stream, student: _Stream
+    ) -> tuple[list[RowCache], _Inputs]:
+        """Targets of a unit and the inputs it learns from, one chunk of images at a time."""
+        port = self._replay.outputs[index]
+        targets = [self.store.allocate(kind.rows(self.count), kind.dtype) for kind in port.varying]
+        inputs = _Inputs()
+        for start, stop in self._chunks():
+            with self.model.mode(weights=False, activations=False), torch.no_grad():
+                leaves, origins = self._inputs_of(index, start, stop, teacher)
+                if phase.inputs != "student":
+                    inputs.teacher = self._keep(inputs.teacher, index, start, leaves, origins, teacher)
+                output = self._replay.run_unit(index, leaves)
+                for cache, kind, leaf in zip(targets, port.varying, port.per_image(output), strict=True):
+                    cache.write(start, kind.to_rows(leaf))
+            if phase.inputs != "teacher":
+                with self.model.mode(weights=True, activations=phase.activations), torch.no_grad():
+                    leaves, origins = self._inputs_of(index, start, stop, student)
+                    inputs.student = self._keep(inputs.student, index, start, leaves, origins, student)
+        return targets, inputs
+
+    def _inputs_of(self, index: int, start: int, stop: int, stream: _Stream) -> tuple[Leaves, list[int | None]]:
+        reads_images = NETWORK_INPUT in self._replay.sources[index]
+        images = self._images.read(start, stop) if reads_images else None
+        return self._replay.run_to(index, stop - start, images, partial(self._stored, stream, start, stop))
+
+    def _stored(self, stream: _Stream, start: int, stop: int, unit: int) -> Leaves:
+        kinds = self._replay.outputs[unit].varying
+        return [
+            kind.from_rows(cache.read(start, stop)) for kind, cache in zip(kinds, stream.outputs[unit], strict=True)
+        ]
+
+    def _keep(
+        self,
+        caches: list[RowCache],
+        index: int,
+        start: int,
+        leaves: Leaves,
+        origins: list[int | None],
+        stream: _Stream,
+    ) -> list[RowCache]:
+        """Cache the leaves of a chunk; those that are another unit's output as it is share that unit's cache."""
+        kinds = self._replay.inputs[index].varying
+        if not caches:
+            caches = [
+                self.store.allocate(kind.rows(self.count), kind.dtype) if origin is None else stream.outputs[origin][0]
+                for kind, origin in zip(kinds, origins, strict=True)
+            ]
+        for cache, kind, leaf, origin in zip(caches, kinds, leaves, origins, strict=True):
+            if origin is None:
+                cache.write(start, kind.to_rows(leaf))
+        return caches
+
+    def _run_student(self, index: int, phase: Phase, inputs: list[RowCache]) -> list[RowCache]:
+        port = self._replay.outputs[index]
+        caches = [self.store.allocate(kind.rows(self.count), kind.dtype) for kind in port.varying]
+        with self.model.mode(weights=True, activations=phase.activations), torch.no_grad():
+            for start, stop in self._chunks():
+                output = self._replay.run_unit(index, self._read(index, inputs, start, stop))
+                for cache, kind, leaf in zip(caches, port.varying, port.per_image(output), strict=True):
+                    cache.write(start, kind.to_rows(leaf))
+        return caches
+
+    def _read(self, index: int, caches: list[RowCache], start: int, stop: int) -> Leaves:
+        kinds = self._replay.inputs[index].varying
+        return [kind.from_rows(cache.read(start, stop)) for kind, cache in zip(kinds, caches, strict=True)]
+
+    def _fit(
+        self,
+        index: int,
+        phase: Phase,
+        inputs: _Inputs,
+        targets: list[RowCache],
+        stream: _Stream,
+        rng: Rng,
+        bar: Bar,
+    ) -> UnitReport:
+        """Learn one unit; put it back if that made it worse."""
+        began = time.perf_counter()
+        unit = self.units[index]
+        layers, quantizers = self._parts(index)
+        source = inputs.teacher if phase.inputs == "teacher" else inputs.student
+        with self.model.mode(weights=True, activations=phase.activations):
+            if phase.activations and phase.calibrate_images:
+                self._calibrate(index, phase, source, quantizers)
+            start_loss = self._loss(index, phase, source, targets)
+            before = snapshot(layers, quantizers)
+            learned = Learned(None, (), ())
+            if not (phase.skip_first and index == 0):
+                fisher = self._fisher(index, phase, stream)
+                error_of = self._error_of(index, phase, inputs, targets, fisher, rng)
+                learned = learn_unit(
+                    phase, layers, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
+                )
+            end_loss = self._loss(index, phase, source, targets)
+            diverged = not end_loss <= start_loss
+            if diverged:
+                before.restore(layers, quantizers)
+        if not learned.steps:
+            bar.advance(max(phase.iterations, 1))
+        return UnitReport(
+            name=unit.name, layers=unit.layers, loss_start=_finite(start_loss), loss_end=_finite(end_loss),
+            undecided=learned.undecided, diverged=diverged, seconds=time.perf_counter() - began,
+            steps=learned.steps, losses=learned.losses,
+        )  # fmt: skip
+
+    def _calibrate(
+        self, index: int, phase: Phase, source: list[RowCache], quantizers: Sequence[ActivationQuantizer]
+    ) -> None:
+        """Set the unit's activation ranges from the quantized network's own activations."""
+        count = min(phase.calibrate_images or 0, self.count)
+
+        def run() -> None:
+            for start in range(0, count, _CHUNK):
+                self._replay.run_unit(index, self._read(index, source, start, min(start + _CHUNK, count)))
+
+        with torch.no_grad():
+            observe(quantizers, run, phase.observer)
+
+    def _loss(self, index: int, phase: Phase, source: list[RowCache], targets: list[RowCache]) -> float:
+        """Plain squared reconstruction error over all images, with hard rounding and no dropping."""
+        total = 0.0
+        with torch.no_grad():
+            for start, stop in self._chunks():
+                output = self._replay.run_unit(index, self._read(index, source, start, stop))
+                wanted = self._targets(index, [cache.read(start, stop) for cache in targets])
+                output = self._replay.outputs[index].per_image(output)
+                error = reconstruction_error(output, wanted, self._channels_last(index), 2.0, None, False)
+                total += float(error) * (stop - start)
+        return total / self.count
+
+    def _targets(self, index: int, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        kinds = self._replay.outputs[index].varying
+        leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
+        return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+    def _channels_last(self, index: int) -> bool:
+        """Whether the unit puts out tokens `[..., C]` rather than feature maps `[B, C, H, W]`."""
+        return isinstance(get_module(self.model.module, self.units[index].layers[-1]), nn.Linear)
+
+    def _error_of(
+        self,
+        index: int,
+        phase: Phase,
+        inputs: _Inputs,
+        targets: list[RowCache],
+        fisher: RowCache | None,
+        rng: Rng,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The differentiable error of a batch of image indices."""
+        kinds = self._replay.inputs[index].varying
+        port = self._replay.outputs[index]
+        channels_last = self._channels_last(index)
+        generator = rng.generator("mix", self.model.device)
+
+        def error_of(batch: torch.Tensor) -> torch.Tensor:
+            student = [cache.gather(batch) for cache in inputs.student] if inputs.student else []
+            rows = [cache.gather(batch) for cache in inputs.teacher] if phase.inputs != "student" else student
+            if phase.inputs == "mixed":
+                rows = [_mix(s, t, phase.keep, generator) for s, t in zip(student, rows, strict=True)]
+            leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
+            output = port.per_image(self._replay.run_unit(index, leaves))
+            wanted = self._targets(index, [cache.gather(batch) for cache in targets])
+            weights = fisher.gather(batch) if fisher is not None else None
+            return reconstruction_error(output, wanted, channels_last, phase.norm, weights, phase.fisher == "full")
+
+        return error_of
+
+    def _fisher(self, index: int, phase: Phase, stream: _Stream) -> RowCache | None:
+        """`|gradient| + 1` of the output error with respect to the unit's (first) output (BRECQ, arXiv:2102.05426).
+
+        The gradient is that of `KL(float softmax || quantized softmax)`, batch mean, with the network quantized up to
+        and including the unit. This is the one place that runs the rest of the network for every unit.
+        """
+        if phase.fisher is None:
+            return None
+        kind = self._replay.outputs[index].varying[0]
+        cache = self.store.allocate(kind.rows(self.count), kind.dtype)
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: object, output: object) -> object:
+            leaves, spec = pytree.tree_flatten(output)
+            caught.append(leaves[0].detach().requires_grad_())
+            return pytree.tree_unflatten([caught[-1].clone(), *leaves[1:]], spec)
+
+        module = get_module(self.model.module, self.units[index].name)
+        for start, stop in self._chunks():
+            images = self._images.read(start, stop)
+            with torch.no_grad(), self.model.mode(weights=False, activations=False):
+                wanted = F.softmax(self.model(images), 1)
+            with hooked([(module, catch)]), self._later_in_float(index), torch.enable_grad():
+                logits = self._replay.run_from(index, images, partial(self._stored, stream, start, stop))
+                error = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="batchmean")
+                (gradient,) = torch.autograd.grad(error, caught.pop())
+            cache.write(start, kind.to_rows(gradient.abs() + 1))
+        return cache
+
+    @contextmanager
+    def _later_in_float(self, index: int) -> Iterator[None]:
+        """Leave the units after `index` in floating point for a while."""
+        later = [self._parts(other) for other in range(index + 1, len(self.units))]
+        layers = [(layer, layer.weights_enabled) for part, _ in later for layer in part]
+        quantizers = [(quantizer, quantizer.enabled) for _, part in later for quantizer in part]
+        try:
+            for layer, _ in layers:
+                layer.weights_enabled = False
+            for quantizer, _ in quantizers:
+                quantizer.enabled = False
+            yield
+        finally:
+            for layer, enabled in layers:
+                layer.weights_enabled = enabled
+            for quantizer, enabled in quantizers:
+                quantizer.enabled = enabled
+
+
+@dataclass
+class _Inputs:
+    """Cached arguments of the unit at hand."""
+
+    student: list[RowCache] = field(default_factory=list)
+    teacher: list[RowCache] = field(default_factory=list)
+
+
+def _mix(student: torch.Tensor, teacher: torch.Tensor, keep: float, generator: torch.Generator) -> torch.Tensor:
+    """QDrop's mixture of quantized and float inputs, element by element; whole numbers and masks are the teacher's."""
+    if not student.is_floating_point():
+        return teacher
+    return torch.where(random_keep(student, keep, generator), student, teacher)
+
+
+def _owners(model: QuantModel, units: Sequence[Unit]) -> list[list[ActivationQuantizer]]:
+    """For each unit the quantizers it may learn: those it runs itself and that no earlier unit has learned."""
+    taken: set[int] = set()
+    owners = []
+    for unit in units:
+        root = get_module(model.module, unit.name)
+        own = [part for part in root.modules() if isinstance(part, ActivationQuantizer) and id(part) not in taken]
+        taken |= {id(part) for part in own}
+        owners.append(own)
+    return owners
+
+
+def _ticker(bar: Bar, unit: Unit) -> Callable[[int, float | None], None]:
+    def tick(step: int, loss: float | None) -> None:
+        if loss is None:
+            bar.advance(1)
+        else:
+            bar.advance(1, unit=unit.name or "network", loss=loss)
+
+    return tick
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None

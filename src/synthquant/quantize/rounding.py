@@ -1,0 +1,77 @@
+"""What the methods that learn roundings have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from synthquant.core.progress import Progress
+from synthquant.core.rng import Rng
+from synthquant.core.settings import Settings
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import MemoryBudget, QuantReport
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.reconstruct import Reconstruction
+
+
+class LearnedRounding(Settings):
+    """Settings of AdaRound's soft rounding (arXiv:2004.10568), which BRECQ, QDrop and Genie-M share."""
+
+    granularity: Literal["block", "layer", "network"] = "block"
+    """What is fitted at a time: a block of the network, one layer, or the whole network."""
+    iterations: int = Field(default=20000, ge=0)
+    """Optimisation steps for each unit."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images in a step."""
+    rounding_lr: float = Field(default=1e-3, gt=0)
+    """Adam learning rate of the rounding logits, constant."""
+    rounding_weight: float = Field(default=0.01, ge=0)
+    """Factor of the regulariser that pushes roundings to 0 or 1, relative to an error summed over channels."""
+    warm_up: float = Field(default=0.2, ge=0, le=1)
+    """Share of the steps before the regulariser sets in."""
+    beta_start: float = Field(default=20.0, gt=1)
+    """Exponent of the regulariser when it sets in: high, so that only nearly decided roundings are pushed."""
+    beta_end: float = Field(default=2.0, gt=1)
+    """Exponent of the regulariser at the last step."""
+    observer: str = "genie"
+    """How ranges are searched where the scheme does not say: `minmax`, `brecq`, `genie` or `qdrop`."""
+    calibration_images: int = Field(default=64, ge=1)
+    """Images from which activation ranges are set."""
+
+
+def prepare(
+    model: QuantModel, images: ImageSet, settings: LearnedRounding, *, quantized_weights: bool
+) -> CalibrationImages:
+    """Calibrate weights and activations, and give the images as the network sees them."""
+    calibration = CalibrationImages(model, images)
+    calibrate_weights(model, settings.observer)
+    calibrate_activations(
+        model, calibration, settings.calibration_images, settings.observer, quantized_weights=quantized_weights
+    )
+    return calibration
+
+
+def reconstruct(
+    name: str,
+    model: QuantModel,
+    calibration: CalibrationImages,
+    settings: LearnedRounding,
+    phase: Phase,
+    rng: Rng,
+    progress: Progress,
+    workdir: Path | None,
+    memory: MemoryBudget,
+) -> QuantReport:
+    """Run one phase over all units."""
+    engine = Reconstruction(model, calibration, settings.granularity, memory, workdir)
+    units = engine.run(phase, rng.child(phase.name), progress)
+    progress.say(f"{name}: peak cache {_describe(engine.store.peak)}")
+    return QuantReport(method=name, units=tuple(units))
+
+
+def _describe(peak: dict[str, int]) -> str:
+    return ", ".join(f"{place} {size / 2**20:.0f} MiB" for place, size in peak.items() if size) or "empty"
