@@ -77,16 +77,20 @@ class OutputError(SynthquantError, OSError):
 
 
 class MissingExtraError(SynthquantError, ImportError):
-    """An optional package is not installed; names the extra that brings it."""
+    """An optional package is not installed; names the extra that brings it, and what it is needed for."""
 
-    def __init__(self, package: str, extra: str) -> None:
+    def __init__(self, package: str, extra: str, purpose: str = "") -> None:
         self.package = package
         self.extra = extra
-        super().__init__(f"package {package!r} is not installed; install it with: pip install 'synthquant[{extra}]'")
+        self.purpose = purpose
+        start = f"{purpose}: " if purpose else ""
+        super().__init__(
+            f"{start}package {package!r} is not installed; install it with: pip install 'synthquant[{extra}]'"
+        )
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
-        """Pickle by the two constructor arguments."""
-        return type(self), (self.package, self.extra)
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        """Pickle by the constructor's arguments."""
+        return type(self), (self.package, self.extra, self.purpose)
 
 
 class VerificationError(SynthquantError):

@@ -1,0 +1,259 @@
+"""Images from where people keep them: folders, Parquet files, `datasets`, the package itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synthquant.core.errors import DataError, MissingExtraError, UnknownNameError
+from synthquant.core.progress import QUIET, Progress
+from synthquant.data.image_set import ImageSet
+from synthquant.data.manifest import MANIFEST_NAME, Manifest, SetAside
+from synthquant.data.parts import ParquetRows, PartFile, open_parquet
+from synthquant.data.rows import FileRows, Rows, Stored
+from synthquant.data.store import JOURNAL_NAME
+
+ACCEPTED = (
+    "an image set folder, a folder of images (in class folders), a Parquet file or folder, "
+    "a datasets NAME[:SPLIT], or bundled/NAME"
+)
+BUNDLED = {"cifar10-test": "models/zoo/data/cifar10-test.parquet"}
+
+_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label",)
+_DATASET_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<split>[\w\[\]%:+.-]+))?")
+_DEFAULT_SPLITS = ("test", "validation", "val")
+
+
+def open_images(source: str | Path, *, columns: tuple[str, str] | None = None) -> ImageSet:
+    """Open images with their labels; nothing is copied and pixels are read when asked for.
+
+    `source` is an image set folder; a folder with one folder of images per class (labels are the positions of the
+    sorted folder names, or the names themselves if all are whole numbers) or with images only (no labels); a Parquet
+    file or folder; a `datasets` name with an optional split; or `bundled/NAME`. `columns` names the image and the label
+    column where they are not called `image` (or `img`) and `label`.
+
+    Raises `DataError` if there is no such source or it holds no image, `MissingExtraError` if `datasets` is needed and
+    not installed.
+    """
+    text = str(source)
+    if text.startswith("bundled/"):
+        return _open_bundled(text.removeprefix("bundled/"))
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _open_parquet([path], columns)
+    if path.is_dir():
+        return _open_folder(path, columns)
+    match = _DATASET_NAME.fullmatch(text)
+    if match is None or Path(match["name"]).suffix in (".parquet", *_SUFFIXES):
+        raise DataError(f"no images at {text!r}; accepted: {ACCEPTED}")
+    return _open_dataset(match["name"], match["split"], columns)
+
+
+def import_images(
+    source: str | Path,
+    out_folder: Path | str,
+    progress: Progress = QUIET,
+    *,
+    columns: tuple[str, str] | None = None,
+) -> ImageSet:
+    """Copy the images of any source into a new image set folder and return that set.
+
+    Broken images are set aside with a reason. Raises what `open_images` and `ImageSet.save` raise.
+    """
+    return open_images(source, columns=columns).save(out_folder, progress)
+
+
+def _open_bundled(name: str) -> ImageSet:
+    if name not in BUNDLED:
+        raise UnknownNameError("bundled image set", name, sorted(BUNDLED))
+    file = resources.files("synthquant").joinpath(BUNDLED[name])
+    return _open_parquet([Path(str(file))], None)
+
+
+def _open_folder(folder: Path, columns: tuple[str, str] | None) -> ImageSet:
+    if (folder / MANIFEST_NAME).is_file():
+        return ImageSet.open(folder)
+    if (folder / JOURNAL_NAME).is_file():
+        raise DataError(f"{folder} is an unfinished image set; run the command that makes it again to finish it")
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        return _dataset_images(_datasets(str(folder)).load_from_disk(str(folder)), str(folder), columns)
+    files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    return _open_parquet(files, columns) if files else _open_image_folder(folder)
+
+
+def _open_parquet(files: Sequence[Path], columns: tuple[str, str] | None) -> ImageSet:
+    parts = []
+    names: list[str] = []
+    for path in files:
+        try:
+            file = open_parquet(path)
+        except DataError as error:
+            raise DataError(f"{error}; accepted: {ACCEPTED}" if len(files) == 1 else str(error)) from error
+        names = names or list(file.schema_arrow.names)
+        parts.append(PartFile(path, file.metadata.num_rows))
+        file.close()
+    image_column = _chosen(columns and columns[0], _IMAGE_COLUMNS, names, files[0])
+    if image_column is None:
+        raise DataError(f"{files[0]} has no image column {' or '.join(_IMAGE_COLUMNS)}; columns: {', '.join(names)}")
+    label_column = _chosen(columns and columns[1], _LABEL_COLUMNS, names, files[0])
+    return _external(ParquetRows(parts, image_column=image_column, label_column=label_column), str(files[0]))
+
+
+def _chosen(wanted: str | None, usual: Sequence[str], names: Sequence[str], where: object) -> str | None:
+    if wanted is not None and wanted not in names:
+        raise DataError(f"{where} has no column {wanted!r}; columns: {', '.join(names)}")
+    return wanted or next((name for name in usual if name in names), None)
+
+
+def _external(rows: Rows, where: str, set_aside: Sequence[SetAside] = ()) -> ImageSet:
+    if not len(rows):
+        found = f", only {set_aside[0].name} and the like" if set_aside else ""
+        raise DataError(f"no images in {where}{found}; accepted: {ACCEPTED}")
+    return ImageSet(rows, Manifest(count=len(rows), framing="raw", set_aside=tuple(set_aside)))
+
+
+def _open_image_folder(root: Path) -> ImageSet:
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    by_class = {name: list(_files_below(root, name)) for name in classes}
+    classes = [name for name in classes if any(_is_image(file) for file in by_class[name])]
+    top = sorted(entry.name for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    set_aside = [
+        SetAside(name=file, reason="not an image by its name")
+        for file in [*top, *(file for files in by_class.values() for file in files)]
+        if not _is_image(file)
+    ]
+    if not classes:
+        return _external(FileRows(root, [file for file in top if _is_image(file)], None), str(root), set_aside)
+    set_aside += [SetAside(name=file, reason="outside the class folders") for file in top if _is_image(file)]
+    numbers = _class_numbers(classes)
+    names: list[str] = []
+    labels: list[int] = []
+    for name in classes:
+        images = [file for file in by_class[name] if _is_image(file)]
+        names += images
+        labels += [numbers[name]] * len(images)
+    return _external(FileRows(root, names, labels), str(root), set_aside)
+
+
+def _class_numbers(classes: Sequence[str]) -> dict[str, int]:
+    # Sorted as text, "10" comes before "2": folders that are numbered mean their numbers.
+    if all(name.isdecimal() for name in classes):
+        return {name: int(name) for name in classes}
+    return {name: number for number, name in enumerate(classes)}
+
+
+def _files_below(root: Path, name: str) -> Iterator[str]:
+    """Yield the files below a class folder, relative to the root, in an order that does not depend on the system."""
+    for folder, folders, files in os.walk(root / name, followlinks=True):
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+        relative = Path(folder).relative_to(root).as_posix()
+        for file in sorted(files):
+            if not file.startswith("."):
+                yield f"{relative}/{file}"
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
+
+
+def _datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        if error.name != "datasets":
+            raise
+        purpose = f"{source!r} is no file or folder of images, and to open it with datasets"
+        raise MissingExtraError("datasets", "data", purpose) from error
+    return datasets
+
+
+def _open_dataset(name: str, split: str | None, columns: tuple[str, str] | None) -> ImageSet:
+    datasets = _datasets(name)
+    try:
+        if split is None:
+            split = _default_split(name, datasets.get_dataset_split_names(name))
+        dataset = datasets.load_dataset(name, split=split)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # not found, no network, unknown configuration or split
+        raise DataError(f"no images at {name!r}: no such file or folder, and datasets says: {error}") from error
+    return _dataset_images(dataset, name, columns)
+
+
+def _default_split(name: str, splits: Sequence[str]) -> str:
+    if len(splits) == 1:
+        return splits[0]
+    for usual in _DEFAULT_SPLITS:
+        if usual in splits:
+            return usual
+    raise DataError(f"dataset {name!r} has several splits, say which: {', '.join(f'{name}:{s}' for s in splits)}")
+
+
+def _dataset_images(dataset: Any, name: str, columns: tuple[str, str] | None) -> ImageSet:
+    datasets = _datasets(name)
+    if isinstance(dataset, datasets.DatasetDict):
+        dataset = dataset[_default_split(name, list(dataset))]
+    features = dataset.features
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    classes = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    image_column = _chosen(columns and columns[0], images, list(features), f"dataset {name!r}")
+    if image_column is None:
+        raise DataError(f"dataset {name!r} has no column of images; columns: {', '.join(features)}")
+    label_column = _chosen(columns and columns[1], (*_LABEL_COLUMNS, *classes), list(features), f"dataset {name!r}")
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return _external(_DatasetRows(dataset, name, image_column, label_column), name)
+
+
+class _DatasetRows:
+    """Images in a dataset of `datasets`, which keeps them on disk itself."""
+
+    def __init__(self, dataset: Any, name: str, image_column: str, label_column: str | None) -> None:
+        self._dataset = dataset
+        self._name = name
+        self._image_column = image_column
+        self._label_column = label_column
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        return tuple(c for c in self._dataset.column_names if c not in (self._image_column, self._label_column))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def labels(self) -> Tensor | None:
+        if self._label_column is None:
+            return None
+        values = self.column(self._label_column)
+        if any(value is not None and not isinstance(value, int) for value in values):
+            raise DataError(f"column {self._label_column!r} of dataset {self._name!r} does not hold whole numbers")
+        if all(value is None for value in values):
+            return None
+        return torch.tensor([-1 if value is None else value for value in values], dtype=torch.int64)
+
+    def column(self, name: str) -> list[Any]:
+        return list(self._dataset.with_format(None).select_columns([name])[:][name])
+
+    def fetch(self, indices: Sequence[int]) -> list[Stored]:
+        rows = self._dataset.select_columns([self._image_column])[list(indices)][self._image_column]
+        return [self._stored(index, row) for index, row in zip(indices, rows, strict=True)]
+
+    def fingerprint(self) -> str:
+        return str(self._dataset._fingerprint)
+
+    def _stored(self, index: int, row: dict[str, Any] | None) -> Stored:
+        name = f"{self._name} row {index}"
+        if row is None:
+            return Stored(name, b"")
+        inner = row.get("path")
+        if row.get("bytes") is None and inner:
+            return Stored(inner, Path(inner))
+        return Stored(inner or name, row.get("bytes") or b"")
