@@ -343,7 +343,7 @@ def _rescaled(known: Preprocess, size: tuple[int, int]) -> int | tuple[int, int]
     if known.resize is None:
         return None
     if isinstance(known.resize, int):
-        return round(known.resize * max(size) / max(known.input_size))
+        return round(float(known.resize) * max(size) / max(known.input_size))
     (height, width), (old_height, old_width) = known.resize, known.input_size
     return round(height * size[0] / old_height), round(width * size[1] / old_width)
 
