@@ -1,0 +1,310 @@
+"""Checkpoints: a folder with `model.safetensors` (packed codes) and `quant_config.json` (what they mean).
+
+Tensors in `model.safetensors`:
+
+- `NAME.weight_packed`: codes of the weight of layer NAME, packed as `packing` says, uint8
+- `NAME.weight_scale` `[C, G, 1]` float32 and `NAME.weight_zero_point` `[C, G, 1]`
+- `QUANTIZER.scale` `[1]` float32 and `QUANTIZER.zero_point` `[1]` of every activation quantizer
+- everything else (biases, normalisation, layers left in float) under the names of the float network, batch norms folded
+
+A weight is `(code - zero_point) * scale`. Zero points are whole numbers, kept as uint8 where they fit and as int32
+elsewhere. The same network gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from synthquant.core.errors import InputError, ModelError
+from synthquant.core.files import atomic_folder, read_json, sha256_bytes, write_bytes, write_json
+from synthquant.core.record import package_version
+from synthquant.core.settings import Settings, parse_settings
+from synthquant.data.preprocess import Preprocess
+from synthquant.export.packing import pack_codes, unpack_codes
+from synthquant.methods import EXPORTERS
+from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.open import open_model
+from synthquant.nn.inputs import input_quantizer_name
+from synthquant.nn.quant_model import QuantModel
+from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
+
+CONFIG_NAME = "quant_config.json"
+WEIGHTS_NAME = "model.safetensors"
+_FORMAT = "synthquant-packed"
+_VERSION = 1
+
+
+class LayerEntry(LayerScheme):
+    """How one quantized layer is stored."""
+
+    name: str
+    """Module name."""
+    kind: str
+    """Class of the layer."""
+    shape: tuple[int, ...]
+    """Shape of the weight."""
+    input_quantizer: str | None = None
+    """Name of the quantizer that the layer's input goes through; layers that read one tensor share it."""
+
+
+class FloatModelEntry(Settings):
+    """The network before quantization."""
+
+    name: str
+    """Short name."""
+    source: ModelSource
+    """How to build the architecture again."""
+    fingerprint: str
+    """Hash of its weights."""
+    task: str = "classify"
+    """What the network does."""
+    num_classes: int | None = None
+    """Number of logits."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes, where known."""
+
+
+class QuantConfig(Settings):
+    """Content of `quant_config.json`."""
+
+    format: str = _FORMAT
+    """Always `synthquant-packed`."""
+    format_version: int = _VERSION
+    """Version of the format."""
+    synthquant_version: str
+    """Release that wrote the checkpoint."""
+    scheme: QuantScheme
+    """What was asked for."""
+    scheme_summary: str
+    """The scheme in one line, with its rule for the first and last layer."""
+    layers: tuple[LayerEntry, ...]
+    """Quantized layers in execution order: what they got."""
+    quantizers: dict[str, QuantArgs]
+    """Activation quantizers by name, each once."""
+    float_model: FloatModelEntry
+    """What was quantized."""
+    preprocess: Preprocess
+    """How images become input."""
+    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """Hash of `model.safetensors`."""
+
+
+@dataclass(frozen=True)
+class ArchitectureOnly(FloatModel):
+    """A float model whose weights are not there: random ones stand in for those that the checkpoint was made from."""
+
+    recorded_fingerprint: str = ""
+    """Fingerprint of the weights that were quantized."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the weights that were quantized, so that saving again tells the same origin."""
+        return self.recorded_fingerprint
+
+
+@EXPORTERS.register("checkpoint")
+class Checkpoint(Settings):
+    """Folder of packed integer codes (safetensors) with their description (JSON), for `load_checkpoint`."""
+
+    def export(self, quant_model: QuantModel, folder: Path) -> Path:
+        """Write the checkpoint and return `folder`."""
+        return save_checkpoint(quant_model, folder)
+
+
+def save_checkpoint(quant_model: QuantModel, folder: Path) -> Path:
+    """Write `quant_model` to `folder`, which is there wholly or not at all; one that is already there is replaced.
+
+    Raises:
+        ModelError: activation ranges are not calibrated yet.
+        OutputError: the folder cannot be written.
+    """
+    if not quant_model.calibrated:
+        raise ModelError(f"{quant_model.float_model.name}: not calibrated yet; apply a quantization method first")
+    weights = save_safetensors(_packed(quant_model))
+    config = _config(quant_model, sha256_bytes(weights))
+    with atomic_folder(folder, replace=True) as temporary:
+        write_bytes(temporary / WEIGHTS_NAME, weights)
+        write_json(temporary / CONFIG_NAME, config.model_dump(mode="json"))
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, *, float_model: FloatModel | None = None, device: torch.device | str | None = None
+) -> QuantModel:
+    """Read a checkpoint; the network gives bit for bit the logits of the one that was saved.
+
+    Args:
+        folder: where `save_checkpoint` wrote.
+        float_model: the network that was quantized, if it is at hand; otherwise its architecture is built from its
+            source, and `quant_model.float_model` then is an `ArchitectureOnly`: good for its preprocessing and names,
+            not to compare with.
+        device: where the network goes; by default where `float_model` is, or the CPU.
+
+    Raises:
+        ModelError: a file is missing, damaged or of another format; tensors are missing, unexpected or of a wrong
+            shape; or `float_model` is not the network that was quantized.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a checkpoint: it has no {WEIGHTS_NAME}")
+    data = path.read_bytes()
+    if sha256_bytes(data) != config.weights_sha256:
+        raise ModelError(f"{path} is damaged: its hash is not the one in {CONFIG_NAME}; write the checkpoint again")
+    try:
+        tensors = load_safetensors(data)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a safetensors file: {error}") from error
+    model = _float_model(config, float_model, device)
+    quant_model = QuantModel.build(model, config.scheme)
+    _check_layers(config, _layer_entries(quant_model), folder)
+    try:
+        quant_model.load_state(_unpacked(config, tensors, path))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return quant_model
+
+
+def read_config(folder: Path) -> QuantConfig:
+    """Read and check `quant_config.json`.
+
+    Raises:
+        ModelError: it is missing, damaged or of another format or version.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
+    try:
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
+        if content.get("format_version") != _VERSION:
+            raise ModelError(f"{path} has version {content.get('format_version')!r}, this release reads {_VERSION}")
+        return parse_settings(QuantConfig, content, str(path))
+    except ModelError:
+        raise
+    except InputError as error:
+        raise ModelError(str(error)) from error
+
+
+def _float_model(config: QuantConfig, given: FloatModel | None, device: torch.device | str | None) -> FloatModel:
+    entry = config.float_model
+    if given is None:
+        built = open_model(entry.source, pretrained=False)
+        model: FloatModel = ArchitectureOnly(
+            module=built.module,
+            preprocess=config.preprocess,
+            name=entry.name,
+            source=entry.source,
+            num_classes=entry.num_classes,
+            class_names=entry.class_names,
+            recorded_fingerprint=entry.fingerprint,
+        )
+    elif given.fingerprint != entry.fingerprint:
+        raise ModelError(f"the checkpoint was made from other weights of {entry.name} than the float model given")
+    else:
+        model = given
+    return model if device is None else model.to(device)
+
+
+def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
+    model = quant_model.float_model
+    return QuantConfig(
+        synthquant_version=package_version(),
+        scheme=quant_model.scheme,
+        scheme_summary=quant_model.scheme.describe(),
+        layers=tuple(_layer_entries(quant_model)),
+        quantizers={name: quantizer.args for name, quantizer in quant_model.quantizers.items()},
+        float_model=FloatModelEntry(
+            name=model.name,
+            source=model.source,
+            fingerprint=model.fingerprint,
+            task=model.task,
+            num_classes=model.num_classes,
+            class_names=model.class_names,
+        ),
+        preprocess=model.preprocess,
+        weights_sha256=weights_sha256,
+    )
+
+
+def _layer_entries(quant_model: QuantModel) -> list[LayerEntry]:
+    kinds = {row.name: row.kind for row in quant_model.coverage()}
+    entries = []
+    for name, layer in quant_model.layers.items():
+        weights, quantizer = layer.weight_quantizer, input_quantizer_name(quant_model, name)
+        entries.append(
+            LayerEntry(
+                name=name,
+                kind=kinds[name],
+                shape=tuple(layer.weight.shape) if weights is None else weights.layout.shape,
+                weights=None if weights is None else weights.args,
+                input_activations=None if quantizer is None else quant_model.quantizers[quantizer].args,
+                input_quantizer=quantizer,
+            )
+        )
+    return entries
+
+
+def _check_layers(config: QuantConfig, built: list[LayerEntry], folder: Path) -> None:
+    """Refuse a checkpoint whose layers are not those that this release makes of the network and the scheme."""
+    recorded = {entry.name: entry for entry in config.layers}
+    for entry in built:
+        if recorded.pop(entry.name, None) != entry:
+            raise ModelError(f"{folder / CONFIG_NAME}: layer {entry.name} is not what {config.float_model.name} has")
+    if recorded:
+        raise ModelError(f"{folder / CONFIG_NAME}: {config.float_model.name} has no layer {next(iter(recorded))}")
+
+
+def _packed(quant_model: QuantModel) -> dict[str, Tensor]:
+    """The state of the network with codes packed and zero points as integers, on the CPU."""
+    bits = {
+        f"{name}.weight_codes": layer.weight_quantizer.num_bits
+        for name, layer in quant_model.layers.items()
+        if layer.weight_quantizer is not None
+    }
+    packed = {}
+    for name, value in quant_model.state().items():
+        if name in bits:
+            packed[_packed_name(name)] = pack_codes(value, bits[name])
+        elif name.endswith("zero_point"):
+            packed[name] = _whole(value.cpu(), name)
+        else:
+            packed[name] = value.cpu().contiguous().clone()  # safetensors takes no tensors that share memory
+    return packed
+
+
+def _unpacked(config: QuantConfig, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The inverse of `_packed`; what is missing stays missing."""
+    state = dict(tensors)
+    for entry in config.layers:
+        codes_name = f"{entry.name}.weight_codes"
+        packed = state.pop(_packed_name(codes_name), None)
+        if entry.weights is None or packed is None:
+            continue
+        try:
+            state[codes_name] = unpack_codes(packed, entry.weights.num_bits, entry.shape)
+        except ValueError as error:
+            raise ModelError(f"{path}: {_packed_name(codes_name)}: {error}") from error
+    return state
+
+
+def _packed_name(codes_name: str) -> str:
+    return codes_name.removesuffix("weight_codes") + "weight_packed"
+
+
+def _whole(zero_point: Tensor, name: str) -> Tensor:
+    """Zero points as uint8 if they fit, else int32."""
+    if not torch.equal(zero_point, zero_point.round()):
+        raise ModelError(f"{name} is not a whole number; calibrate again before saving")
+    small = bool(((zero_point >= 0) & (zero_point <= 255)).all())
+    return zero_point.to(torch.uint8 if small else torch.int32)
