@@ -1,7 +1,7 @@
 """What can be plugged in: the protocol of every kind of method, and its registry.
 
-A method is a `Settings` subclass, whose fields are its whole configuration, with one verb. The first line of its docstring
-names the paper and its arXiv id. Adding one is a file and a decorator:
+A method is a `Settings` subclass, whose fields are its whole configuration, with one verb. The first line of its
+docstring names the paper and its arXiv id. Adding one is a file and a decorator:
 
     @SYNTHESIZERS.register("my_method")
     class MyMethod(Settings):
@@ -40,7 +40,7 @@ class MemoryBudget(Settings):
     """GiB of cache kept on an accelerator; none: half of what is free there. Not used on a CPU."""
 
     host_gib: float | None = Field(default=None, ge=0)
-    """GiB of cache kept in main memory; none: half of what is free. What does not fit goes to files in the run folder."""
+    """GiB of cache kept in main memory; none: half of what is free. What does not fit goes to files of the run."""
 
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of cached unit inputs and outputs; half precision halves the cache."""
@@ -106,8 +106,8 @@ class Synthesizer(Protocol):
     ) -> ImageSet:
         """Make exactly `count` images in pixel space; the last batch may be smaller.
 
-        With a `writer`, each batch is one part on disk and parts that are already there are skipped. Batch `b` draws only from
-        `rng.child(f"batch-{b}")`, so that a resumed run makes the same bytes.
+        With a `writer`, each batch is one part on disk and parts that are already there are skipped. Batch `b` draws
+        only from `rng.child(f"batch-{b}")`, so that a resumed run makes the same bytes.
         """
         ...
 
@@ -131,7 +131,7 @@ class QuantStep(Protocol):
         *,
         progress: Progress = QUIET,
         workdir: Path | None = None,
-        memory: MemoryBudget | None = None,
+        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
     ) -> QuantReport:
         """Quantize `quant_model` in place with `images`.
 

@@ -1,0 +1,89 @@
+"""Options that several commands share; their help is the docstring of the setting they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from synthquant.core.errors import RecipeError
+from synthquant.core.settings import Settings, parse_settings
+from synthquant.methods import QUANTIZERS, SYNTHESIZERS
+from synthquant.models.float_model import ModelSource
+from synthquant.recipe import EvaluateSection, Recipe, SourceSection, SynthesizeSection
+
+
+def _help(settings: type[Settings], field: str) -> str:
+    return " ".join((settings.model_fields[field].description or "").split()).replace("`", "")
+
+
+# Defaults have one source, the settings; here they only get names.
+COUNT: int = SynthesizeSection.model_fields["count"].default
+DEVICE: str = Recipe.model_fields["device"].default
+SEED: int = Recipe.model_fields["seed"].default
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_help(ModelSource, "source"), show_default=False)]
+Weights = Annotated[str | None, typer.Option(metavar="FILE", help=_help(ModelSource, "weights"))]
+InputSize = Annotated[
+    str | None, typer.Option(metavar="H,W", help=f"{_help(ModelSource, 'input_size')} One number for a square.")
+]
+Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help=_help(ModelSource, "mean"))]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help=_help(ModelSource, "std"))]
+NumClasses = Annotated[int | None, typer.Option(help=_help(ModelSource, "num_classes"))]
+
+Images = Annotated[str, typer.Option(metavar="IMAGES", help=_help(SourceSection, "source"), show_default=False)]
+Data = Annotated[str, typer.Option(metavar="DATA", help=_help(EvaluateSection, "data"), show_default=False)]
+OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=_help(EvaluateSection, "data"))]
+SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
+QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
+
+Count = Annotated[int, typer.Option(min=1, help=_help(SynthesizeSection, "count"))]
+Device = Annotated[str, typer.Option(help=_help(Recipe, "device"))]
+Seed = Annotated[int, typer.Option(min=0, help=_help(Recipe, "seed"))]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Change a setting; may be given several times.", show_default=False
+    ),
+]
+ImagesOut = Annotated[Path, typer.Option(metavar="IMAGES", help="Folder of the image set.", show_default=False)]
+RunOut = Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run.", show_default=False)]
+
+
+def model_section(
+    source: str, weights: str | None, input_size: str | None, mean: str | None, std: str | None, num_classes: int | None
+) -> dict[str, Any]:
+    """Return the `model` section of a recipe from the model options; what was not given is left out."""
+    size = None if input_size is None else _numbers("--input-size", input_size, (1, 2), int)
+    values = {
+        "source": source,
+        "weights": weights,
+        "input_size": size * 2 if size is not None and len(size) == 1 else size,
+        "mean": None if mean is None else _numbers("--mean", mean, (3,), float),
+        "std": None if std is None else _numbers("--std", std, (3,), float),
+        "num_classes": num_classes,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def model_source(
+    source: str, weights: str | None, input_size: str | None, mean: str | None, std: str | None, num_classes: int | None
+) -> ModelSource:
+    """Return the network that the model options name."""
+    values = model_section(source, weights, input_size, mean, std, num_classes)
+    return parse_settings(ModelSource, values, "command line")
+
+
+def _numbers(option: str, text: str, counts: tuple[int, ...], kind: type[int] | type[float]) -> list[float]:
+    try:
+        values = [kind(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        wanted = " or ".join(str(count) for count in counts)
+        raise RecipeError(f"{option} {text!r}: give {wanted} numbers separated by commas")
+    return list(values)

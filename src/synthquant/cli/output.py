@@ -1,0 +1,65 @@
+"""Results on standard output: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from synthquant.core.record import RunRecord
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
+    """Print what a run measured: float beside quantized."""
+    evaluation = record.stages["evaluate"].metrics
+    if as_json:
+        print_json({"out": str(out), **{key: evaluation[key] for key in ("accuracy", "data", "count")}})
+        return
+    print(record.stages["quantize"].metrics["scheme"])
+    print_table(evaluation["accuracy"])
+    print(f"run: {out}, report: {out / 'report.html'}")
+
+
+def accuracy_rows(record: RunRecord) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the rows of the float and of the quantized network."""
+    float_row, quantized_row = record.stages["evaluate"].metrics["accuracy"]
+    return float_row, quantized_row
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows of the accuracy table in aligned columns."""
+    columns = {
+        "name": str,
+        "top1": _percent,
+        "interval": _interval,
+        "top5": _percent,
+        "recovery": _percent,
+        "agreement": _percent,
+        "kl": lambda value: f"{value:.4f}",
+        "size_bytes": lambda value: f"{value / 1024:.0f} KiB",
+    }
+    present = [name for name in columns if any(row.get(name) is not None for row in rows)]
+    lines = [[name.removesuffix("_bytes") for name in present]]
+    for row in rows:
+        lines.append([columns[name](row[name]) if row.get(name) is not None else "-" for name in present])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(present))]
+    for line in lines:
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def _interval(value: Sequence[float]) -> str:
+    return f"{100 * value[0]:.1f}-{100 * value[1]:.1f}"

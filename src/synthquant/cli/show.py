@@ -1,0 +1,93 @@
+"""`list`, `show` and `report`: what there is, and what came out."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from synthquant.cli import options
+from synthquant.cli.output import print_json
+from synthquant.core.errors import UnknownNameError
+from synthquant.core.registry import Registry
+from synthquant.core.settings import Settings, allowed_range
+from synthquant.methods import EXPORTERS, METRICS, QUANTIZERS, SELECTORS, SYNTHESIZERS
+from synthquant.models.zoo import ZOO
+from synthquant.report.html import write_report
+
+Method = Annotated[str, typer.Argument(metavar="METHOD", help="A name that `list` prints.", show_default=False)]
+
+_METHODS: dict[str, Registry[Any]] = {
+    "synthesize": SYNTHESIZERS,
+    "select": SELECTORS,
+    "quantize": QUANTIZERS,
+    "metrics": METRICS,
+    "export": EXPORTERS,
+}
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("report.html"),
+    json: options.Json = False,
+) -> None:
+    """Write one self-contained HTML page about one or several runs, side by side."""
+    page = write_report(runs, out)
+    print_json({"report": str(page)}) if json else print(page)
+
+
+def list_methods(
+    kind: Annotated[str | None, typer.Argument(help=f"One of {', '.join([*_METHODS, 'zoo'])}; all without it.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List the methods of each kind and the bundled networks."""
+    tables = {name: {entry: _title(method) for entry, method in methods.items()} for name, methods in _METHODS.items()}
+    tables["zoo"] = {f"zoo/{name}": f"{len(entry.class_names)} classes" for name, entry in ZOO.items()}
+    if kind is not None:
+        if kind not in tables:
+            raise UnknownNameError("kind", kind, tables)
+        tables = {kind: tables[kind]}
+    if json:
+        print_json(tables)
+        return
+    for name, table in tables.items():
+        for entry, title in table.items():
+            print(f"{name:<12}{entry:<24}{title}")
+
+
+def show(
+    method: Method,
+    json: options.Json = False,
+) -> None:
+    """Show what a method is and all its settings: what --set and recipes take."""
+    found = [methods.get(method) for methods in _METHODS.values() if method in methods]
+    if not found:
+        raise UnknownNameError("method", method, [name for methods in _METHODS.values() for name in methods.names()])
+    cls = cast(type[Settings], found[0])
+    fields = [
+        {
+            "name": name,
+            "type": _type_name(field.annotation),
+            "default": field.get_default(call_default_factory=True),
+            "allowed": allowed_range(field),
+            "description": " ".join((field.description or "").split()),
+        }
+        for name, field in cls.model_fields.items()
+    ]
+    if json:
+        print_json({"name": method, "description": inspect.getdoc(cls), "settings": fields})
+        return
+    print(f"{method}: {inspect.getdoc(cls)}\n")
+    for entry in fields:
+        allowed = f", {entry['allowed']}" if entry["allowed"] else ""
+        print(f"  {entry['name']} ({entry['type']}{allowed}) = {entry['default']}\n      {entry['description']}")
+
+
+def _title(method: object) -> str:
+    return (inspect.getdoc(method) or "").partition("\n")[0]
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -1,0 +1,108 @@
+"""`synthesize`, `quantize` and `evaluate`: one stage at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from synthquant import pipeline
+from synthquant.cli import options
+from synthquant.cli.output import print_json, print_run, print_table
+from synthquant.core.progress import ConsoleProgress
+from synthquant.core.settings import parse_settings
+from synthquant.models.float_model import ModelSource
+from synthquant.models.open import open_model
+from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection, apply_overrides
+
+ModelOrRun = Annotated[
+    str, typer.Argument(metavar="MODEL|RUN", help="A network, or the folder of a run.", show_default=False)
+]
+
+
+def synthesize(
+    model: options.Model,
+    out: options.ImagesOut,
+    method: options.SynthesisMethod = "genie_d",
+    count: options.Count = options.COUNT,
+    weights: options.Weights = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    num_classes: options.NumClasses = None,
+    device: options.Device = options.DEVICE,
+    seed: options.Seed = options.SEED,
+    settings: options.Set = None,
+    json: options.Json = False,
+) -> None:
+    """Make images from a trained network alone; the same command again goes on where a killed one stopped.
+
+    --set takes any field of the method, for example --set iterations=1000; `synthquant show METHOD` lists them.
+    """
+    values = apply_overrides({"method": method, "count": count}, settings or [])
+    section = SynthesizeSection.parse(values, "command line")
+    source = options.model_source(model, weights, input_size, mean, std, num_classes)
+    float_model = open_model(source, device=pipeline.resolve_device(device))
+    images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress())
+    result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
+    print_json(result) if json else print(f"{len(images)} images in {out}")
+
+
+def quantize(
+    model: options.Model,
+    images: options.Images,
+    out: options.RunOut,
+    method: options.QuantMethod = "genie_m",
+    scheme: Annotated[str, typer.Option(help="Bits, as W<bits>A<bits>; more with --set scheme.FIELD=VALUE.")] = "W4A4",
+    data: options.OptionalData = None,
+    weights: options.Weights = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    num_classes: options.NumClasses = None,
+    device: options.Device = options.DEVICE,
+    seed: options.Seed = options.SEED,
+    settings: options.Set = None,
+    json: options.Json = False,
+) -> None:
+    """Quantize a network with images that exist; with --data also measure it on these.
+
+    --set takes any field of the method, for example --set iterations=1000; `synthquant show METHOD` lists them.
+    """
+    section = apply_overrides({"method": method, "scheme": {"preset": scheme}}, settings or [])
+    values = {
+        "model": options.model_section(model, weights, input_size, mean, std, num_classes),
+        "images": {"source": images},
+        "quantize": section,
+        "evaluate": data,
+        "device": device,
+        "seed": seed,
+    }
+    record = pipeline.run(Recipe.parse(values, "command line"), out, ConsoleProgress())
+    print_run(out, record, as_json=json)
+
+
+def evaluate(
+    model: ModelOrRun,
+    data: options.Data,
+    weights: options.Weights = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    num_classes: options.NumClasses = None,
+    device: options.Device = options.DEVICE,
+    seed: options.Seed = options.SEED,
+    settings: options.Set = None,
+    json: options.Json = False,
+) -> None:
+    """Measure a network or a run's quantized network on labelled images.
+
+    --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32. The seed changes nothing.
+    """
+    section = parse_settings(EvaluateSection, apply_overrides({"data": data}, settings or []), "command line")
+    source: ModelSource | Path = Path(model)
+    if not Path(model).is_dir():
+        source = options.model_source(model, weights, input_size, mean, std, num_classes)
+    row = pipeline.evaluate(source, section, device, ConsoleProgress())
+    print_json(row) if json else print_table([row])

@@ -1,0 +1,157 @@
+"""A folder that a flow of stages fills, and that a later call can take up again.
+
+RUN/  recipe.yaml   run.json   images/   model/   report.html   (work/ while it is unfinished)
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from synthquant.core.errors import InputError, OutputError, SynthquantError
+from synthquant.core.files import require_writable
+from synthquant.core.record import RunRecord, environment, peak_memory_bytes, reset_peak_memory
+
+
+class RunFolder:
+    """A run on disk: its files and its record, which is saved whenever a stage begins or ends.
+
+    Args:
+        path: the folder; it is made when the first stage begins.
+        recipe: the resolved recipe, plain data.
+        device: where the stages compute, for time, memory and environment.
+        seed: the run's seed.
+        place: paths of recipe settings that say where a run is computed, not what: a run may go on with others.
+
+    The section of a recipe that is named like a stage may also change until that stage begins.
+
+    Raises:
+        InputError: the folder holds a run of another recipe.
+        OutputError: the folder cannot be written, or holds something that is not a run.
+    """
+
+    def __init__(
+        self, path: Path, recipe: Mapping[str, Any], *, device: str, seed: int, place: Collection[str] = ()
+    ) -> None:
+        self.path = path
+        self.device = device
+        require_writable(path)
+        if (path / "run.json").exists():
+            self.record = RunRecord.load(path / "run.json")
+            self._require_same(recipe, place)
+            self.record.recipe = dict(recipe)
+        elif path.is_dir() and any(path.iterdir()):
+            raise OutputError(f"{path} is not empty and not a run folder; choose another --out")
+        else:
+            self.record = RunRecord(seed=seed, recipe=dict(recipe))
+
+    @property
+    def images(self) -> Path:
+        """The image set the run made."""
+        return self.path / "images"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The quantized network."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def work(self) -> Path:
+        """What only a resumed run needs; gone when the run is finished."""
+        return self.path / "work"
+
+    def is_done(self, *stages: str) -> bool:
+        """Return whether all these stages are finished."""
+        return all(name in self.record.stages and self.record.stages[name].status == "done" for name in stages)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Mark a stage as running, then as done or failed, with time and memory; yields the dict of its metrics."""
+        stage = self.record.stage(name)
+        stage.status, seconds_before = "running", stage.seconds
+        self.record.environment = environment(self.device)
+        self._save()
+        metrics: dict[str, Any] = {}
+        reset_peak_memory(self.device)
+        start = time.perf_counter()
+        try:
+            yield metrics
+            stage.metrics = metrics
+            stage.status = "done"
+        finally:
+            if stage.status == "running":
+                stage.status = "failed"
+            stage.seconds = seconds_before + time.perf_counter() - start
+            stage.peak_memory_bytes = peak_memory_bytes(self.device)
+            self._save()
+
+    def _require_same(self, recipe: Mapping[str, Any], place: Collection[str]) -> None:
+        before, after = _flat(self.record.recipe), _flat(recipe)
+        for setting in sorted({*before, *after} - set(place)):
+            section = setting.partition(".")[0]
+            may_change = section in ("images", "quantize", "evaluate") and not self._begun(section)
+            if before.get(setting) != after.get(setting) and not may_change:
+                raise InputError(
+                    f"{self.path} holds a run of another recipe ({setting} is {before.get(setting)!r} there, "
+                    f"{after.get(setting)!r} now); choose another --out or remove the folder"
+                )
+
+    def _begun(self, stage: str) -> bool:
+        return stage in self.record.stages and self.record.stages[stage].status != "pending"
+
+    def _save(self) -> None:
+        self.record.save(self.path / "run.json")
+
+
+@contextmanager
+def nothing_half_written(folder: Path, keep: str) -> Iterator[None]:
+    """Make `folder`, and take it away again if an error of ours ends the work before it holds anything of value.
+
+    Args:
+        folder: what is made; a folder that held files before is never touched.
+        keep: glob of the files, relative to `folder`, for which it is kept.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        yield
+        return
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    except SynthquantError:
+        if not any(folder.glob(keep)):
+            _empty(folder)
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

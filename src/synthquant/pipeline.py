@@ -1,0 +1,305 @@
+"""The whole flow: open the network, get images, quantize, measure, write everything down.
+
+A run is a folder. Each finished stage is marked in its `run.json`, and the same call on the same folder goes on after
+the last finished part, unit or stage.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synthquant.core.errors import DataError, InputError, MissingExtraError, ModelError
+from synthquant.core.files import require_writable, write_text
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.record import RunRecord
+from synthquant.core.rng import Rng
+from synthquant.core.run_folder import RunFolder, nothing_half_written
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import input_batches
+from synthquant.data.sources import open_images
+from synthquant.data.store import ImageSetWriter
+from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
+from synthquant.evaluate.agreement import measure_sqnr
+from synthquant.evaluate.cost import float_cost, quantized_cost
+from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config, save_checkpoint
+from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.open import open_model
+from synthquant.nn.quant_model import QuantModel
+from synthquant.recipe import EvaluateSection, Recipe, SourceSection, SynthesizeSection
+from synthquant.report.html import write_report
+
+STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
+"""The stages of a run in order, as `run.json` names them."""
+
+# Settings that say where a run is computed, not what it computes.
+_PLACE = ("device", "memory.device_gib", "memory.host_gib")
+
+
+def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecord:
+    """Do what `recipe` says and leave everything in the folder `out`; called again, do what is missing there.
+
+    Raises:
+        InputError: the recipe names something that does not exist or does not fit together, or `out` holds another
+            run. If nothing of value was made until then, no folder is left behind.
+        OutputError: `out` cannot be written.
+    """
+    device = resolve_device(recipe.device)
+    folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
+    if folder.is_done(*STAGES):
+        progress.say(f"{out}: this run is finished; its results are read from there")
+        return folder.record
+    model = open_model(recipe.model, device=device)
+    real = None
+    if recipe.evaluate is not None:
+        real = open_images(recipe.evaluate.data)
+        _require_known_classes(real, recipe.evaluate.data, model)
+    with nothing_half_written(folder.path, keep="images/part-*"):
+        write_text(folder.path / "recipe.yaml", recipe.to_yaml())
+        _note_model(folder, model)
+        images = _get_images(folder, recipe.images, model, recipe.seed, progress)
+        quant_model = _quantize(folder, recipe, model, images, progress)
+        _evaluate(folder, recipe.evaluate, model, quant_model, images if real is None else real, progress)
+        if not folder.is_done("report"):
+            with folder.stage("report"):
+                write_report([folder.path], folder.report)
+    shutil.rmtree(folder.work, ignore_errors=True)
+    return folder.record
+
+
+def resolve_device(name: str) -> str:
+    """Return `cuda` or `cpu` for `auto`, and any other name as it is."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def synthesize(
+    model: FloatModel, section: SynthesizeSection, seed: int, folder: Path, progress: Progress = QUIET
+) -> ImageSet:
+    """Make the images of `section` in `folder`, part by part; called again, make the parts that are missing.
+
+    Raises:
+        DataError: `folder` holds images of another method, setting, seed or network.
+        UnsupportedModelError: the method does not work for this network; `folder` is not left behind.
+        OutputError: `folder` cannot be written.
+    """
+    require_writable(folder)
+    method = section.build()
+    rng = Rng(seed).child("images")
+    with nothing_half_written(folder, keep="part-*"):
+        writer = ImageSetWriter(
+            folder,
+            method=section.method,
+            settings=section.settings,
+            seed=seed,
+            model_fingerprint=model.fingerprint,
+            image_size=model.preprocess.input_size,
+            target_count=section.count,
+        )
+        return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
+
+
+def evaluate(
+    source: ModelSource | Path, section: EvaluateSection, device: str = "auto", progress: Progress = QUIET
+) -> dict[str, Any]:
+    """Measure a network, or the quantized network in a run folder or checkpoint folder, on labelled images.
+
+    Returns the row of the accuracy table. For a quantized network it holds the agreement with the float network, if
+    that can be opened and still is the one that was quantized; otherwise a warning says why not.
+
+    Raises:
+        ModelError: the network or checkpoint cannot be opened.
+        DataError: the images cannot be used, or a label is not a class of the network.
+    """
+    place = resolve_device(device)
+    data = open_images(section.data)
+    if isinstance(source, ModelSource):
+        model = open_model(source, device=place)
+        return _measure(model.module, model, data, section.batch_size, progress).row(model.name)
+    folder = source if (source / CONFIG_NAME).is_file() else source / "model"
+    float_model = _float_model_of(folder, place, progress)
+    quant_model = load_checkpoint(folder, float_model=float_model, device=place)
+    logits = None
+    if float_model is not None:
+        logits = _logits(float_model.module, float_model, data, section.batch_size, progress)
+    result = _measure(quant_model, quant_model.float_model, data, section.batch_size, progress, logits)
+    return result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
+
+
+def _float_model_of(checkpoint: Path, device: str, progress: Progress) -> FloatModel | None:
+    entry = read_config(checkpoint).float_model
+    try:
+        model = open_model(entry.source, device=device)
+    except (ModelError, MissingExtraError) as error:
+        progress.warn(f"no agreement with the float network: {error}")
+        return None
+    if model.fingerprint != entry.fingerprint:
+        progress.warn(f"no agreement with the float network: {entry.source.source} now has other weights")
+        return None
+    return model
+
+
+def _note_model(folder: RunFolder, model: FloatModel) -> None:
+    """Record which network this is, or check that it still is the same one."""
+    if folder.is_done("model"):
+        if folder.record.stages["model"].metrics["fingerprint"] != model.fingerprint:
+            raise ModelError(f"{folder.path} was made with other weights of {model.name}; choose another --out")
+        return
+    with folder.stage("model") as metrics:
+        metrics |= {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "num_classes": model.num_classes,
+            "class_names": None if model.class_names is None else list(model.class_names),
+            "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "preprocess": model.preprocess.model_dump(mode="json"),
+        }
+
+
+def _get_images(
+    folder: RunFolder, section: SynthesizeSection | SourceSection, model: FloatModel, seed: int, progress: Progress
+) -> ImageSet:
+    if isinstance(section, SourceSection):
+        images = _draw(open_images(section.source), section, seed)
+        if not folder.is_done("images"):
+            with folder.stage("images") as metrics:
+                metrics |= {"method": "given", "source": section.source, "count": len(images)}
+        return images
+    if folder.is_done("images"):
+        return ImageSet.open(folder.images)
+    with folder.stage("images") as metrics:
+        images = synthesize(model, section, seed, folder.images, progress)
+        metrics |= {"method": section.method, "count": len(images), "fingerprint": images.fingerprint}
+    return images
+
+
+def _draw(images: ImageSet, section: SourceSection, seed: int) -> ImageSet:
+    """Draw `section.count` images without repetition, in the order they stand."""
+    if section.count is None:
+        return images
+    if section.count > len(images):
+        raise InputError(
+            f"images.count is {section.count} but {section.source} holds {len(images)}; lower it or leave it out"
+        )
+    order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
+    return images.subset(sorted(order[: section.count].tolist()))
+
+
+def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: ImageSet, progress: Progress) -> QuantModel:
+    if folder.is_done("checkpoint"):
+        return load_checkpoint(folder.checkpoint, float_model=model)
+    # A run that was killed after this stage comes here again; the units are then read from the working folder.
+    with folder.stage("quantize") as metrics:
+        quant_model = QuantModel.build(model, recipe.quantize.scheme)
+        report = recipe.quantize.build().apply(
+            quant_model,
+            images,
+            Rng(recipe.seed).child("quantize"),
+            progress=progress,
+            workdir=folder.work,
+            memory=recipe.memory,
+        )
+        metrics |= report.model_dump(mode="json")
+        metrics |= {
+            "scheme": recipe.quantize.scheme.describe(),
+            "coverage": [asdict(row) for row in quant_model.coverage()],
+        }
+    with folder.stage("checkpoint"):
+        save_checkpoint(quant_model, folder.checkpoint)
+    return quant_model
+
+
+def _evaluate(
+    folder: RunFolder,
+    section: EvaluateSection | None,
+    model: FloatModel,
+    quant_model: QuantModel,
+    images: ImageSet,
+    progress: Progress,
+) -> None:
+    """Measure float and quantized network on `images`: labelled ones, or those that were used to quantize."""
+    if folder.is_done("evaluate"):
+        return
+    with folder.stage("evaluate") as metrics:
+        rows, result = _float_beside_quantized(section, model, quant_model, images, progress)
+        metrics |= {
+            "data": section.data if section else None,
+            "count": result.count,
+            "set_aside": [{"name": name, "reason": reason} for name, reason in result.set_aside],
+            "accuracy": rows,
+            "sqnr": [row.row() for row in measure_sqnr(quant_model, images, float_model=model, progress=progress)],
+        }
+
+
+def _float_beside_quantized(
+    section: EvaluateSection | None, model: FloatModel, quant_model: QuantModel, images: ImageSet, progress: Progress
+) -> tuple[list[dict[str, Any]], Evaluation]:
+    """Return the rows of the accuracy table and the quantized network's evaluation."""
+    name, cost = quant_model.scheme.name, quantized_cost(quant_model).row()
+    if section is None or images.labels is None:
+        # Labels of images that were used to quantize say nothing about accuracy: agreement only.
+        batch_size = section.batch_size if section else EvaluateSection.model_fields["batch_size"].default
+        reference = _logits(model.module, model, images, batch_size, progress)
+        logits = _logits(quant_model, model, images, batch_size, progress)
+        result = replace(compare_logits(logits, None, reference), set_aside=_set_aside(images))
+        return [{"name": "float"} | float_cost(quant_model).row(), result.row(name) | cost], result
+    before = _measure(model.module, model, images, section.batch_size, progress)
+    result = _measure(quant_model, model, images, section.batch_size, progress, before.logits)
+    return [before.row("float") | float_cost(quant_model).row(), result.row(name) | cost], result
+
+
+def _measure(
+    network: nn.Module,
+    model: FloatModel,
+    data: ImageSet,
+    batch_size: int,
+    progress: Progress,
+    reference_logits: Tensor | None = None,
+) -> Evaluation:
+    return evaluate_model(
+        network,
+        model.preprocess,
+        data,
+        reference_logits=reference_logits,
+        batch_size=batch_size,
+        device=model.device,
+        progress=progress,
+        title=_title(network, model),
+    )
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, model: FloatModel, images: ImageSet, batch_size: int, progress: Progress) -> Tensor:
+    """Logits `[N, classes]` for images that need no labels."""
+    parts = []
+    with progress.bar(_title(network, model), len(images)) as bar:
+        for batch in input_batches(images, model.preprocess, batch_size):
+            parts.append(network(batch.inputs.to(model.device)).float().cpu())
+            bar.advance(len(batch.inputs))
+    return torch.cat(parts)
+
+
+def _title(network: nn.Module, model: FloatModel) -> str:
+    return "evaluate float" if network is model.module else "evaluate quantized"
+
+
+def _set_aside(images: ImageSet) -> tuple[tuple[str, str], ...]:
+    return tuple((entry.name, entry.reason) for entry in images.set_aside)
+
+
+def _require_known_classes(data: ImageSet, source: str, model: FloatModel) -> None:
+    """Raise `DataError` before any work is done if a label is no class of the network."""
+    if data.labels is None or model.num_classes is None or not len(data):
+        return
+    highest = int(data.labels.max())
+    if highest >= model.num_classes:
+        raise DataError(
+            f"{source} has labels up to {highest} but {model.name} has {model.num_classes} classes "
+            f"(0 to {model.num_classes - 1}); give data with the network's classes"
+        )

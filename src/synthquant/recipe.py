@@ -1,0 +1,253 @@
+"""A recipe says everything about a run: equal recipes give equal runs.
+
+    version: 1
+    model: {source: timm/resnet18.a1_in1k}
+    images: {method: genie_d, count: 1024, iterations: 4000}
+    quantize: {method: genie_m, scheme: W4A4, iterations: 20000}
+    evaluate: {data: path/to/labelled/images}
+    seed: 0
+
+The fields of the chosen method stand in its section beside `method`. `images: {source: PATH}` uses images that exist.
+Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import Field
+
+# The methods register themselves when their packages are imported.
+import synthquant.quantize
+import synthquant.synthesize  # noqa: F401
+from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
+from synthquant.core.registry import Registry
+from synthquant.core.settings import Settings, parse_settings
+from synthquant.methods import QUANTIZERS, SYNTHESIZERS, MemoryBudget, QuantStep, Synthesizer
+from synthquant.models.float_model import ModelSource
+from synthquant.nn.scheme import QuantScheme
+
+M = TypeVar("M")
+
+
+class SynthesizeSection(Settings):
+    """Images made from the network."""
+
+    method: str
+    """Registered name of a synthesis method."""
+    count: int = Field(default=1024, ge=1)
+    """How many images to make."""
+    settings: dict[str, Any]
+    """All fields of the method; written beside `method` in a recipe."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> SynthesizeSection:
+        """Return the section that `method`, `count` and the fields of the method make; raises as `Recipe.parse`."""
+        own, settings = _split(values, cls, SYNTHESIZERS, "images", where)
+        return parse_settings(cls, {**own, "settings": settings}, f"{where}: images")
+
+    def build(self) -> Synthesizer:
+        """Return the method with its settings."""
+        return build_method(SYNTHESIZERS, self.method, self.settings, "images")
+
+
+class SourceSection(Settings):
+    """Images that exist."""
+
+    source: str
+    """An image set folder, a folder of class folders, a Parquet file or folder, or a `datasets` name."""
+    count: int | None = Field(default=None, ge=1)
+    """How many of them to use, drawn at random; none: all."""
+
+
+class QuantizeSection(Settings):
+    """How the network is quantized."""
+
+    method: str
+    """Registered name of a quantization method."""
+    scheme: QuantScheme
+    """A preset such as `W4A4`, or a mapping with a `preset` and changes to it."""
+    settings: dict[str, Any]
+    """All fields of the method; written beside `method` in a recipe."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> QuantizeSection:
+        """Return the section that `method`, `scheme` and the fields of the method make; raises as `Recipe.parse`."""
+        own, settings = _split(values, cls, QUANTIZERS, "quantize", where)
+        if "scheme" in own:
+            if not isinstance(own["scheme"], str | Mapping | QuantScheme):
+                raise SchemeError(
+                    f"{where}: quantize.scheme is {own['scheme']!r}; give a preset such as W4A4 or a mapping"
+                )
+            own["scheme"] = QuantScheme.parse(own["scheme"])
+        return parse_settings(cls, {**own, "settings": settings}, f"{where}: quantize")
+
+    def build(self) -> QuantStep:
+        """Return the method with its settings."""
+        return build_method(QUANTIZERS, self.method, self.settings, "quantize")
+
+
+class EvaluateSection(Settings):
+    """What float and quantized network are measured on."""
+
+    data: str
+    """Labelled images, in any form that `images.source` takes."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images per forward pass; does not change the result beyond rounding."""
+
+
+class Recipe(Settings):
+    """One run, wholly specified."""
+
+    version: Literal[1] = 1
+    """Version of the recipe format."""
+    model: ModelSource
+    """The trained network; a plain string is its `source`."""
+    images: SynthesizeSection | SourceSection
+    """Where the images to quantize with come from."""
+    quantize: QuantizeSection
+    """How the network is quantized."""
+    evaluate: EvaluateSection | None = None
+    """What to measure on; a plain string is its `data`; none: only what needs no labelled images is measured."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of all random numbers of the run."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ... or `auto`: an accelerator if there is one."""
+    memory: MemoryBudget = MemoryBudget()
+    """Memory that caches may take."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Return the recipe that plain data describes.
+
+        Raises:
+            RecipeError: an unknown key (with the nearest known one), a missing or a bad value; starts with `where`.
+            UnknownNameError: a method that is not registered.
+            SchemeError: a scheme that makes no sense.
+        """
+        known = _expand(values)
+        for section, read in (("images", _read_images), ("quantize", QuantizeSection.parse)):
+            if section in known:
+                known[section] = read(_mapping(known[section], f"{where}: {section}"), where)
+        return parse_settings(cls, known, where)
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML recipe and change it by `overrides` of the form `section.field=value`.
+
+        Raises:
+            RecipeError: the file is missing or not YAML, and all that `parse` raises.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not a YAML file: {error}") from error
+        return cls.parse(apply_overrides(_expand(_mapping(values, str(path))), overrides), str(path))
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe as plain data with every default written out; `parse` gives an equal recipe back."""
+        values = self.model_dump(mode="json")
+        for section in ("images", "quantize"):
+            values[section] |= values[section].pop("settings", {})
+        return values
+
+    def to_yaml(self) -> str:
+        """Return `resolved()` as YAML text."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def build_method(registry: Registry[type[M]], name: str, values: Mapping[str, Any], where: str) -> M:
+    """Return the method registered as `name` with its fields set.
+
+    Raises:
+        UnknownNameError: no such method.
+        RecipeError: an unknown or bad field.
+    """
+    method: M = parse_settings(cast(Any, registry.get(name)), values, where)
+    return method
+
+
+def method_settings(method: object) -> dict[str, Any]:
+    """Return all fields of a method as plain data."""
+    return cast(Settings, method).model_dump(mode="json")
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Return a copy of `values` changed by texts like `quantize.iterations=500`; the right side is read as YAML.
+
+    Args:
+        values: nested mappings.
+        overrides: `path=value` texts; later ones win.
+        prefix: put before each path, for example `images.`.
+
+    Raises:
+        RecipeError: a text without `=`, a value that is not YAML, or a path through something that is not a mapping.
+    """
+    changed = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path.strip():
+            raise RecipeError(f"--set {text!r}: write it as FIELD=VALUE, for example --set {prefix}iterations=500")
+        *parents, last = f"{prefix}{path.strip()}".split(".")
+        target: dict[str, Any] = changed
+        for index, parent in enumerate(parents):
+            inner = target.get(parent)
+            if inner is not None and not isinstance(inner, Mapping):
+                raise RecipeError(f"--set {text!r}: {'.'.join(parents[: index + 1])} is {inner!r}, it has no fields")
+            target[parent] = dict(inner or {})
+            target = target[parent]
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value") from error
+    return changed
+
+
+def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the sections that may be a plain string as mappings."""
+    expanded = dict(values)
+    for section, field in (("model", "source"), ("evaluate", "data")):
+        if isinstance(expanded.get(section), str):
+            expanded[section] = {field: expanded[section]}
+    return expanded
+
+
+def _read_images(values: Mapping[str, Any], where: str) -> SynthesizeSection | SourceSection:
+    if "source" in values and "method" in values:
+        raise RecipeError(f"{where}: images has both 'method' and 'source'; keep one of them")
+    if "source" in values:
+        return parse_settings(SourceSection, values, f"{where}: images")
+    return SynthesizeSection.parse(values, where)
+
+
+def _split(
+    values: Mapping[str, Any], section: type[Settings], registry: Registry[type[M]], name: str, where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a section into its own fields and the resolved settings of the method it names."""
+    if not isinstance(values.get("method"), str):
+        raise RecipeError(f"{where}: {name}.method is missing; available: {', '.join(registry.names())}")
+    method = values["method"]
+    own_names = [field for field in section.model_fields if field != "settings"]
+    method_names = list(cast(type[Settings], registry.get(method)).model_fields)
+    for key in values:
+        if key not in own_names and key not in method_names:
+            known = [f"{name}.{field}" for field in (*own_names, *method_names)]
+            path = f"{name}.{key}"
+            raise RecipeError(
+                f"{where}: unknown setting {path!r};{did_you_mean(path, known)} known for {method}: "
+                f"{', '.join((*own_names, *method_names))}"
+            )
+    own = {key: value for key, value in values.items() if key in own_names}
+    fields = {key: value for key, value in values.items() if key not in own_names}
+    return own, method_settings(build_method(registry, method, fields, f"{where}: {name}"))
+
+
+def _mapping(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{where} must be a mapping of settings, not {type(values).__name__}")
+    return values
