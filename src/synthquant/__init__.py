@@ -1,0 +1,115 @@
+"""Quantize trained networks without their training data, and measure the result.
+
+import synthquant as sq
+
+recipe = sq.Recipe.parse({
+    "model": "zoo/cifar10-resnet20",
+    "images": {"method": "genie_d", "count": 256, "iterations": 200},
+    "quantize": {"method": "genie_m", "scheme": "W4A4", "iterations": 200},
+    "evaluate": "bundled/cifar10-test",
+})
+record = sq.run(recipe, "runs/first")
+"""
+
+from __future__ import annotations
+
+from synthquant.core.errors import (
+    DataError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    SchemeError,
+    SynthquantError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from synthquant.core.progress import ConsoleProgress, Progress
+from synthquant.core.record import RunRecord, package_version
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
+from synthquant.data.sources import import_images, open_images
+from synthquant.data.store import ImageSetWriter
+from synthquant.evaluate.accuracy import Evaluation, evaluate_model
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.methods import (
+    EXPORTERS,
+    METRICS,
+    QUANTIZERS,
+    SELECTORS,
+    SYNTHESIZERS,
+    MemoryBudget,
+    QuantReport,
+    QuantStep,
+    Selector,
+    Synthesizer,
+)
+from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.open import open_model
+from synthquant.nn.quant_model import QuantModel
+from synthquant.nn.scheme import QuantArgs, QuantScheme
+from synthquant.pipeline import run
+from synthquant.quantize import AdaRound, Brecq, GenieM, QDrop, Rtn
+from synthquant.recipe import Recipe
+from synthquant.report.html import write_report
+from synthquant.synthesize import GenieD, Noise, ZeroQ
+
+__version__ = package_version()
+
+__all__ = [
+    "EXPORTERS",
+    "METRICS",
+    "QUANTIZERS",
+    "SELECTORS",
+    "SYNTHESIZERS",
+    "AdaRound",
+    "Brecq",
+    "ConsoleProgress",
+    "DataError",
+    "Evaluation",
+    "FloatModel",
+    "GenieD",
+    "GenieM",
+    "ImageSet",
+    "ImageSetWriter",
+    "InputError",
+    "MemoryBudget",
+    "MissingExtraError",
+    "ModelError",
+    "ModelSource",
+    "Noise",
+    "OutputError",
+    "Preprocess",
+    "Progress",
+    "QDrop",
+    "QuantArgs",
+    "QuantModel",
+    "QuantReport",
+    "QuantScheme",
+    "QuantStep",
+    "Recipe",
+    "RecipeError",
+    "Rng",
+    "Rtn",
+    "RunRecord",
+    "SchemeError",
+    "Selector",
+    "Synthesizer",
+    "SynthquantError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "VerificationError",
+    "ZeroQ",
+    "__version__",
+    "evaluate_model",
+    "import_images",
+    "load_checkpoint",
+    "open_images",
+    "open_model",
+    "run",
+    "save_checkpoint",
+    "write_report",
+]

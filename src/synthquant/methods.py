@@ -28,7 +28,8 @@ from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 
 if TYPE_CHECKING:
-    from synthquant.data.image_set import ImageSet, ImageSetWriter
+    from synthquant.data.image_set import ImageSet
+    from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel
     from synthquant.nn.quant_model import QuantModel
 

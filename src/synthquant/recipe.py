@@ -82,7 +82,8 @@ class QuantizeSection(Settings):
                 raise SchemeError(
                     f"{where}: quantize.scheme is {own['scheme']!r}; give a preset such as W4A4 or a mapping"
                 )
-            own["scheme"] = QuantScheme.parse(own["scheme"])
+            scheme = own["scheme"]
+            own["scheme"] = QuantScheme.parse(dict(scheme) if isinstance(scheme, Mapping) else scheme)
         return parse_settings(cls, {**own, "settings": settings}, f"{where}: quantize")
 
     def build(self) -> QuantStep:

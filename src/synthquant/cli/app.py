@@ -38,7 +38,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SynthquantError as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output, for example `head`, has seen enough
-        sys.stdout = None  # type: ignore[assignment]  # else the interpreter complains when it flushes on exit
+        sys.stdout = None  # else the interpreter complains when it flushes on exit
         return 1
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def accuracy_rows(record: RunRecord) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows of the accuracy table in aligned columns."""
-    columns = {
+    columns: dict[str, Callable[[Any], str]] = {
         "name": str,
         "top1": _percent,
         "interval": _interval,
