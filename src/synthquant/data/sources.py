@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -178,6 +181,7 @@ def _datasets(source: str) -> Any:
 
 def _open_dataset(name: str, split: str | None, columns: tuple[str, str] | None) -> ImageSet:
     datasets = _datasets(name)
+    _require_hub(datasets, name)
     try:
         if split is None:
             split = _default_split(name, datasets.get_dataset_split_names(name))
@@ -187,6 +191,20 @@ def _open_dataset(name: str, split: str | None, columns: tuple[str, str] | None)
     except (OSError, ValueError) as error:  # not found, no network, unknown configuration or split
         raise DataError(f"no images at {name!r}: no such file or folder, and datasets says: {error}") from error
     return _dataset_images(dataset, name, columns)
+
+
+def _require_hub(datasets: Any, name: str) -> None:
+    # Without a network the libraries below retry for half a minute; a mistyped path deserves an answer at once.
+    if datasets.config.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    host = urlsplit(datasets.config.HF_ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise DataError(
+            f"no images at {name!r}: no such file or folder, and {host} cannot be reached to look for a dataset "
+            f"(HF_HUB_OFFLINE=1 uses downloaded ones); accepted: {ACCEPTED}"
+        ) from error
 
 
 def _default_split(name: str, splits: Sequence[str]) -> str:
