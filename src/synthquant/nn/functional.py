@@ -96,7 +96,7 @@ def learned_step_quantize(
     Returns:
         Fake-quantized activations, same shape.
     """
-    result: torch.Tensor = _LearnedStep.apply(x, scale, zero_point, top, keep, gradient_scale)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _LearnedStep.apply(x, scale, zero_point, top, keep, gradient_scale)
     return result
 
 

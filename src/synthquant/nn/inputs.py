@@ -6,8 +6,7 @@ from synthquant.nn.quant_model import QuantModel
 
 
 def input_quantizer_name(quant_model: QuantModel, layer: str) -> str | None:
-    """Name, as in `quant_model.quantizers`, of the quantizer that the input of `layer` goes through; none if it is
-    float.
+    """Name in `quant_model.quantizers` of what the input of `layer` goes through; none if it stays float.
 
     This is the layer's own quantizer, one shared with other readers of the same tensor, or the one at the entry of a
     block around the layer.

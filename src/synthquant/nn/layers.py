@@ -1,12 +1,12 @@
 """Quantized layers: the user's own layer whose `weight` reads as the decoded codes.
 
 A layer is quantized by giving it a class derived from its own, so that every forward of every subclass (timm's
-`Conv2dSame`, say) keeps working, attributes that other modules look at stay, and names in the module tree do not change.
+`Conv2dSame`, say) keeps working, attributes that other modules look at stay, and names in the module tree do not
+change.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -68,16 +68,11 @@ class QuantLayer(nn.Module):
         return super().forward(input, *args, **kwargs)
 
 
-@cache
-def _quantized_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Quant{kind.__name__}", (QuantLayer, kind), {"__module__": kind.__module__})
-
-
 def quantize_layer(
     layer: nn.Module, weight_quantizer: WeightQuantizer | None, input_quantizer: ActivationQuantizer | None
 ) -> QuantLayer:
     """Turn a convolution or linear layer into its quantized self, in place."""
-    layer.__class__ = _quantized_class(type(layer))
+    layer.__class__ = _derived(QuantLayer, type(layer))
     quantized = cast(QuantLayer, layer)
     quantized.weight_quantizer = weight_quantizer
     quantized.input_quantizer = input_quantizer
@@ -105,14 +100,20 @@ class QuantBlock(nn.Module):
         return super().forward(self.input_quantizer(input), *args, **kwargs)
 
 
-@cache
-def _quantized_block_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Quant{kind.__name__}", (QuantBlock, kind), {"__module__": kind.__module__})
-
-
 def quantize_block(block: nn.Module, input_quantizer: ActivationQuantizer) -> QuantBlock:
     """Let a block quantize its first argument, in place."""
-    block.__class__ = _quantized_block_class(type(block))
+    block.__class__ = _derived(QuantBlock, type(block))
     quantized = cast(QuantBlock, block)
     quantized.input_quantizer = input_quantizer
     return quantized
+
+
+_derived_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _derived(addition: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """The class `kind` with what `addition` adds; one class for each pair."""
+    pair = (addition, kind)
+    if pair not in _derived_classes:
+        _derived_classes[pair] = type(f"Quant{kind.__name__}", pair, {"__module__": kind.__module__})
+    return _derived_classes[pair]

@@ -119,9 +119,9 @@ class QuantModel(nn.Module):
             args = {plan[name].input_activations for name in names if name in plan}
             wanted = next(iter(args), None)
             if len(args) == 1 and wanted is not None and all(name in plan for name in names):
-                quantizer = ActivationQuantizer(wanted).to(self.float_model.device)
-                quantize_block(get_module(self.module, block), quantizer)
-                self.quantizers[f"{block}.input_quantizer"] = quantizer
+                entry = ActivationQuantizer(wanted).to(self.float_model.device)
+                quantize_block(get_module(self.module, block), entry)
+                self.quantizers[f"{block}.input_quantizer"] = entry
                 readers.update(dict.fromkeys(names))
         partners = {name: tuple(group) for group in groups for name in group}
         for name in order:
@@ -256,7 +256,7 @@ class QuantModel(nn.Module):
 
     def _float_state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers that quantization leaves alone."""
-        parts = [*self.quantizers.values()]
+        parts: list[nn.Module] = [*self.quantizers.values()]
         parts += [layer.weight_quantizer for layer in self.layers.values() if layer.weight_quantizer is not None]
         own = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
@@ -277,13 +277,9 @@ def _macs(module: nn.Module, seen: Trace, order: Sequence[str]) -> dict[str, int
         weights = int(torch.Size(layout.shape).numel())
         total = 0
         for call in seen.calls(name):
-            output = call.outputs[0]
+            read, output = call.inputs[0], call.outputs[0]
             # A transposed convolution multiplies every input position with the whole kernel, the others every output.
-            positions = (
-                call.inputs[0].numel() // layer.in_channels
-                if layout.transposed_groups
-                else output.numel() // layout.channels
-            )
-            total += positions * weights // call.inputs[0].shape[0]
+            moved, channels = (read, layout.shape[0]) if layout.transposed_groups else (output, layout.channels)
+            total += moved.numel() // channels * weights // read.shape[0]
         macs[name] = total
     return macs

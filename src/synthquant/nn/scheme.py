@@ -41,7 +41,7 @@ class QuantArgs(Settings):
     @property
     def top(self) -> int:
         """The largest code, `2**num_bits - 1`; the smallest is 0."""
-        return 2**self.num_bits - 1
+        return int(2**self.num_bits) - 1
 
 
 class LayerScheme(Settings):

@@ -79,8 +79,8 @@ class WeightQuantizer(nn.Module):
         if args.group_size is not None:
             if per_channel % args.group_size:
                 raise SchemeError(
-                    f"{name}: group_size {args.group_size} does not divide the {per_channel} weights of an output channel;"
-                    " ignore this layer or override its group_size"
+                    f"{name}: group_size {args.group_size} does not divide the {per_channel} weights of an output"
+                    " channel; ignore this layer or override its group_size"
                 )
             groups = per_channel // args.group_size
         rows = 1 if args.strategy == "tensor" else layout.channels

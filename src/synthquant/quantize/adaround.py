@@ -20,8 +20,8 @@ class AdaRound(LearnedRounding):
     """AdaRound: adaptive rounding for post-training quantization (arXiv:2004.10568).
 
     Learns, layer by layer, whether each weight is rounded up or down. The layer reads what the weight-quantized network
-    gives it and is fitted to what the float network puts out. Activations stay in floating point meanwhile; their ranges
-    are set afterwards and not learned. The layer's activation function is not part of the layer here.
+    gives it and is fitted to what the float network puts out. Activations stay in floating point meanwhile; their
+    ranges are set afterwards and not learned. The layer's activation function is not part of the layer here.
     """
 
     granularity: Literal["block", "layer", "network"] = "layer"

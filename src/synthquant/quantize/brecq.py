@@ -22,9 +22,9 @@ class Brecq(LearnedRounding):
     """BRECQ: post-training quantization by block reconstruction (arXiv:2102.05426).
 
     First the roundings of each block with activations in floating point, then, with the weights done, the step sizes of
-    activations from clean inputs. The first layer keeps nearest rounding. Departures from the authors' code: activations
-    are quantized where layers read them instead of behind the activation function, and the option `fisher` measures
-    gradients with the network really quantized up to the block.
+    activations from clean inputs. The first layer keeps nearest rounding. Departures from the authors' code:
+    activations are quantized where layers read them instead of behind the activation function, and the option `fisher`
+    measures gradients with the network really quantized up to the block.
     """
 
     observer: str = "brecq"

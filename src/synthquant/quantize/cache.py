@@ -153,7 +153,7 @@ class RowCache:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _limits(budget: MemoryBudget, device: torch.device) -> dict[str, float]:

@@ -19,10 +19,10 @@ from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
 class GenieM(LearnedRounding):
     """Genie-M: zero-shot quantization, joint learning of step size and rounding (arXiv:2212.04780).
 
-    As QDrop, and the step sizes of weights are learned too: the integer part of each weight is fixed from the first step
-    size, so that scale and rounding do not work against each other. Departures from the authors' code: batch norms are
-    folded; batches have `batch_size` images for any count of images; a block's quantized input has one drop mask for all
-    its readers; step sizes stay above zero; a unit that got worse is put back.
+    As QDrop, and the step sizes of weights are learned too: the integer part of each weight is fixed from the first
+    step size, so that scale and rounding do not work against each other. Departures from the authors' code: batch norms
+    are folded; batches have `batch_size` images for any count of images; a block's quantized input has one drop mask
+    for all its readers; step sizes stay above zero; a unit that got worse is put back.
     """
 
     rounding_weight: float = Field(default=1.0, ge=0)

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from synthquant.core.rng import Rng
 from synthquant.nn.activation_quantizers import ActivationQuantizer
@@ -141,28 +140,27 @@ def batches(count: int, size: int, sampling: Sampling, generator: torch.Generato
 
 
 def reconstruction_error(
-    output: Any,
+    output: Sequence[torch.Tensor],
     target: Sequence[torch.Tensor],
     channels_last: bool,
     norm: float,
-    fisher: torch.Tensor | None,
-    full: bool,
+    fisher: torch.Tensor | None = None,
+    full: bool = False,
 ) -> torch.Tensor:
     """Error of a unit's output: summed over channels, mean over images and positions.
 
     Args:
-        output: what the unit returned, any structure.
-        target: the float unit's floating-point tensors, in order.
+        output: the unit's tensors.
+        target: the float unit's, in the same order; those that are not floating-point carry no error.
         channels_last: channels are the last dimension (tokens) rather than the second (feature maps).
         norm: exponent `p` of `|y - y_target|**p`.
         fisher: `|gradient| + 1` for the first tensor, or none (BRECQ, arXiv:2102.05426, eq. 10).
         full: use the full form of the Fisher weighting instead of the diagonal.
     """
-    leaves = [
-        leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-    ]
-    total = target[0].new_zeros(())
-    for leaf, wanted in zip(leaves, target, strict=True):
+    total = torch.zeros((), device=target[0].device)
+    for leaf, wanted in zip(output, target, strict=True):
+        if not wanted.is_floating_point():
+            continue
         difference = leaf - wanted
         if fisher is not None and full:
             weighted = difference.abs() * fisher

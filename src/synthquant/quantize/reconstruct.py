@@ -1,8 +1,8 @@
 """Unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
 
-Each unit is fitted to the output of the float unit. What flows between units is cached and rolled forward: the inputs of
-a unit come from the cached outputs of the units before it, so every unit runs once in floating point and once quantized,
-whatever the depth of the network.
+Each unit is fitted to the output of the float unit. What flows between units is cached and rolled forward: the inputs
+of a unit come from the cached outputs of the units before it, so every unit runs once in floating point and once
+quantized, whatever the depth of the network.
 """
 
 from __future__ import annotations
@@ -264,14 +264,13 @@ class Reconstruction:
                 output = self._replay.run_unit(index, self._read(index, source, start, stop))
                 wanted = self._targets(index, [cache.read(start, stop) for cache in targets])
                 output = self._replay.outputs[index].per_image(output)
-                error = reconstruction_error(output, wanted, self._channels_last(index), 2.0, None, False)
+                error = reconstruction_error(output, wanted, self._channels_last(index), 2.0)
                 total += float(error) * (stop - start)
         return total / self.count
 
     def _targets(self, index: int, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         kinds = self._replay.outputs[index].varying
-        leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
-        return [leaf for leaf in leaves if leaf.is_floating_point()]
+        return [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
 
     def _channels_last(self, index: int) -> bool:
         """Whether the unit puts out tokens `[..., C]` rather than feature maps `[B, C, H, W]`."""

@@ -1,9 +1,9 @@
 """Running a network up to one unit without running the units before it.
 
-The code between units (a pooling, a flatten, a sum) belongs to no module, and nothing is traced symbolically. So to reach
-the input of a unit, the network's own forward runs once more with each earlier unit's forward replaced by a look-up of
-what it returned, and stops where the unit begins. Earlier units whose output does not reach this one except through
-other units return zeros.
+The code between units (a pooling, a flatten, a sum) belongs to no module, and nothing is traced symbolically. So to
+reach the input of a unit, the network's own forward runs once more with each earlier unit's forward replaced by a
+look-up of what it returned, and stops where the unit begins. Earlier units whose output does not reach this one except
+through other units return zeros.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LeafKind:
 
     def to_rows(self, leaf: torch.Tensor) -> torch.Tensor:
         """A leaf as rows of one image."""
-        return leaf if self.per_image == 1 else leaf.unflatten(0, (-1, self.per_image))
+        return leaf if self.per_image == 1 else leaf.reshape(-1, self.per_image, *self.shape)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_rows`."""
@@ -230,8 +230,8 @@ class Replay:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 if seen.inputs[index] is not None:
                     raise UnsupportedModelError(
-                        f"module {self.units[index].name!r} runs more than once in a forward pass and cannot be reconstructed;"
-                        " put it on the scheme's ignore list"
+                        f"module {self.units[index].name!r} runs more than once in a forward pass and cannot be"
+                        " reconstructed; put it on the scheme's ignore list"
                     )
                 seen.inputs[index] = pytree.tree_map(_detached, (args, kwargs))
                 seen.sources[index] |= sources_of((args, kwargs))
@@ -301,7 +301,7 @@ def _kind(two: Any, three: Any) -> LeafKind:
     rows, rest = divmod(two.shape[0], 2)
     if rest or three.shape[0] != 3 * rows or two.shape[1:] != three.shape[1:]:
         raise UnsupportedModelError(
-            f"a tensor between two units grows from {list(two.shape)} to {list(three.shape)} when the batch grows from 2 to 3;"
-            " only tensors with the images in their first dimension can be cached"
+            f"a tensor between two units grows from {list(two.shape)} to {list(three.shape)} when the batch grows from"
+            " 2 to 3; only tensors with the images in their first dimension can be cached"
         )
     return LeafKind(rows, tuple(two.shape[1:]), two.dtype)
