@@ -28,7 +28,7 @@ def test_seeds_are_63_bits_and_stable() -> None:
     seeds = [Rng(seed).seed_for("x") for seed in range(200)]
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62  # the high bits are used
-    # Half of the SHA-256 of "1:07:batch-05:noise". Pinned: results recorded with a seed must stay reproducible across releases.
+    # From the SHA-256 of "1:07:batch-05:noise". Pinned: results recorded with a seed must stay reproducible.
     assert Rng(0).child("batch-0").seed_for("noise") == 5361860806270292508
 
 

@@ -18,7 +18,7 @@ from synthquant.core.errors import DataError
 MAX_PIXELS = 100_000_000
 """Larger images are set aside: they are not photographs but mistakes, or attacks on the memory."""
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 # What Pillow's readers raise on damaged files, besides OSError.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
