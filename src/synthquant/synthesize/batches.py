@@ -1,0 +1,78 @@
+"""What all synthesis methods share: exact counts, one part per batch, resume, pixel space, who needs batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from synthquant.core.errors import InputError, UnsupportedModelError
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import SYNTHESIZERS
+
+if TYPE_CHECKING:
+    from synthquant.core.progress import Progress
+    from synthquant.core.rng import Rng
+    from synthquant.core.settings import Settings
+    from synthquant.data.store import ImageSetWriter
+    from synthquant.models.float_model import FloatModel
+
+
+MakeBatch = Callable[[int, int, "Rng"], Tensor]
+"""From batch index, number of images and the batch's own random source to normalised images `[n, 3, H, W]`."""
+
+
+def batch_sizes(count: int, batch_size: int) -> list[int]:
+    """Sizes that add up to `count`; only the last may be smaller. Raises `InputError` if `count` is not positive."""
+    if count < 1:
+        raise InputError(f"count is {count}; ask for at least 1 image")
+    full, rest = divmod(count, batch_size)
+    return [batch_size] * full + ([rest] if rest else [])
+
+
+def collect(
+    method: str,
+    settings: Settings,
+    model: FloatModel,
+    sizes: list[int],
+    rng: Rng,
+    writer: ImageSetWriter | None,
+    make_batch: MakeBatch,
+    progress: Progress,
+) -> ImageSet:
+    """Make every batch that is not on disk yet, and return the image set: float16, pixel space, framing "cropped".
+
+    Batch `b` draws from `rng.child(f"batch-{b}")` only. With a writer each batch is one part.
+    """
+    done = 0 if writer is None else writer.finished_parts
+    kept: list[Tensor] = []
+    for index, size in enumerate(sizes[done:], start=done):
+        normalized = make_batch(index, size, rng.child(f"batch-{index}"))
+        pixels = model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
+        pixels = pixels.contiguous(memory_format=torch.contiguous_format)
+        if writer is None:
+            kept.append(pixels)
+        else:
+            writer.append(pixels)
+    if writer is not None:
+        return writer.finish(progress)
+    return ImageSet.from_tensors(
+        torch.cat(kept),
+        dtype="float16",
+        framing="cropped",
+        method=method,
+        settings=settings.model_dump(mode="json"),
+        seed=rng.seed,
+        model_fingerprint=model.fingerprint,
+    )
+
+
+def no_batch_norm(method: str, model: FloatModel) -> UnsupportedModelError:
+    """Return the error for a network without batch-norm statistics; it names the methods that work without them."""
+    others = [name for name, other in SYNTHESIZERS.items() if not getattr(other, "needs_batch_norm", False)]
+    return UnsupportedModelError(
+        f"{model.name} has no batch norm with running statistics, which {method} needs;"
+        f" use a method that does not: {', '.join(sorted(others)) or '(none is registered)'}"
+    )

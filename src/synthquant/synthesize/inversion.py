@@ -1,0 +1,284 @@
+"""Inversion of a trained network: optimise images until its batch norms see the statistics they remember.
+
+One loop serves all methods. What differs is what is optimised (pixels, or a generator and its latents), over what the
+statistics are taken, and how the learning rates fall. Nothing in a step waits for the device: losses, learning rates
+and swing offsets stay there, so that a step can be recorded in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from synthquant.core.errors import InputError
+from synthquant.core.modules import replace_module
+from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets
+from synthquant.synthesize.batches import no_batch_norm
+from synthquant.synthesize.losses import TARGET_EPSILON, image_loss, measure, normalize_and_measure, statistics_loss
+from synthquant.synthesize.swing import SwingOffsets
+
+if TYPE_CHECKING:
+    from synthquant.core.progress import Bar
+    from synthquant.models.float_model import FloatModel
+
+Statistics = Literal["batch", "image"]
+ComputeType = Literal["float32", "bfloat16"]
+
+ITERATIONS_PER_REPORT = 50
+"""Iterations between two looks at the loss; each look waits for the device."""
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class InvertedNetwork:
+    """A private copy of a network that measures what enters its batch norms; the original stays untouched.
+
+    The copy has no parameter gradients and channels-last weights. With `compute_dtype` bfloat16 it runs under autocast;
+    batch norms and the statistics stay in float32.
+
+    Raises `UnsupportedModelError` if no batch norm keeps running statistics.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        *,
+        method: str,
+        statistics: Statistics,
+        channel_weights: Literal["mean", "sum"],
+        swing: bool,
+        compute_dtype: ComputeType = "float32",
+        epsilon: float = 0.0,
+    ) -> None:
+        self.per_image = statistics == "image"
+        self.channel_weights = channel_weights
+        self.epsilon = epsilon
+        self._refusal = partial(no_batch_norm, method, model)
+        self._half = compute_dtype == "bfloat16"
+        self._measured: list[tuple[str, Tensor]] = []
+        self._targets_of: dict[str, Tensor] = {}
+        self._order: tuple[str, ...] | None = None
+        self._targets = self._weights = torch.empty(0)
+        self._network = copy.deepcopy(model.module).eval().requires_grad_(False)
+        _to_channels_last(self._network)
+        self._watch_batch_norms()
+        self.swing = SwingOffsets(self._network, model.device) if swing else None
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Distance of the statistics of normalised images `[B, 3, H, W]` to what the network remembers; a scalar.
+
+        Adds the distance of each image's own statistics to mean 0 and deviation 1.
+        """
+        self._measured.clear()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
+            self._network(images.contiguous(memory_format=torch.channels_last))
+        order = tuple(name for name, _ in self._measured)
+        if order != self._order:
+            self._set_targets(order)
+        statistics = torch.cat([values for _, values in self._measured], dim=-1)
+        self._measured.clear()
+        of_layers = statistics_loss(statistics, self._targets, self._weights)
+        return of_layers + image_loss(images, epsilon=self.epsilon)
+
+    def _watch_batch_norms(self) -> None:
+        layers = batch_norm_layers(self._network)
+        for name, target in batch_norm_targets(self._network).items():
+            deviation = (target.variance.float() + TARGET_EPSILON).sqrt()
+            self._targets_of[name] = torch.stack([target.mean.float(), deviation])
+            if type(layers[name]) in _PLAIN:
+                watched = _MeasuredBatchNorm(layers[name], self._recorder(name), self._options)
+                replace_module(self._network, name, watched)
+            else:
+                # A subclass may do more than normalise, so it runs as it is, behind the measurement.
+                layers[name].register_forward_pre_hook(self._measuring_hook(name))
+        if not self._targets_of:
+            raise self._refusal()
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"per_image": self.per_image, "epsilon": self.epsilon}
+
+    def _recorder(self, name: str) -> Callable[[Tensor], None]:
+        return lambda statistics: self._measured.append((name, statistics))
+
+    def _measuring_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            del module
+            self._measured.append((name, measure(inputs[0], **self._options)))
+
+        return hook
+
+    def _set_targets(self, order: tuple[str, ...]) -> None:
+        """Put the targets in the order in which the layers ran; a layer that ran twice counts twice."""
+        if not order:
+            raise self._refusal()
+        targets = [self._targets_of[name] for name in order]
+        each = [1.0 / part.shape[1] if self.channel_weights == "mean" else 1.0 for part in targets]
+        weights = [part.new_full((part.shape[1],), weight) for part, weight in zip(targets, each, strict=True)]
+        self._order, self._targets, self._weights = order, torch.cat(targets, dim=1), torch.cat(weights)
+
+
+class _MeasuredBatchNorm(nn.Module):
+    """A frozen batch norm that reports the statistics of its input, in one fused pass each way."""
+
+    def __init__(self, layer: nn.Module, record: Callable[[Tensor], None], options: dict[str, Any]) -> None:
+        super().__init__()
+        scale, shift = _affine(layer)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self._record = record
+        self._options = options
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs, statistics = normalize_and_measure(
+            inputs, self.get_buffer("scale"), self.get_buffer("shift"), **self._options
+        )
+        self._record(statistics)
+        return outputs
+
+
+def _affine(layer: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift, float32 `[C]`, that a batch norm in evaluation mode applies."""
+    deviation = (layer.running_var.double() + layer.eps).sqrt()
+    scale = deviation.reciprocal() if layer.weight is None else layer.weight.double() / deviation
+    shift = -layer.running_mean.double() * scale
+    shift = shift if layer.bias is None else shift + layer.bias.double()
+    return scale.float(), shift.float()
+
+
+def _to_channels_last(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+class Schedule(Protocol):
+    """Sets a learning rate after each iteration."""
+
+    def step(self, loss: Tensor, iteration: int) -> None:
+        """Take the loss (a device scalar, not to be read here) of iteration 1, 2, ..."""
+        ...
+
+
+class PlateauSchedule:
+    """`torch.optim.lr_scheduler.ReduceLROnPlateau` with its state on the device, where it costs no synchronisation.
+
+    The rate falls by `factor`, not below `minimum`, when the loss has not improved by 1e-4 of its best for more than
+    `patience` iterations.
+    """
+
+    def __init__(self, rate: Tensor, *, patience: int = 100, factor: float = 0.1, minimum: float = 1e-4) -> None:
+        self.rate = rate
+        self.patience = patience
+        self.factor = factor
+        self.minimum = minimum
+        self._best = torch.full_like(rate, math.inf)
+        self._waited = torch.zeros_like(rate)
+
+    def step(self, loss: Tensor, iteration: int) -> None:
+        """Lower the rate if the loss has stopped falling."""
+        del iteration
+        with torch.no_grad():
+            better = loss < self._best * (1 - 1e-4)
+            self._best.copy_(torch.where(better, loss, self._best))
+            self._waited.add_(1).mul_(~better)
+            lower = self._waited > self.patience
+            lowered = torch.minimum(self.rate, (self.rate * self.factor).clamp_min(self.minimum))
+            self.rate.copy_(torch.where(lower, lowered, self.rate))
+            self._waited.mul_(~lower)
+
+
+class ExponentialSchedule:
+    """Multiplies the rate by `factor` after every `every` iterations."""
+
+    def __init__(self, rate: Tensor, *, factor: float, every: int) -> None:
+        self.rate = rate
+        self.factor = factor
+        self.every = every
+
+    def step(self, loss: Tensor, iteration: int) -> None:
+        """Lower the rate if it is time."""
+        del loss
+        if iteration % self.every == 0:
+            self.rate.mul_(self.factor)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """An optimiser and the schedule of its learning rate."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+
+
+def adam(parameters: Iterable[Tensor], rate: float) -> tuple[torch.optim.Adam, Tensor]:
+    """Adam as one fused kernel, and its learning rate: a device scalar that a schedule may change in place."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    learning_rate = torch.tensor(rate, device=device)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    return optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What an error in a batch says."""
+
+    batch: int
+    settings: str
+    """Names and values of the settings that make the steps smaller."""
+
+
+def invert(
+    network: InvertedNetwork,
+    make_images: Callable[[], Tensor],
+    learners: Sequence[Learner],
+    *,
+    iterations: int,
+    swing_generator: torch.Generator,
+    advice: Advice,
+    bar: Bar,
+) -> Tensor:
+    """Minimise the network's loss over what `make_images` depends on; returns the images of the last forward pass.
+
+    Raises `InputError` if the loss stops being finite.
+    """
+    images = torch.empty(0)
+    reported = 0
+    for iteration in range(1, iterations + 1):
+        if network.swing is not None:
+            network.swing.draw(swing_generator)
+        for learner in learners:
+            learner.optimizer.zero_grad(set_to_none=True)
+        images = make_images()
+        loss = network.loss(images)
+        torch.autograd.backward(loss)
+        for learner in learners:
+            learner.optimizer.step()
+            learner.schedule.step(loss.detach(), iteration)
+        if iteration in (1, iterations) or iteration % ITERATIONS_PER_REPORT == 0:
+            value = float(loss.detach())
+            _require_finite(value, iteration, advice)
+            bar.advance(iteration - reported, loss=value)
+            reported = iteration
+    return images.detach()
+
+
+def _require_finite(loss: float, iteration: int, advice: Advice) -> None:
+    if math.isfinite(loss):
+        return
+    if iteration == 1:
+        raise InputError(
+            f"the loss of batch {advice.batch} is {loss} before the first step; check the network's weights and"
+            " batch-norm statistics for values that are not finite, or set compute_dtype to float32"
+        )
+    raise InputError(f"the loss of batch {advice.batch} is {loss} at iteration {iteration}; lower {advice.settings}")

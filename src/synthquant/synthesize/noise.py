@@ -1,0 +1,56 @@
+"""Gaussian noise: the simplest data that has nothing to do with the training data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.settings import Settings
+from synthquant.methods import SYNTHESIZERS
+from synthquant.synthesize.batches import batch_sizes, collect
+
+if TYPE_CHECKING:
+    from synthquant.core.rng import Rng
+    from synthquant.data.image_set import ImageSet
+    from synthquant.data.store import ImageSetWriter
+    from synthquant.models.float_model import FloatModel
+
+
+@SYNTHESIZERS.register("noise")
+class Noise(Settings):
+    """Gaussian noise, the data-free baseline of ZeroQ (arXiv:2001.00281).
+
+    Pixels are N(0, 1) after normalisation, so they have the training data's mean and deviation and nothing else of it.
+    """
+
+    needs_batch_norm: ClassVar[bool] = False
+
+    batch_size: int = Field(default=128, ge=1)
+    """Images drawn at a time; also the number of images in one part on disk."""
+
+    def synthesize(
+        self,
+        model: FloatModel,
+        count: int,
+        rng: Rng,
+        *,
+        writer: ImageSetWriter | None = None,
+        progress: Progress = QUIET,
+    ) -> ImageSet:
+        """Draw exactly `count` images of the model's input size. Raises `InputError` if `count` is not positive."""
+        sizes = batch_sizes(count, self.batch_size)
+        height, width = model.preprocess.input_size
+        with progress.bar("noise", count) as bar:
+            # What an earlier run left on disk is done.
+            bar.advance(0 if writer is None else sum(sizes[: writer.finished_parts]))
+
+            def draw(index: int, size: int, source: Rng) -> Tensor:
+                del index
+                bar.advance(size)
+                return torch.randn(size, 3, height, width, generator=source.generator("pixels"))
+
+            return collect("noise", self, model, sizes, rng, writer, draw, progress)

@@ -1,0 +1,120 @@
+"""ZeroQ: optimise pixels until each image has the statistics that the batch norms remember."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.settings import Settings
+from synthquant.methods import SYNTHESIZERS
+from synthquant.synthesize.batches import batch_sizes, collect
+from synthquant.synthesize.inversion import (
+    Advice,
+    ComputeType,
+    InvertedNetwork,
+    Learner,
+    PlateauSchedule,
+    Statistics,
+    adam,
+    invert,
+)
+from synthquant.synthesize.losses import TARGET_EPSILON
+
+if TYPE_CHECKING:
+    from synthquant.core.rng import Rng
+    from synthquant.data.image_set import ImageSet
+    from synthquant.data.store import ImageSetWriter
+    from synthquant.models.float_model import FloatModel
+
+
+@SYNTHESIZERS.register("zeroq")
+class ZeroQ(Settings):
+    """ZeroQ: A Novel Zero Shot Quantization Framework (arXiv:2001.00281), distilled data.
+
+    Minimises over the pixels, with Adam and a falling rate, `sum_l |mean_l(x) - mean_l|^2 + |std_l(x) - std_l|^2`: the
+    squared distance, summed over channels and averaged over images, between each image's statistics at the input of
+    each batch norm and the running ones, and the same for the image itself with mean 0 and deviation 1.
+
+    Departures from the authors' code:
+
+    - Statistics are those of a batch norm's own input. The code pairs the first L convolutions with L batch norms by
+      position, which is wrong for networks with a convolution that has no batch norm.
+    - Pixels start from N(0, 1), as in the paper. The code divides by the variance where it means the deviation and
+      starts within 0.024 of 0 (`start_std=0.0136` is as narrow).
+    - A feature map of 1x1 has deviation 0, where the code divides by zero.
+    - As many batches as `count` needs, where the code's script makes one.
+    """
+
+    needs_batch_norm: ClassVar[bool] = True
+
+    batch_size: int = Field(default=32, ge=1)
+    """Images optimised together. They do not influence each other while `statistics` is "image"."""
+
+    iterations: int = Field(default=500, ge=1)
+    """Optimisation steps per batch."""
+
+    pixel_lr: float = Field(default=0.5, gt=0)
+    """Learning rate of the pixels (normalised space)."""
+
+    patience: int = Field(default=100, ge=0)
+    """Iterations without progress after which `pixel_lr` falls tenfold, not below 1e-4."""
+
+    start_std: float = Field(default=1.0, ge=0)
+    """Deviation of the Gaussian noise that the pixels start from (normalised space)."""
+
+    statistics: Statistics = "image"
+    """Whether statistics are taken over each image ("image") or over the whole batch ("batch")."""
+
+    swing: bool = False
+    """Read strided convolutions from a random offset (Genie, arXiv:2212.04780)."""
+
+    compute_dtype: ComputeType = "float32"
+    """Precision of the network's forward and backward pass; statistics, pixels and optimiser are always float32."""
+
+    def synthesize(
+        self,
+        model: FloatModel,
+        count: int,
+        rng: Rng,
+        *,
+        writer: ImageSetWriter | None = None,
+        progress: Progress = QUIET,
+    ) -> ImageSet:
+        """Make exactly `count` images of the model's input size.
+
+        Raises `UnsupportedModelError` for a network without batch norm, `InputError` if `count` is not positive or the
+        loss stops being finite.
+        """
+        sizes = batch_sizes(count, self.batch_size)
+        network = InvertedNetwork(
+            model,
+            method="zeroq",
+            statistics=self.statistics,
+            channel_weights="sum",
+            swing=self.swing,
+            compute_dtype=self.compute_dtype,
+            epsilon=TARGET_EPSILON,
+        )
+        with progress.bar(f"zeroq, {len(sizes)} batches", self.iterations * len(sizes)) as bar:
+            bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
+
+            def make_batch(index: int, size: int, source: Rng) -> Tensor:
+                height, width = model.preprocess.input_size
+                start = torch.randn(size, 3, height, width, generator=source.generator("pixels")) * self.start_std
+                pixels = start.to(model.device, memory_format=torch.channels_last).requires_grad_()
+                optimizer, rate = adam([pixels], self.pixel_lr)
+                return invert(
+                    network,
+                    lambda: pixels,
+                    [Learner(optimizer, PlateauSchedule(rate, patience=self.patience))],
+                    iterations=self.iterations,
+                    swing_generator=source.generator("swing", model.device),
+                    advice=Advice(index, f"pixel_lr (now {self.pixel_lr:g})"),
+                    bar=bar,
+                )
+
+            return collect("zeroq", self, model, sizes, rng, writer, make_batch, progress)
