@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,9 @@ def _request(
     num_classes: int | None,
 ) -> ModelSource:
     """One `ModelSource` of everything that was asked for; arguments win over fields of `source`."""
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != 3:
+            raise ModelError(f"{key} {tuple(values)} must have three values, for red, green and blue")
     base = source if isinstance(source, ModelSource) else ModelSource(source=source)
     given = {
         "weights": None if weights is None else str(weights),
@@ -114,8 +117,8 @@ def _request(
         "std": std,
         "num_classes": num_classes,
     }
-    values = base.model_dump() | {key: value for key, value in given.items() if value is not None}
-    request = parse_settings(ModelSource, values, where=f"model {base.source}")
+    merged = base.model_dump() | {key: value for key, value in given.items() if value is not None}
+    request = parse_settings(ModelSource, merged, where=f"model {base.source}")
     if request.num_classes is not None and request.num_classes < 1:
         raise ModelError(f"{request.source}: {request.num_classes} classes; the number of classes must be 1 or more")
     if request.input_size is not None and min(request.input_size) < 1:
@@ -129,10 +132,12 @@ def _device(device: torch.device | str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {str(device)!r} cannot be used ({one_line(error)}); choose cpu, cuda or mps"
         ) from error
+    if place.type == "meta":
+        raise InputError("device 'meta' holds no numbers; choose cpu, cuda or mps")
     return place
 
 
@@ -173,25 +178,26 @@ def _open_timm(name: str, request: ModelSource, published: bool) -> _Opened:
         module = timm.create_model(name, pretrained=published, **options)
     except _FOREIGN_ERRORS as error:
         raise _failed(request, error) from error
+    subset = timm.data.infer_imagenet_subset(module)
+    names = timm.data.ImageNetInfo(subset).label_descriptions() if subset is not None else ()
     config = timm.data.resolve_model_data_config(module)
+    return _Opened(module, _timm_preprocess(config, request), tuple(str(text) for text in names))
+
+
+def _timm_preprocess(config: Mapping[str, Any], request: ModelSource) -> Preprocess | None:
+    """As timm evaluates: resize to `size / crop_pct`, then crop. None for its rare way of padding to a square."""
+    if config["crop_mode"] not in ("center", "squash"):
+        return None
     height, width = config["input_size"][1:]
     scaled = (math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"]))
-    names = None
-    subset = timm.data.infer_imagenet_subset(module)
-    if subset is not None:
-        names = tuple(str(text) for text in timm.data.ImageNetInfo(subset).label_descriptions())
-    return _Opened(
-        module,
-        _known_preprocess(
-            request,
-            input_size=(height, width),
-            resize=scaled[0] if scaled[0] == scaled[1] and config["crop_mode"] == "center" else scaled,
-            crop=True,
-            mean=config["mean"],
-            std=config["std"],
-            interpolation=config["interpolation"],
-        ),
-        names,
+    return _known_preprocess(
+        request,
+        input_size=(height, width),
+        resize=scaled[0] if scaled[0] == scaled[1] and config["crop_mode"] == "center" else scaled,
+        crop=True,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
     )
 
 
@@ -232,6 +238,9 @@ def _open_transformers(name: str, request: ModelSource, published: bool) -> _Ope
     except ImportError as error:
         raise MissingExtraError("transformers", "models") from error
 
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if request.num_classes is not None:
@@ -243,6 +252,9 @@ def _open_transformers(name: str, request: ModelSource, published: bool) -> _Ope
             module = auto.from_config(config, dtype=torch.float32)
     except _FOREIGN_ERRORS as error:
         raise _failed(request, error) from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     named = not all(text == f"LABEL_{index}" for index, text in enumerate(names))
     return _Opened(LogitsOnly(module), _processor_preprocess(name, request), names if named else None)

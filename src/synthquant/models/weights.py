@@ -58,7 +58,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     found = [f"{kind}: {_some(names)}" for kind, names in problems if names]
     if found:
         raise ModelError(f"weights file {path} does not fit the model; {'; '.join(found)}")
-    module.load_state_dict(wanted | weights)
+    # The model's own dictionary carries format versions, which some networks check while loading.
+    wanted.update(weights)
+    module.load_state_dict(wanted)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from synthquant.core.errors import UnsupportedModelError
+from synthquant.data.preprocess import Preprocess
+from synthquant.models.float_model import FloatModel, ModelSource
+
+
+def preprocess(size: tuple[int, int] = (8, 6)) -> Preprocess:
+    return Preprocess(input_size=size, resize=8, crop=True, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+
+
+def float_model(module: nn.Module) -> FloatModel:
+    return FloatModel(module, preprocess(), "net", ModelSource(source="net.py:net"))
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.mean(dim=(2, 3)))
+
+
+def test_fingerprint_depends_on_every_entry_of_the_state_and_on_nothing_else() -> None:
+    module = Pooled()
+    model = float_model(module)
+    first = model.fingerprint
+    assert first == model.fingerprint == FloatModel(module, preprocess((4, 4)), "other", model.source).fingerprint
+    assert len(first) == 64
+    with torch.no_grad():
+        module.fc.bias[2] += 1e-7
+    second = model.fingerprint
+    module.steps += 1
+    assert len({first, second, model.fingerprint}) == 3
+
+
+def test_fingerprint_sees_names_and_shapes() -> None:
+    values = torch.arange(6.0)
+    states = []
+    for name, shape in (("a", (2, 3)), ("a", (3, 2)), ("b", (2, 3))):
+        module = nn.Module()
+        module.register_buffer(name, values.reshape(shape))
+        states.append(float_model(module).fingerprint)
+    assert len(set(states)) == 3
+
+
+def test_example_input_is_standard_normal_of_the_input_size_and_repeatable() -> None:
+    model = float_model(Pooled())
+    images = model.example_input(64)
+    assert images.shape == (64, 3, 8, 6)
+    assert abs(images.mean().item()) < 0.05
+    assert abs(images.std().item() - 1) < 0.05
+    state = torch.get_rng_state()
+    assert torch.equal(images, model.example_input(64))
+    assert not torch.equal(images, model.example_input(64, seed=1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_logits_let_gradients_through() -> None:
+    images = torch.randn(2, 3, 8, 6, requires_grad=True)
+    float_model(Pooled()).logits(images).sum().backward()
+    assert images.grad is not None
+
+
+class Returns(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: Tensor) -> object:
+        return {"map": images, "tuple": (images.mean(dim=(2, 3)),), "one": images.mean(dim=(0, 2, 3))}[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("map", r"a tensor \[2, 3, 8, 6\]"), ("tuple", "a tuple"), ("one", r"a tensor \[3\]")]
+)
+def test_logits_of_another_shape_are_refused(kind: str, found: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"net.py:net: the network returns {found} for 2 images"):
+        float_model(Returns(kind)).logits(torch.zeros(2, 3, 8, 6))
+
+
+def test_to_moves_the_model_and_its_example() -> None:
+    model = float_model(Pooled()).to("cpu")
+    assert model.device == torch.device("cpu") == model.example_input().device
+
+
+def test_source_survives_json() -> None:
+    source = ModelSource(source="timm/resnet18", input_size=(32, 40), mean=(0.1, 0.2, 0.3), num_classes=7)
+    assert ModelSource.model_validate(json.loads(source.model_dump_json())) == source

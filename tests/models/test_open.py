@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from synthquant.core.errors import InputError, ModelError, SynthquantError, UnsupportedModelError
+from synthquant.models.float_model import ModelSource
+from synthquant.models.open import open_model
+from synthquant.models.zoo import ZOO
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+        self.fc = nn.Linear(4, 6, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean(dim=(2, 3)))
+
+def net():
+    return Net()
+
+def broken():
+    raise KeyError("stage4")
+
+def damaged():
+    net = Net()
+    net.fc.weight.data[0, 0] = float("nan")
+    return net
+"""
+FLAGS: dict[str, Any] = {"input_size": (12, 10), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(NETWORK, encoding="utf-8")
+    return path
+
+
+def test_timm_brings_its_preprocessing_and_class_names() -> None:
+    model = open_model("timm/resnet18", pretrained=False)
+    assert (model.name, model.num_classes, model.task) == ("resnet18", 1000, "classify")
+    preprocess = model.preprocess
+    # timm's configuration of resnet18.a1_in1k: crop_pct 0.95 at 224, so floor(224 / 0.95) before the crop.
+    assert (preprocess.input_size, preprocess.resize, preprocess.crop) == ((224, 224), 235, True)
+    assert preprocess.interpolation == "bicubic"
+    assert preprocess.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert model.class_names is not None
+    assert model.class_names[0].startswith("tench")
+    assert not model.module.training
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_timm_with_a_fixed_input_size_is_built_for_the_one_asked_for() -> None:
+    model = open_model("timm/vit_tiny_patch16_224", pretrained=False, input_size=32, num_classes=5)
+    assert model.preprocess.input_size == (32, 32)
+    # 224 / 0.9 = 248, and 248 * 32 / 224 = 35: the same part of the image stays in view.
+    assert model.preprocess.resize == 35
+    assert model.logits(model.example_input()).shape == (2, 5)
+    assert model.class_names is None
+
+
+def test_torchvision_takes_the_preprocessing_of_its_best_weights() -> None:
+    preprocess = open_model("torchvision/regnet_y_400mf", pretrained=False).preprocess
+    assert (preprocess.input_size, preprocess.resize, preprocess.interpolation) == ((224, 224), 232, "bilinear")
+    assert preprocess.std == pytest.approx((0.229, 0.224, 0.225))
+
+
+def test_flags_replace_what_the_model_says() -> None:
+    preprocess = open_model("torchvision/mnasnet0_5", pretrained=False, **FLAGS).preprocess
+    assert (preprocess.input_size, preprocess.mean, preprocess.std) == ((12, 10), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert preprocess.resize == round(256 * 12 / 224)
+
+
+def test_weights_file_replaces_published_weights(tmp_path: Path) -> None:
+    random = open_model("torchvision/mnasnet0_5", pretrained=False, num_classes=3, input_size=32)
+    state = {name: 2 * value for name, value in random.module.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    model = open_model(
+        "torchvision/mnasnet0_5", weights=tmp_path / "w.safetensors", num_classes=3, input_size=32, device="cpu"
+    )
+    assert torch.equal(model.module.state_dict()["layers.0.weight"], state["layers.0.weight"])
+    assert model.source.weights == str(tmp_path / "w.safetensors")
+    rebuilt = open_model(model.source, pretrained=False)
+    assert rebuilt.fingerprint == random.fingerprint
+    assert rebuilt.preprocess == model.preprocess
+
+
+def test_random_weights_are_the_same_each_time_and_leave_the_global_state_alone() -> None:
+    state = torch.get_rng_state()
+    prints = {open_model("zoo/cifar10-resnet20", pretrained=False).fingerprint for _ in range(2)}
+    assert len(prints) == 1
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_zoo_model_has_its_classes() -> None:
+    model = open_model("zoo/cifar10-resnet20", pretrained=False)
+    assert model.num_classes == 10
+    assert model.class_names == ZOO.get("cifar10-resnet20").class_names
+    assert model.preprocess.input_size == (32, 32)
+
+
+def test_user_file_needs_flags_and_becomes_float32(file: Path) -> None:
+    with pytest.raises(ModelError, match=r"how its images are prepared; give --input-size, --mean, --std$"):
+        open_model(f"{file}:net")
+    with pytest.raises(ModelError, match=r"how its images are prepared; give --mean, --std$"):
+        open_model(f"{file}:net", input_size=12)
+    model = open_model(f"{file}:net", **FLAGS)
+    assert (model.name, model.num_classes, model.class_names) == ("net", 6, None)
+    assert model.logits(model.example_input()).dtype == torch.float32
+    assert (model.preprocess.input_size, model.preprocess.resize) == ((12, 10), 12)
+    assert open_model(ModelSource.model_validate_json(model.source.model_dump_json())).fingerprint == model.fingerprint
+
+
+def test_transformers_vit_from_a_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    config.num_labels = 5
+    network = transformers.ViTForImageClassification(config).eval()
+    network.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    model = open_model(f"transformers/{tmp_path}")
+    images = model.example_input()
+    torch.testing.assert_close(model.logits(images), network(images).logits)
+    assert (model.num_classes, model.class_names, model.name) == (5, None, tmp_path.name)
+    assert (model.preprocess.input_size, model.preprocess.resize) == ((16, 16), (16, 16))
+    assert model.preprocess.interpolation == "bilinear"
+    rebuilt = open_model(model.source, pretrained=False)
+    assert rebuilt.fingerprint != model.fingerprint
+    rebuilt.module.load_state_dict(model.module.state_dict())
+
+
+def test_transformers_resnet_has_its_crop_and_class_names(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", id2label={0: "cat", 1: "dog"}
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    processor = transformers.ConvNextImageProcessor(
+        size={"shortest_edge": 56}, crop_pct=0.875, image_std=[0.2, 0.3, 0.4]
+    )
+    processor.save_pretrained(tmp_path)
+    model = open_model(f"transformers/{tmp_path}")
+    assert model.class_names == ("cat", "dog")
+    assert (model.preprocess.input_size, model.preprocess.resize) == ((56, 56), 64)
+    assert model.preprocess.std == pytest.approx((0.2, 0.3, 0.4))
+    assert model.preprocess.interpolation == "bicubic"
+
+
+def test_transformers_without_a_processor_asks_for_flags(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no image processor .*; give --input-size, --mean and --std"):
+        open_model(f"transformers/{tmp_path}")
+    assert open_model(f"transformers/{tmp_path}", **(FLAGS | {"input_size": 32})).preprocess.input_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "kind", "message"),
+    [
+        ("resnet18", {}, ModelError, "model 'resnet18' is not of a known form; give timm/NAME, torchvision/NAME"),
+        ("timm/", {}, ModelError, "is not of a known form"),
+        ("diffusers/sdxl", {}, UnsupportedModelError, "is a diffusion pipeline, not a classifier"),
+        ("timm/resnt18", {}, ModelError, "timm has no model 'resnt18'; the nearest are: resnet18"),
+        ("timm/resnet18.nonsense", {"pretrained": False}, ModelError, r"cannot be opened: .*tag \(nonsense\)"),
+        ("torchvision/resnt18", {}, ModelError, "torchvision has no model 'resnt18'; the nearest are: resnet18"),
+        ("torchvision/fcn_resnet50", {}, ModelError, "torchvision has no model"),
+        ("zoo/nothing", {}, SynthquantError, "unknown zoo model 'nothing'; available: cifar10-resnet20"),
+        ("zoo/cifar10-resnet20", {"num_classes": 3}, ModelError, "give --weights FILE"),
+        ("zoo/cifar10-resnet20", {"num_classes": 0}, ModelError, "number of classes must be 1 or more"),
+        ("zoo/cifar10-resnet20", {"weights": "no.pth"}, ModelError, "weights file no.pth does not exist"),
+        ("zoo/cifar10-resnet20", {"mean": (0.5,)}, ModelError, "must have three values"),
+        ("zoo/cifar10-resnet20", {"std": (1, 1, 0)}, ModelError, "must be greater than 0"),
+        ("zoo/cifar10-resnet20", {"input_size": 0}, ModelError, "must be at least 1 pixel"),
+        ("zoo/cifar10-resnet20", {"device": "gpu"}, InputError, "device 'gpu' cannot be used"),
+        ("zoo/cifar10-resnet20", {"device": "meta"}, InputError, "device 'meta' holds no numbers"),
+        (
+            "torchvision/vit_b_16",
+            {"input_size": 32, "pretrained": False},
+            ModelError,
+            "an image of 32x32.*--input-size",
+        ),
+        ("nothing.py:net", {}, ModelError, "nothing.py does not exist"),
+    ],
+)
+def test_wrong_input(source: str, options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message) as error:
+        open_model(source, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_mistakes_in_a_users_own_network(file: Path) -> None:
+    with pytest.raises(ModelError, match=r"mine\.py:broken cannot be opened: KeyError: 'stage4'"):
+        open_model(f"{file}:broken", **FLAGS)
+    with pytest.raises(ModelError, match="returns NaN or infinite logits"):
+        open_model(f"{file}:damaged", **FLAGS)
+    with pytest.raises(ModelError, match="the function fixes the number of classes"):
+        open_model(f"{file}:net", num_classes=3, **FLAGS)
+    file.write_text("def net(:\n", encoding="utf-8")
+    with pytest.raises(ModelError, match="cannot be opened: SyntaxError"):
+        open_model(f"{file}:net", **FLAGS)
+
+
+def test_importing_loads_no_model_library() -> None:
+    code = (
+        "import sys, synthquant.models.open, synthquant.models.blocks, synthquant.models.batch_norm;"
+        "print([name for name in ('timm', 'torchvision', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
