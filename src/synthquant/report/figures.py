@@ -94,7 +94,7 @@ def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> str:
     if not rows:
         return ""
     with _style():
-        figure, (axes,) = _figure(2.6 + _label_inches([row.name for row in rows]), 1)
+        figure, (axes,) = _figure(1.7 + _label_inches([row.name for row in rows]), 1)
         for offset, colour, label, values in (
             (-0.2, _SERIES[0], "weights", [row.weight_bits for row in rows]),
             (0.2, _SERIES[1], "input activations", [row.input_bits for row in rows]),

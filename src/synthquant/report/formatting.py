@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 MISSING = "\u2013"
+_SPACE = "\u202f"  # thin, and no line break between a number and its unit
 
 
 def percent(share: float | None, digits: int = 2) -> str:
     """Return a share 0..1 in percent, without the sign: `0.9123` is `91.23`."""
     return MISSING if share is None else f"{100 * share:.{digits}f}"
+
+
+def signed_percent(share: float) -> str:
+    """Return a difference of shares in percent with its sign: `-0.0041` is `\u22120.41`."""
+    return f"{100 * share:+.2f}".replace("-", "\u2212")
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -22,7 +28,7 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 def count(value: int | None) -> str:
     """Return an integer with thin spaces between thousands."""
-    return MISSING if value is None else f"{value:,}".replace(",", "\u202f")
+    return MISSING if value is None else f"{value:,}".replace(",", _SPACE)
 
 
 def size(value: float | None) -> str:
@@ -40,13 +46,13 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
     if seconds < 10:
-        return f"{seconds:.2f} s"
+        return f"{seconds:.2f}{_SPACE}s"
     if seconds < 59.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}{_SPACE}s"
     minutes = round(seconds) // 60
     if minutes < 60:
-        return f"{minutes} min {round(seconds) % 60:02d} s"
-    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60:02d} min"
+        return f"{minutes}{_SPACE}min {round(seconds) % 60:02d}{_SPACE}s"
+    return f"{round(seconds / 60) // 60}{_SPACE}h {round(seconds / 60) % 60:02d}{_SPACE}min"
 
 
 def _scaled(value: float | None, units: tuple[str, ...]) -> str:
@@ -56,6 +62,6 @@ def _scaled(value: float | None, units: tuple[str, ...]) -> str:
     while scaled >= 999.5 and index < len(units) - 1:
         scaled, index = scaled / 1000, index + 1
     if index == 0:
-        return f"{scaled:.0f} {units[0]}".strip()
+        return f"{scaled:.0f}{_SPACE}{units[0]}".strip()
     digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-    return f"{scaled:.{digits}f} {units[index]}"
+    return f"{scaled:.{digits}f}{_SPACE}{units[index]}"

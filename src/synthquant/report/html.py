@@ -30,7 +30,6 @@ Also read: `seed`, `version`, `environment`, `recipe`, and `status`, `seconds`, 
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from synthquant.core.errors import DataError, InputError
+from synthquant.core.errors import InputError
 from synthquant.core.files import write_text
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
@@ -50,6 +49,13 @@ from synthquant.report.run_files import CoverageRow, RunFiles, SqnrRow, differin
 from synthquant.report.sheet import Sheet, make_sheet
 
 _WORST_LAYERS = 3
+_KINDS = {
+    "black": "Black",
+    "constant": "Constant",
+    "nan": "NaN",
+    "duplicate": "Duplicate",
+    "saturated": "Saturated",
+}
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,8 @@ def render_report(sections: Sequence[RunSection]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("percent", "number", "significant", "count", "size", "quantity", "duration"):
+    for name in ("percent", "signed_percent", "number", "significant", "count", "size", "quantity", "duration"):
         environment.filters[name] = getattr(formatting, name)
-    environment.filters["compact_json"] = lambda value: json.dumps(value, sort_keys=True)
     environment.globals["span"] = _interval_geometry
     runs = [section.run for section in sections]
     comparison = ""
@@ -117,7 +122,6 @@ def render_report(sections: Sequence[RunSection]) -> str:
         comparison=comparison,
         differences=differing_settings(runs) if len(runs) > 1 else [],
         axis=_accuracy_axis(runs),
-        worst_of=_WORST_LAYERS,
     )
 
 
@@ -148,9 +152,13 @@ def _add_images(section: RunSection) -> None:
     source = run.text("evaluate", "data")
     if source is None:
         return
+    if not source.startswith("bundled/") and not Path(source).expanduser().exists():
+        # a name on the hub: a report does not download anything
+        section.notes.append(f"The real images are not shown: {source} is not on this machine.")
+        return
     try:
         section.real = make_sheet(open_images(source), _preprocess(run), run.class_names, classes=classes)
-    except DataError as error:
+    except InputError as error:
         section.notes.append(f"The real images are not shown: {error}")
 
 
@@ -167,8 +175,8 @@ def _preprocess(run: RunFiles) -> Preprocess | None:
 def _problems(manifest: dict[str, Any]) -> list[tuple[str, int]]:
     """Kind and number of the images that the quality check found fault with."""
     quality = manifest.get("quality") or {}
-    counted = [(str(kind), len(found)) for kind, found in quality.items() if isinstance(found, list)]
-    return [*counted, ("set aside", len(manifest.get("set_aside") or []))]
+    counted = [(_KINDS.get(kind, str(kind)), len(found)) for kind, found in quality.items() if isinstance(found, list)]
+    return [*counted, ("Set aside", len(manifest.get("set_aside") or []))]
 
 
 def _accuracy_axis(runs: Sequence[RunFiles]) -> tuple[float, float]:

@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_json
-from synthquant.core.record import RunRecord
+from synthquant.core.record import RunRecord, StageRecord
 
 _Row = TypeVar("_Row", bound="Row")
+_STAGES = ("model", "images", "quantize", "checkpoint", "evaluate")
 
 
 class Row(BaseModel):
@@ -112,6 +113,13 @@ class RunFiles:
         """Return one metric of a stage as text, or none."""
         value = self.value(stage, key)
         return None if value is None else str(value)
+
+    @property
+    def stages(self) -> list[tuple[str, StageRecord]]:
+        """Stages in the order they ran; not the report, which is being written."""
+        known = {name: rank for rank, name in enumerate(_STAGES)}
+        ordered = sorted(self.record.stages.items(), key=lambda item: known.get(item[0], len(known)))
+        return [(name, stage) for name, stage in ordered if name != "report"]
 
     @property
     def images_folder(self) -> Path | None:
