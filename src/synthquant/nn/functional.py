@@ -105,12 +105,15 @@ def random_keep(like: torch.Tensor, probability: float, generator: torch.Generat
 
     The probability is rounded to 1/256, so that one 64-bit random number serves eight elements.
     """
+    below = round(probability * 256)
+    if below > 255:  # does not fit into the byte that is compared
+        return torch.ones_like(like, dtype=torch.bool)
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
-    below = words.view(torch.uint8)[:count] < round(probability * 256)
+    keep = words.view(torch.uint8)[:count] < below
     # Laid out in memory as `like` is (channels last, say), so that later element-wise passes run straight through.
-    return below.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+    return keep.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
 
 def rectified_sigmoid(logit: torch.Tensor) -> torch.Tensor:
