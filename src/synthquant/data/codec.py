@@ -63,7 +63,7 @@ def _decode_picture(content: bytes) -> Tensor:
     except DataError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError("not an image in a known format") from error
+        raise DataError("not an image in a known format, or cut short") from error
     except _DAMAGED as error:
         raise DataError(f"damaged or truncated: {error}") from error
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
