@@ -29,6 +29,7 @@ class ActivationQuantizer(nn.Module):
         self.args = args
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1))
+        self._multiples = (0.0, float(args.top))  # of the scale: smallest and largest value
         self.calibrated = False
         self.enabled = True
         self.learning = False
@@ -65,7 +66,7 @@ class ActivationQuantizer(nn.Module):
             return fake_quantize(x, self.scale, self.zero_point, self.top)
         keep = None if self.keep >= 1 else random_keep(x, self.keep, self.generator)
         gradient_scale = (x.numel() * self.top) ** -0.5 if self.lsq_gradient_scale else 1.0
-        return learned_step_quantize(x, self.scale, self.zero_point, self.top, keep, gradient_scale)
+        return learned_step_quantize(x, self.scale, *self._multiples, keep, gradient_scale)
 
     @torch.no_grad()
     def calibrate(self, observer: str) -> None:
@@ -91,6 +92,7 @@ class ActivationQuantizer(nn.Module):
         """Take a scale and a zero point (one element each)."""
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point.clamp(0, self.top))
+        self._multiples = (-float(self.zero_point), self.top - float(self.zero_point))
         self.calibrated = True
 
     @torch.no_grad()

@@ -37,7 +37,8 @@ class _LearnedStep(torch.autograd.Function):
 
     With `y` the output and `g` its gradient, the straight-through estimate gives `dx = g` where the value is inside
     the range or was not quantized, else 0, and `dscale = (sum(g * y) - sum(dx * x)) / scale`: inside the range this is
-    `g * (q - zero_point - x / scale)`, outside `g * (q - zero_point)`, and nothing where the value was dropped.
+    `g * (round(x / scale) - x / scale)`, outside `g * low` or `g * high`, and nothing where the value was dropped.
+    Masks are floats and the range is two numbers, because on CPUs element-wise work on booleans is not vectorised.
     """
 
     @staticmethod
@@ -45,41 +46,50 @@ class _LearnedStep(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         scale: torch.Tensor,
-        zero_point: torch.Tensor,
-        top: int,
+        low: float,
+        high: float,
         keep: torch.Tensor | None,
         gradient_scale: float,
     ) -> torch.Tensor:
-        codes = torch.round(x / scale).add_(zero_point)
-        inside = (codes >= 0).logical_and_(codes <= top)
-        y = codes.clamp_(0, top).sub_(zero_point).mul_(scale)
+        ratio = x / scale
+        y = torch.round(ratio).clamp_(low, high).mul_(scale)
         if keep is not None:
-            y = torch.where(keep, y, x)
-            inside.logical_or_(keep.logical_not())
-        ctx.save_for_backward(x, y, inside, scale)
+            y = torch.lerp(x, y, keep)
+            ratio.mul_(keep)  # a dropped value becomes 0, which is inside
+        ctx.save_for_backward(x, y, ratio, scale)
+        ctx.range = (low - 0.5, high + 0.5)
         ctx.gradient_scale = gradient_scale
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,) = gradients
-        x, y, inside, scale = ctx.saved_tensors
-        dx = g * inside
+        x, y, ratio, scale = ctx.saved_tensors
+        dx = torch.ops.aten.hardtanh_backward(g, ratio, *ctx.range)
         dscale = None
         if ctx.needs_input_grad[1]:
             if scale.numel() == 1:
-                difference = ((g * y).sum(dtype=torch.float32) - (dx * x).sum(dtype=torch.float32)).reshape(scale.shape)
+                difference = (_inner(g, y) - _inner(dx, x)).reshape(scale.shape)
             else:
                 difference = (g * y).sub_(dx * x).sum_to_size(scale.shape)
             dscale = difference / scale * ctx.gradient_scale
         return (dx if ctx.needs_input_grad[0] else None), dscale, None, None, None, None
 
 
+def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Sum of products in fp32, in one pass where both lie in memory alike."""
+    dense = a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last)
+    if dense and a.stride() == b.stride() and a.dtype == b.dtype == torch.float32:
+        flat = ((a.numel(),), (1,))
+        return torch.dot(a.as_strided(*flat), b.as_strided(*flat))
+    return (a * b).sum(dtype=torch.float32)
+
+
 def learned_step_quantize(
     x: torch.Tensor,
     scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    top: int,
+    low: float,
+    high: float,
     keep: torch.Tensor | None = None,
     gradient_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -88,32 +98,28 @@ def learned_step_quantize(
     Args:
         x: activations or weights of any shape.
         scale: learned step sizes, broadcastable to `x`.
-        zero_point: their zero points, not learned.
-        top: the largest code.
-        keep: same shape as `x`, true where the quantized value is used; empty: everywhere.
-        gradient_scale: factor on the gradient of `scale` (LSQ: `1 / sqrt(x.numel() * top)`; Genie: 1).
+        low: smallest multiple of the step, `-zero_point`; at most 0.
+        high: largest multiple of the step, `top - zero_point`; at least 0.
+        keep: same shape as `x`, 1 where the quantized value is used and 0 elsewhere; empty: everywhere.
+        gradient_scale: factor on the gradient of `scale` (LSQ: `1 / sqrt(x.numel() * high)`; Genie: 1).
 
     Returns:
-        Fake-quantized activations, same shape.
+        Fake-quantized values, same shape.
     """
-    result: torch.Tensor = _LearnedStep.apply(x, scale, zero_point, top, keep, gradient_scale)
+    result: torch.Tensor = _LearnedStep.apply(x, scale, low, high, keep, gradient_scale)
     return result
 
 
 def random_keep(like: torch.Tensor, probability: float, generator: torch.Generator | None) -> torch.Tensor:
-    """A boolean mask shaped as `like`, true with the given probability.
+    """A mask shaped and laid out as `like`, 1 with the given probability and else 0, in the dtype of `like`.
 
     The probability is rounded to 1/256, so that one 64-bit random number serves eight elements.
     """
-    below = round(probability * 256)
-    if below > 255:  # does not fit into the byte that is compared
-        return torch.ones_like(like, dtype=torch.bool)
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
-    keep = words.view(torch.uint8)[:count] < below
-    # Laid out in memory as `like` is (channels last, say), so that later element-wise passes run straight through.
-    return keep.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+    below = (words.view(torch.uint8)[:count] < round(probability * 256)).to(like.dtype)
+    return below.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
 
 def rectified_sigmoid(logit: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from synthquant.core.errors import ModelError, UnsupportedModelError
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
 
@@ -39,11 +41,11 @@ class QuantLayer(nn.Module):
         """The weight before quantization.
 
         Raises:
-            RuntimeError: the network was loaded from a checkpoint, which holds codes only.
+            ModelError: the network was loaded from a checkpoint, which holds codes only.
         """
         weight = self._parameters["weight"]
         if weight is None:
-            raise RuntimeError("this network was loaded from its codes: float weights are not there")
+            raise ModelError("the network was loaded from a checkpoint, which holds no float weights; quantize anew")
         return weight
 
     @property
@@ -61,11 +63,11 @@ class QuantLayer(nn.Module):
         if self.weight_quantizer is not None:
             self._parameters["weight"] = None
 
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the input, then the layer's own forward."""
         if self.input_quantizer is not None:
-            input = self.input_quantizer(input)
-        return super().forward(input, *args, **kwargs)
+            args, kwargs = _first_quantized(self.input_quantizer, args, kwargs)
+        return super().forward(*args, **kwargs)
 
 
 def quantize_layer(
@@ -82,10 +84,18 @@ def quantize_layer(
 
 
 def weight_layout(layer: nn.Module) -> WeightLayout:
-    """How the layer's weight is arranged."""
-    weight = layer._parameters["weight"]
+    """How the layer's weight is arranged.
+
+    Raises:
+        UnsupportedModelError: its weight is not a parameter of its own.
+    """
+    weight = layer._parameters.get("weight")
     if weight is None:
-        raise RuntimeError("layer without a weight")
+        raise UnsupportedModelError(
+            f"a {type(layer).__name__} computes its weight from other parameters (weight norm or the like); make that"
+            " weight an ordinary parameter first, for example with torch.nn.utils.remove_weight_norm or"
+            " torch.nn.utils.parametrize.remove_parametrizations"
+        )
     groups = layer.groups if isinstance(layer, _TRANSPOSED) else 0
     return WeightLayout(tuple(weight.shape), groups)
 
@@ -95,9 +105,10 @@ class QuantBlock(nn.Module):
 
     input_quantizer: ActivationQuantizer
 
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the input, then the block's own forward."""
-        return super().forward(self.input_quantizer(input), *args, **kwargs)
+        args, kwargs = _first_quantized(self.input_quantizer, args, kwargs)
+        return super().forward(*args, **kwargs)
 
 
 def quantize_block(block: nn.Module, input_quantizer: ActivationQuantizer) -> QuantBlock:
@@ -106,6 +117,19 @@ def quantize_block(block: nn.Module, input_quantizer: ActivationQuantizer) -> Qu
     quantized = cast(QuantBlock, block)
     quantized.input_quantizer = input_quantizer
     return quantized
+
+
+def _first_quantized(
+    quantizer: ActivationQuantizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the first tensor among them quantized, positional ones first."""
+    if args and isinstance(args[0], torch.Tensor):
+        return (quantizer(args[0]), *args[1:]), kwargs
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    first = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    leaves[first] = quantizer(leaves[first])
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return args, kwargs
 
 
 _derived_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}

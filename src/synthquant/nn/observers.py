@@ -7,16 +7,23 @@ row per channel or group, every count 1) and the histogram of an activation (one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from synthquant.core.errors import DataError
 from synthquant.core.registry import Registry
 from synthquant.nn.functional import SMALLEST_SCALE, fake_quantize
 
 EXPONENT = 2.4
+# `torch.histc` counts in float32, which holds whole numbers up to here.
+_EXACT_COUNT = 2**24
+# A row whose values differ by less than this share of their size is covered from 0: its own ends would give steps so
+# small that codes lose their last digits in float32 and learning the scale moves all its weights at once.
+_SAME_VALUE = 1e-4
 # Above this many bits QDrop's search over zero points gives way to zero points that follow the ends of the range: the
 # zero point is then finer than 1/32 of the range, and the search costs `100 * 2**bits` passes.
 _FREE_ZERO_POINT_BITS = 5
@@ -162,7 +169,9 @@ def _ends(samples: Samples, symmetric: bool, zero_inside: bool) -> tuple[torch.T
         return _mirror(samples.low, samples.high)
     if zero_inside:
         return samples.low.clamp(max=0), samples.high.clamp(min=0)
-    return samples.low, samples.high
+    low, high = samples.low, samples.high
+    same = (high - low) < _SAME_VALUE * torch.maximum(low.abs(), high.abs())
+    return torch.where(same, low.clamp(max=0), low), torch.where(same, high.clamp(min=0), high)
 
 
 def _mirror(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,13 +207,24 @@ class ActivationHistogram:
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
     def observe(self, x: torch.Tensor) -> None:
-        """Second pass: count the values of `x`, of any shape."""
+        """Second pass: count the values of `x`, of any shape.
+
+        Raises:
+            DataError: the first pass saw values that are not finite.
+        """
         if self._low is None or self._high is None:
             raise RuntimeError("observe_range must see the data before observe")
+        low, high = float(self._low), float(self._high)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DataError("the network gives values that are not finite for some calibration image")
         flat = x.detach().float().flatten()
         zeros = (flat == 0).sum(dtype=torch.float64)
-        low, high = float(self._low), float(self._high)
-        counts = torch.histc(flat[flat != 0], self._bins, low, high if high > low else low + 1).double()
+        counts = torch.zeros(self._bins, dtype=torch.float64, device=flat.device)
+        others = flat[flat != 0]
+        for start in range(0, max(len(others), 1), _EXACT_COUNT):
+            counts += torch.histc(
+                others[start : start + _EXACT_COUNT], self._bins, low, high if high > low else low + 1
+            )
         self._zeros = zeros if self._zeros is None else self._zeros + zeros
         self._counts = counts if self._counts is None else self._counts + counts
 

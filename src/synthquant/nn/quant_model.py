@@ -85,6 +85,7 @@ class QuantModel(nn.Module):
         """
         scheme = QuantScheme.parse(scheme)
         module = copy.deepcopy(float_model.module).eval().requires_grad_(False)
+        _run_layers_themselves(module)
         example = float_model.example_input(2)
         folded = fold_batch_norms(module, example)
         model = cls(float_model, scheme, module)
@@ -199,7 +200,7 @@ class QuantModel(nn.Module):
             if layer is None:
                 reason = "left out by the scheme" if name in self._macs else "its forward is never called"
             parameters = int(torch.Size(weight_layout(part).shape).numel()) if layer is None else _weights(layer)
-            kind = type(part).__name__.removeprefix("Quant")
+            kind = (type(part).__bases__[1] if isinstance(part, QuantLayer) else type(part)).__name__
             macs = self._macs.get(name, 0)
             rows.append(CoverageRow(name, kind, weight_bits, self.input_bits(name), parameters, macs, reason))
         return rows
@@ -262,6 +263,13 @@ class QuantModel(nn.Module):
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
         entries = self.module.state_dict(keep_vars=True)
         return {name: value.detach() for name, value in entries.items() if id(value) not in own}
+
+
+def _run_layers_themselves(module: nn.Module) -> None:
+    """Keep torch's encoder layer from a fused kernel that reads its layers' weights and never calls them."""
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0
 
 
 def _weights(layer: QuantLayer) -> int:

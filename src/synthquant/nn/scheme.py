@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from synthquant.core.errors import SchemeError
 from synthquant.core.settings import Settings, parse_settings
+from synthquant.nn.observers import OBSERVERS
 
 _PRESET = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
 _WEIGHT_BITS = tuple(range(2, 9))
@@ -33,7 +34,9 @@ class QuantArgs(Settings):
     """How the range is chosen: `minmax`, `brecq`, `genie` or `qdrop`; empty: as the method's paper does."""
 
     @model_validator(mode="after")
-    def _group_size_with_groups_only(self) -> QuantArgs:
+    def _consistent(self) -> QuantArgs:
+        if self.observer is not None:
+            OBSERVERS.get(self.observer)
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError("group_size belongs to strategy 'group' and only there")
         return self
@@ -79,8 +82,7 @@ class QuantScheme(Settings):
     def _bits_in_range(self) -> QuantScheme:
         _check_bits(self.weights, _WEIGHT_BITS, "weights")
         _check_bits(self.input_activations, _ACTIVATION_BITS, "input_activations")
-        if self.input_activations is not None and self.input_activations.strategy != "tensor":
-            raise ValueError("input_activations: only strategy 'tensor' is supported")
+        _check_per_tensor(self.input_activations)
         if self.weights is None and self.input_activations is None:
             raise ValueError("nothing to quantize: give weights, input_activations or both")
         return self
@@ -161,6 +163,7 @@ class QuantScheme(Settings):
             scheme = parse_settings(LayerScheme, fields, f"scheme override for {name}")
             _check_bits(scheme.weights, _WEIGHT_BITS, "weights")
             _check_bits(scheme.input_activations, _ACTIVATION_BITS, "input_activations")
+            _check_per_tensor(scheme.input_activations)
         except ValueError as error:
             raise SchemeError(str(error)) from error
         return scheme
@@ -202,6 +205,11 @@ def _require_bits(bits: int, allowed: tuple[int, ...], where: str) -> None:
 def _check_bits(args: QuantArgs | None, allowed: tuple[int, ...], where: str) -> None:
     if args is not None:
         _require_bits(args.num_bits, allowed, where)
+
+
+def _check_per_tensor(args: QuantArgs | None) -> None:
+    if args is not None and args.strategy != "tensor":
+        raise SchemeError(f"input_activations cannot have strategy {args.strategy!r}; only 'tensor' is supported")
 
 
 def _at_least(args: QuantArgs | None, bits: int) -> QuantArgs | None:
