@@ -138,7 +138,7 @@ class _Tree:
                 self._place(name) in places
                 and self._layers_in(name) > 1
                 and self._could_be_block(name)
-                and not any(block.startswith(f"{name}.") for block in found)
+                and not any(block.startswith(f"{name}.") or name.startswith(f"{block}.") for block in found)
             )
 
         return found + [name for name in self._outermost("", stands_beside_blocks) if name not in found]
@@ -151,8 +151,10 @@ class _Tree:
         kind = type(self._modules[name])
         if not self._could_be_block(name) or kind not in self._joining_classes:
             return False
+        if kind not in self._stage_classes:
+            return True
         below = (type(self._modules[child]) for child in self._below(name) if self._layers_in(child))
-        return kind not in self._stage_classes or not any(child in self._joining_classes for child in below)
+        return name in self._joining and not any(child in self._joining_classes for child in below)
 
     def _could_be_block(self, name: str) -> bool:
         return (
