@@ -115,10 +115,13 @@ def random_keep(like: torch.Tensor, probability: float, generator: torch.Generat
 
     The probability is rounded to 1/256, so that one 64-bit random number serves eight elements.
     """
+    limit = round(probability * 256)
+    if limit > 255:  # does not fit into the byte that is compared
+        return torch.ones_like(like)
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
-    below = (words.view(torch.uint8)[:count] < round(probability * 256)).to(like.dtype)
+    below = (words.view(torch.uint8)[:count] < limit).to(like.dtype)
     return below.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
 

@@ -250,7 +250,7 @@ class QuantModel(nn.Module):
         for name, value in own.items():
             value.copy_(state[name])
         for quantizer in self.quantizers.values():
-            quantizer.calibrated = True
+            quantizer.set_grid(quantizer.scale, quantizer.zero_point)
         for layer in self.layers.values():
             layer.drop_float_weight()
         self.loaded = True

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from synthquant.core.rng import Rng
 from synthquant.nn.activation_quantizers import ActivationQuantizer
@@ -161,16 +162,17 @@ def reconstruction_error(
     for leaf, wanted in zip(output, target, strict=True):
         if not wanted.is_floating_point():
             continue
-        difference = leaf - wanted
+        channels = wanted.shape[-1 if channels_last or wanted.ndim < 4 else 1]
+        if norm == 2 and fisher is None:
+            total = total + F.mse_loss(leaf, wanted) * channels
+            continue
+        difference = (leaf - wanted).abs()
         if fisher is not None and full:
-            weighted = difference.abs() * fisher
+            weighted = difference * fisher
             error = weighted.flatten(1).sum(1).view(-1, *[1] * (weighted.ndim - 1)) * weighted / 100
             total = total + error.mean()
             continue
-        error = difference.square() if norm == 2 else difference.abs().pow(norm)
-        if fisher is not None:
-            error = error * fisher.square()
-        channels = error.shape[-1 if channels_last or error.ndim < 4 else 1]
+        error = difference.pow(norm) if fisher is None else difference.pow(norm) * fisher.square()
         total = total + error.mean() * channels
     return total
 
@@ -249,7 +251,7 @@ def learn_unit(
                 _keep_positive([*weight_scales, *scales])
                 sampled = None
                 if step % every == 0 or step in (1, phase.iterations):
-                    sampled = float(error)
+                    sampled = float(error.detach())
                     steps.append(step)
                     losses.append(sampled)
                 tick(step, sampled)

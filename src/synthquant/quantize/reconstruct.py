@@ -364,7 +364,7 @@ def _mix(student: torch.Tensor, teacher: torch.Tensor, keep: float, generator: t
     """QDrop's mixture of quantized and float inputs, element by element; whole numbers and masks are the teacher's."""
     if not student.is_floating_point():
         return teacher
-    return torch.where(random_keep(student, keep, generator), student, teacher)
+    return torch.lerp(teacher, student, random_keep(student, keep, generator))
 
 
 def _owners(model: QuantModel, units: Sequence[Unit]) -> list[list[ActivationQuantizer]]:
