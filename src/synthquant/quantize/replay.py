@@ -8,6 +8,7 @@ through other units return zeros.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from synthquant.models.blocks import Unit
 
 Leaves = list[Any]
 NETWORK_INPUT = -1
+_PLAIN = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
 class _Reached(BaseException):
@@ -35,6 +37,7 @@ class LeafKind:
 
     Attributes:
         per_image: rows per image if it is a tensor with one or more rows for each image, else 0.
+        per_count: its value for one image if it is a whole number that grows with the batch, else 0.
         shape: shape after the first dimension, if it is such a tensor.
         dtype: its dtype, if it is such a tensor.
     """
@@ -42,6 +45,7 @@ class LeafKind:
     per_image: int
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    per_count: int = 0
 
     def rows(self, count: int) -> tuple[int, ...]:
         """Shape of a cache of this leaf for `count` images, one image a row."""
@@ -73,8 +77,9 @@ class Port:
     def rebuild(self, leaves: Leaves) -> Any:
         """The value made of per-image leaves (in order) and the constants."""
         rest = iter(leaves)
+        count = len(leaves[0]) // self.varying[0].per_image if leaves else 0
         full = [
-            next(rest) if kind.per_image else constant
+            next(rest) if kind.per_image else kind.per_count * count if kind.per_count else constant
             for kind, constant in zip(self.kinds, self.constants, strict=True)
         ]
         return pytree.tree_unflatten(full, self.spec)
@@ -108,16 +113,21 @@ class Replay:
             network: the network.
             units: its units in execution order.
             example: normalised images, at least 3.
+
+        Raises:
+            UnsupportedModelError: what passes between units cannot be cached for each image.
         """
         self.network = network
         self.units = list(units)
         self._modules = [get_module(network, unit.name) for unit in units]
         self._images = LeafKind(1, tuple(example.shape[1:]), example.dtype)
         two, three = self._observe(example[:2]), self._observe(example[:3])
-        self.inputs = [_port(a, b) for a, b in zip(two.inputs, three.inputs, strict=True)]
-        self.outputs = [_port(a, b) for a, b in zip(two.outputs, three.outputs, strict=True)]
+        names = [unit.name for unit in units]
+        self.inputs = [_port(name, a, b) for name, a, b in zip(names, two.inputs, three.inputs, strict=True)]
+        self.outputs = [_port(name, a, b) for name, a, b in zip(names, two.outputs, three.outputs, strict=True)]
         self.sources = three.sources
         self._output_sources = three.output_sources
+        self._verify(example[:3], three)
 
     def needed_after(self, index: int) -> set[int]:
         """Units up to `index` (and the images) whose output a later unit still reads."""
@@ -197,6 +207,29 @@ class Replay:
         finally:
             for module in replaced:
                 module.__dict__.pop("forward", None)
+
+    def _verify(self, images: torch.Tensor, seen: _Observation) -> None:
+        """Reach every unit once and compare; one that reads something else takes all earlier outputs as sources.
+
+        That is the case where the way from one unit to the next has no gradient: a comparison, a rounding, a detach.
+        """
+
+        def stored(unit: int) -> Leaves:
+            return [leaf.clone() for leaf in self.outputs[unit].per_image(seen.outputs[unit])]
+
+        def reached(index: int) -> bool:
+            leaves, _ = self.run_to(index, len(images), images.clone(), stored)
+            wanted = self.inputs[index].per_image(seen.inputs[index])
+            return all(_close(leaf, other) for leaf, other in zip(leaves, wanted, strict=True))
+
+        for index, unit in enumerate(self.units):
+            if not reached(index):
+                self.sources[index] = {NETWORK_INPUT, *range(index)}
+                if not reached(index):
+                    raise UnsupportedModelError(
+                        f"module {unit.name!r} does not read the same twice for the same images and cannot be"
+                        " reconstructed; is something in the network random?"
+                    )
 
     @property
     def device(self) -> torch.device:
@@ -283,25 +316,53 @@ def _graph_leaves(tensor: torch.Tensor) -> set[int]:
     return found
 
 
-def _port(two: Any, three: Any) -> Port:
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    # Gradients were recorded the first time, which may choose other kernels.
+    size = float(other.abs().amax()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * size, equal_nan=True)
+
+
+def _port(unit: str, two: Any, three: Any) -> Port:
     """What a value is, from what it was for two and for three images."""
     leaves, spec = pytree.tree_flatten(two)
-    others = pytree.tree_leaves(three)
-    kinds, constants = [], []
-    for leaf, other in zip(leaves, others, strict=True):
-        kind = _kind(leaf, other)
-        kinds.append(kind)
-        constants.append(None if kind.per_image else leaf)
+    others, other_spec = pytree.tree_flatten(three)
+    if spec != other_spec:
+        raise UnsupportedModelError(f"module {unit!r} takes or returns another structure for each size of the batch")
+    kinds = [_kind(unit, leaf, other) for leaf, other in zip(leaves, others, strict=True)]
+    constants = [None if kind.per_image or kind.per_count else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
     return Port(spec, tuple(kinds), tuple(constants))
 
 
-def _kind(two: Any, three: Any) -> LeafKind:
-    if not isinstance(two, torch.Tensor) or two.shape == three.shape:
+def _kind(unit: str, two: Any, three: Any) -> LeafKind:
+    if not isinstance(two, torch.Tensor):
+        return _plain_kind(unit, two, three)
+    if two.shape == three.shape:
+        if not _close(two, three):
+            raise UnsupportedModelError(
+                f"module {unit!r} takes or returns a tensor {list(two.shape)} that depends on the images but has no row"
+                " for each of them, and cannot be cached"
+            )
         return LeafKind(0)
     rows, rest = divmod(two.shape[0], 2)
     if rest or three.shape[0] != 3 * rows or two.shape[1:] != three.shape[1:]:
         raise UnsupportedModelError(
-            f"a tensor between two units grows from {list(two.shape)} to {list(three.shape)} when the batch grows from"
-            " 2 to 3; only tensors with the images in their first dimension can be cached"
+            f"module {unit!r} takes or returns a tensor that grows from {list(two.shape)} to {list(three.shape)} when"
+            " the batch grows from 2 to 3; only tensors with the images in their first dimension can be cached"
         )
     return LeafKind(rows, tuple(two.shape[1:]), two.dtype)
+
+
+def _plain_kind(unit: str, two: Any, three: Any) -> LeafKind:
+    """What a leaf that is no tensor is: the same for every batch, or the size of the batch."""
+    if two is three or (isinstance(two, _PLAIN) and type(two) is type(three) and two == three):
+        return LeafKind(0)
+    if type(two) is int and type(three) is int and two % 2 == 0 and two * 3 == three * 2:
+        return LeafKind(0, per_count=two // 2)
+    raise UnsupportedModelError(
+        f"module {unit!r} takes or returns a {type(two).__name__} that changes with the batch and cannot be cached;"
+        " pass tensors, or put the module's layers on the scheme's ignore list"
+    )
