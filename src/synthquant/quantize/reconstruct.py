@@ -274,7 +274,13 @@ class Reconstruction:
 
     def _channels_last(self, index: int) -> bool:
         """Whether the unit puts out tokens `[..., C]` rather than feature maps `[B, C, H, W]`."""
-        return isinstance(get_module(self.model.module, self.units[index].layers[-1]), nn.Linear)
+        layer = get_module(self.model.module, self.units[index].layers[-1])
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        shape = self._replay.outputs[index].varying[0].shape
+        if len(shape) > 1 and (shape[0] == channels) != (shape[-1] == channels):
+            # A block may end in a linear layer and put out feature maps all the same (ConvNeXt).
+            return shape[-1] == channels
+        return isinstance(layer, nn.Linear)
 
     def _error_of(
         self,
