@@ -1,0 +1,125 @@
+"""Write docs/results/*.md and the figures of README.md from results/*.json.
+
+    python benchmarks/tables.py
+
+Numbers in the documentation come from here only: text between `<!-- results:NAME -->` and `<!-- /results -->` in
+README.md is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+METHODS = {"rtn": "RTN", "adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop", "genie_m": "Genie-M"}
+KINDS = {"noise": "noise", "zeroq": "ZeroQ", "genie_d": "Genie-D", "real": "real images"}
+
+
+def load(folder: str) -> list[dict[str, Any]]:
+    """All results of a benchmark, by file name."""
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / folder).glob("*.json"))]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with two digits."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def mean(values: list[float]) -> str:
+    """Mean of percentages over seeds, with the spread where there are several."""
+    if not values:
+        return "-"
+    middle = sum(values) / len(values)
+    return percent(middle) + (f" ± {50 * (max(values) - min(values)):.2f}" if len(values) > 1 else "")
+
+
+def zero_shot() -> str:
+    """docs/results/zero-shot.md: one table for each network and scheme."""
+    results = load("zero_shot")
+    lines = [
+        "# Zero-shot quantization: every method on every kind of data",
+        "",
+        "Written by `benchmarks/tables.py` from `results/zero_shot/*.json`; top-1 in percent.",
+        "Activations are quantized where layers read them, asymmetric per tensor; weights per channel.",
+        "`W4A4-same` gives all layers 4 bits; the others keep the first and last layer at 8 bits.",
+    ]
+    for name in dict.fromkeys(result["name"] for result in results):
+        mine = {result["kind"]: result for result in results if result["name"] == name}
+        first = next(iter(mine.values()))
+        low, high = first["float"]["interval"]
+        budget = first["budget"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"Float: {percent(first['float']['top1'])} (95% interval {percent(low)} to {percent(high)},"
+            f" {first['float']['count']} images). Budget: {budget['count']} images, {budget['iterations']} iterations"
+            f" {budget['batch_size']} images for each unit, on {first['environment'].get('device', 'cpu')}.",
+        ]
+        for scheme in dict.fromkeys(row["scheme"] for row in first["rows"]):
+            kinds = [kind for kind in KINDS if kind in mine]
+            body = []
+            for method, title in METHODS.items():
+                cells = [
+                    mean([r["top1"] for r in mine[kind]["rows"] if (r["scheme"], r["method"]) == (scheme, method)])
+                    for kind in kinds
+                ]
+                if set(cells) != {"-"}:
+                    body.append([title, *cells])
+            lines += ["", f"### {scheme}", "", table(["method", *[KINDS[kind] for kind in kinds]], body)]
+    return "\n".join(lines) + "\n"
+
+
+def beside_genie() -> str:
+    """docs/results/beside-genie.md: time and accuracy beside the official code."""
+    lines = [
+        "# Beside the official Genie code",
+        "",
+        "Written by `benchmarks/tables.py` from `results/vs_genie/*.json`: same network, images, budget and process.",
+    ]
+    for result in load("vs_genie"):
+        lines += ["", f"## {result['benchmark']}", ""]
+        rows = result["rows"]
+        keys = [key for key in rows[0] if isinstance(rows[0][key], int | float | str)]
+        body = [[f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in keys] for row in rows]
+        lines.append(table(keys, body))
+        ratios = {key: value for key, value in result.items() if key.endswith(("ratio", "difference"))}
+        lines += ["", *[f"{key.replace('_', ' ')}: {value:.3f}  " for key, value in ratios.items()]]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write everything."""
+    folder = ROOT / "docs" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "zero-shot.md").write_text(zero_shot())
+    (folder / "beside-genie.md").write_text(beside_genie())
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, content in (("demo", demo()),):
+        pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)", re.DOTALL)
+        text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+    readme.write_text(text)
+
+
+def demo() -> str:
+    """The README's table: what `synthquant demo` printed."""
+    (result,) = load("demo")
+    body = [
+        [row["name"], percent(row["top1"]), percent(row.get("recovery")), f"{row['size_bytes'] / 1024:.0f} KiB"]
+        for row in result["rows"]
+    ]
+    return table(["network", "top-1 %", "recovery %", "size"], body)
+
+
+if __name__ == "__main__":
+    main()
