@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -205,6 +207,14 @@ def test_broken_images_are_set_aside_with_a_reason(tmp_path: Path) -> None:
     assert {entry.name for entry in saved.manifest.set_aside} == expected
     assert saved.labels is not None
     assert saved.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_broken_images_of_one_name_are_each_set_aside(tmp_path: Path) -> None:
+    rows = [{"bytes": b"x", "path": "0.png"}, {"bytes": b"y", "path": "0.png"}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
+    image_set = open_images(tmp_path / "a.parquet")
+    assert list(image_set.batches(1)) == []
+    assert [entry.name for entry in image_set.set_aside] == ["0.png", "0.png"]
 
 
 def test_a_set_of_broken_images_cannot_be_saved(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ class ImageSet:
         self._read_columns: dict[str, list[Any]] = {}
         self._labels: Tensor | None = None
         self._labels_read = False
-        self._set_aside: dict[str, SetAside] = {entry.name: entry for entry in manifest.set_aside}
+        self._broken: dict[int, SetAside] = {}  # by position: names need not be unique
         self.manifest = manifest
         self.folder: Path | None = None
 
@@ -208,7 +208,7 @@ class ImageSet:
     @property
     def set_aside(self) -> tuple[SetAside, ...]:
         """Images found broken so far, with reasons: on import, and while reading batches."""
-        return tuple(self._set_aside.values())
+        return (*self.manifest.set_aside, *self._broken.values())
 
     @property
     def fingerprint(self) -> str:
@@ -321,7 +321,7 @@ class ImageSet:
         results = [result for task in tasks for result in task.result()]
         for index, image, result in zip(chosen, stored, results, strict=True):
             if isinstance(result, str):
-                self._set_aside.setdefault(image.name, SetAside(name=image.name, reason=result))
+                self._broken[index] = SetAside(name=image.name, reason=result)
             else:
                 decoded.images.append(result)
                 decoded.stored.append(image)
