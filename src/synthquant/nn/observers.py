@@ -181,9 +181,12 @@ def _mirror(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> Grid:
-    """Grid from `low` to `high`. Half-to-even rounding puts the zero point of a mirrored range on `2**(bits - 1)`."""
+    """Grid from `low` to `high`."""
     scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
-    return scale, torch.round(-low / scale)
+    # The zero point of a mirrored range is a tie, which goes to the even `2**(bits - 1)`; float32 may miss the tie.
+    tie = torch.full_like(low, 2 ** (bits - 1))
+    zero_point = torch.where((low < 0) & (low == -high), tie, torch.round(-low / scale))
+    return scale, zero_point + 0.0  # no -0.0
 
 
 class ActivationHistogram:
