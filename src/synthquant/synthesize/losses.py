@@ -95,7 +95,7 @@ def _gradient_map(inputs: Tensor, statistics: Tensor, gradient: Tensor, per_imag
     """Factor and offset, ready to broadcast: the statistics' gradient for `inputs` is `inputs * factor + offset`."""
     counts = _Counts(inputs, per_image)
     mean, deviation = statistics
-    factor = torch.where(deviation > 0, gradient[1] / (deviation * counts.free), 0.0)
+    factor = (gradient[1] / (deviation * counts.free)).masked_fill_(deviation == 0, 0.0)
     offset = gradient[0] / counts.values - factor * mean
     return _spread(factor, inputs), _spread(offset, inputs)
 

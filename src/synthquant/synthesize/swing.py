@@ -90,10 +90,11 @@ def _return_to_source(gradient: Tensor, offset: Tensor, dim: int) -> Tensor:
         return gradient
     shift = offset - 1
     moved = shift.abs().to(gradient.dtype)
-    forward = shift > 0
-    unread = torch.where(forward, 0, size - 1).view(1)
-    edge = torch.where(forward, size - 1, 0).view(1)
-    twice = torch.where(forward, size - 2, 1).view(1)
+    forward = (shift > 0).to(shift.dtype).view(1)
+    # By arithmetic: torch.where of two Python numbers would copy them to the device, which waits.
+    edge = forward * (size - 1)
+    unread = (size - 1) - edge
+    twice = 1 + forward * (size - 3)
     source = (torch.arange(size, device=offset.device) - shift).clamp_(0, size - 1)
     result = gradient.index_select(dim, source)
     result.index_copy_(dim, unread, result.index_select(dim, unread) * (1 - moved))
