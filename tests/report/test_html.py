@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -160,10 +161,23 @@ def test_layers_left_in_float_are_shown_with_the_reason(tmp_path: Path) -> None:
 def test_real_images_that_are_gone_become_a_note(tmp_path: Path) -> None:
     gone = make_run(tmp_path / "gone", data=str(tmp_path / "nowhere.parquet"))
     _, page = page_of(gone, out=tmp_path / "report.html")
-    assert "The real images are not shown" in page.words and "is not on this machine" in page.words
+    assert "The evaluation images are not shown: " in page.words and "is not on this machine" in page.words
     (tmp_path / "empty").mkdir()
     _, page = page_of(make_run(tmp_path / "none", data=str(tmp_path / "empty")), out=tmp_path / "report.html")
-    assert "The real images are not shown" in page.words
+    assert "The evaluation images are not shown: " in page.words
+
+
+def test_given_images_are_shown_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", images__source=real_images(tmp_path / "given"), images__method="given")
+    shutil.rmtree(run / "images")
+    _, page = page_of(run, out=tmp_path / "report.html")
+    assert page.tags.count("img") == 6 and "Calibration images, given" in page.words
+
+
+def test_agreement_alone_makes_a_page(tmp_path: Path) -> None:
+    rows = [{"name": "float"}, {"name": "W4A4", "agreement": 0.9, "kl": 0.1, "count": 9}]
+    _, page = page_of(make_run(tmp_path / "run", evaluate__accuracy=rows), out=tmp_path / "report.html")
+    assert "90.0 % same answer as float" in page.words and "5 000 calibration images" in page.words
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:

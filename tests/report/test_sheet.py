@@ -46,6 +46,7 @@ def test_many_classes_give_one_image_each_and_can_be_chosen() -> None:
     labels = torch.arange(50) % 25
     assert numbers(numbered(50, labels), count=5) == [0, 5, 10, 15, 20]
     assert numbers(numbered(50, labels), count=4, classes=(7, 3)) == [3, 28, 7, 32]
+    assert numbers(numbered(50, labels), count=6, classes=(24, 99)) == [0, 6, 12, 18, 24, 49]
 
 
 def test_captions_are_class_names() -> None:

@@ -206,10 +206,9 @@ def _figure(height: float, rows: int) -> tuple[Figure, list[Axes]]:
 @contextmanager
 def _style() -> Iterator[None]:
     """Settings of matplotlib for the time of one figure; the user's own are back afterwards."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "report") from error
+    require_matplotlib()
+    import matplotlib
+
     settings: dict[str, Any] = {
         "svg.hashsalt": "synthquant",
         "svg.fonttype": "none",
@@ -229,6 +228,14 @@ def _style() -> Iterator[None]:
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
         matplotlib.rcParams.update(settings)
         yield
+
+
+def require_matplotlib() -> None:
+    """Raise `MissingExtraError` if no figure can be drawn: better before hours of work than after them."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("matplotlib", "report") from error
 
 
 def _svg(figure: Figure, figure_id: str, title: str) -> str:

@@ -9,7 +9,8 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
 `model`
     `name` str, `num_classes` int | null, `class_names` list[str] | null, `parameters` int.
 `images`
-    `method` str, `count` int. (The sheet, pixel statistics and quality come from `images/manifest.json`.)
+    `method` str, `count` int; `source` str for images that were given, in the form `open_images` takes. (The sheet,
+    pixel statistics and quality come from `images/manifest.json`.)
 `quantize`
     `method` str and `units`: the fields of a `QuantReport` as JSON (`report.model_dump(mode="json")`); of each unit
     `name`, `loss_start`, `loss_end`, `undecided`, `diverged`, `seconds`, and the sampled curve: `steps` and `losses`.
@@ -140,26 +141,36 @@ def _section(run: RunFiles, anchor: str) -> RunSection:
 
 
 def _add_images(section: RunSection) -> None:
-    """Fill in both sheets; evaluation data that is not there any more becomes a note."""
+    """Fill in both sheets; images that are not there any more become a note."""
     run = section.run
     classes: tuple[int, ...] = ()
+    given = run.text("images", "source")
     if run.images_folder is not None:
         images = ImageSet.open(run.images_folder)
         section.manifest = images.manifest.model_dump(mode="json")
         section.problems = _problems(section.manifest)
         section.synthetic = make_sheet(images, _preprocess(run), run.class_names)
+    elif given is not None:
+        section.synthetic = _sheet_of(section, given, "calibration", classes)
+    if section.synthetic is not None:
         classes = section.synthetic.classes
     source = run.text("evaluate", "data")
-    if source is None:
-        return
+    if source is not None:
+        section.real = _sheet_of(section, source, "evaluation", classes)
+
+
+def _sheet_of(section: RunSection, source: str, what: str, classes: tuple[int, ...]) -> Sheet | None:
+    """The sheet of images that are kept elsewhere; if they cannot be had, nothing, and a note that says why."""
+    run = section.run
     if not source.startswith("bundled/") and not Path(source).expanduser().exists():
         # a name on the hub: a report does not download anything
-        section.notes.append(f"The real images are not shown: {source} is not on this machine.")
-        return
+        section.notes.append(f"The {what} images are not shown: {source} is not on this machine.")
+        return None
     try:
-        section.real = make_sheet(open_images(source), _preprocess(run), run.class_names, classes=classes)
+        return make_sheet(open_images(source), _preprocess(run), run.class_names, classes=classes)
     except InputError as error:
-        section.notes.append(f"The real images are not shown: {error}")
+        section.notes.append(f"The {what} images are not shown: {error}")
+        return None
 
 
 def _preprocess(run: RunFiles) -> Preprocess | None:

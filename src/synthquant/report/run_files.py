@@ -153,7 +153,7 @@ class RunFiles:
             "per-layer SQNR": self.sqnr,
             "coverage": self.coverage,
             "loss curves": [unit for unit in self.units if unit.losses],
-            "images": self.images_folder,
+            "images": self.images_folder or self.value("images", "source"),
             "recipe": self.recipe_text,
             "environment": self.record.environment,
         }

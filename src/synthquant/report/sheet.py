@@ -93,16 +93,24 @@ def _spread(labels: Tensor | None, total: int, count: int, classes: Sequence[int
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels.tolist()):
         members.setdefault(label, []).append(index)
-    known = [label for label in classes if label in members] or sorted(members)
-    if len(known) > count:
-        known = [known[index * len(known) // count] for index in range(count)]
+    wanted = [label for label in classes if label in members]
+    picked = _in_turns([members[label] for label in wanted], count)
+    others = [members[label] for label in sorted(members) if label not in wanted]
+    picked += _in_turns(others, count - len(picked))
+    return sorted(picked, key=lambda index: (int(labels[index]), index))
+
+
+def _in_turns(groups: list[list[int]], count: int) -> list[int]:
+    """The first of each group, then the second of each, until there are `count`; of too many groups evenly spaced
+    ones."""
+    if len(groups) > count:
+        groups = [groups[index * len(groups) // count] for index in range(count)]
     picked: list[int] = []
-    depth = 0
-    while len(picked) < count and any(depth < len(members[label]) for label in known):
-        picked.extend(members[label][depth] for label in known if depth < len(members[label]))
-        depth += 1
-    order = {label: rank for rank, label in enumerate(sorted(known))}
-    return sorted(picked[:count], key=lambda index: (order[int(labels[index])], index))
+    for depth in range(max((len(group) for group in groups), default=0)):
+        picked.extend(group[depth] for group in groups if depth < len(group))
+        if len(picked) >= count:
+            break
+    return picked[:count]
 
 
 def _thumbnail(pixels: Tensor, caption: str) -> Thumbnail:
