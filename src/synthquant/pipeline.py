@@ -32,6 +32,7 @@ from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection, Recipe, SourceSection, SynthesizeSection
+from synthquant.report.figures import require_matplotlib
 from synthquant.report.html import write_report
 
 STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
@@ -48,12 +49,14 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
         InputError: the recipe names something that does not exist or does not fit together, or `out` holds another
             run. If nothing of value was made until then, no folder is left behind.
         OutputError: `out` cannot be written.
+        MissingExtraError: a package is missing that the network or the report needs.
     """
     device = resolve_device(recipe.device)
     folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
     if folder.is_done(*STAGES):
         progress.say(f"{out}: this run is finished; its results are read from there")
         return folder.record
+    require_matplotlib()
     model = open_model(recipe.model, device=device)
     real = None
     if recipe.evaluate is not None:
@@ -180,15 +183,16 @@ def _get_images(
 
 
 def _draw(images: ImageSet, section: SourceSection, seed: int) -> ImageSet:
-    """Draw `section.count` images without repetition, in the order they stand."""
-    if section.count is None:
-        return images
-    if section.count > len(images):
+    """Draw `section.count` images without repetition, or put all of them in a random order.
+
+    Folders are sorted by class, and methods that look at a few images only take the first ones.
+    """
+    if section.count is not None and section.count > len(images):
         raise InputError(
             f"images.count is {section.count} but {section.source} holds {len(images)}; lower it or leave it out"
         )
     order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
-    return images.subset(sorted(order[: section.count].tolist()))
+    return images.subset(order[: section.count])
 
 
 def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: ImageSet, progress: Progress) -> QuantModel:
@@ -228,6 +232,9 @@ def _evaluate(
         return
     with folder.stage("evaluate") as metrics:
         rows, result = _float_beside_quantized(section, model, quant_model, images, progress)
+        if result.set_aside:
+            name, reason = result.set_aside[0]
+            progress.warn(f"{len(result.set_aside)} images set aside, for example {name}: {reason}")
         metrics |= {
             "data": section.data if section else None,
             "count": result.count,

@@ -10,8 +10,10 @@ import typer
 from synthquant import pipeline
 from synthquant.cli import options
 from synthquant.cli.output import accuracy_rows, print_json, print_run, print_table
+from synthquant.core.errors import RecipeError
+from synthquant.core.files import require_writable
 from synthquant.core.progress import ConsoleProgress
-from synthquant.recipe import Recipe, apply_overrides
+from synthquant.recipe import QuantizeSection, Recipe, SourceSection, SynthesizeSection, apply_overrides
 from synthquant.report.html import write_report
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.", show_default=False)]
@@ -20,10 +22,10 @@ DemoOut = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the three r
 # Small enough for two CPU cores in minutes, large enough for the order of the methods to be the usual one.
 _DEMO = {
     "model": {"source": "zoo/cifar10-resnet20"},
+    "images": {"method": "genie_d", "count": 256, "iterations": 100},
+    "quantize": {"method": "genie_m", "scheme": "W4A4", "iterations": 200},
     "evaluate": {"data": "bundled/cifar10-test"},
 }
-_DEMO_IMAGES = {"method": "genie_d", "count": 256, "iterations": 100}
-_DEMO_QUANTIZE = {"method": "genie_m", "scheme": "W4A4", "iterations": 200}
 
 
 def run(
@@ -54,25 +56,33 @@ def demo(
 
     `--set` takes the path of any setting of the Genie run's recipe, for example `--set images.count=1024`.
     """
+    require_writable(out)
     progress = ConsoleProgress()
-    common = _DEMO | {"device": device, "seed": seed}
-    genie = apply_overrides(common | {"images": _DEMO_IMAGES, "quantize": _DEMO_QUANTIZE}, settings or [])
-    rtn = genie | {"quantize": {"method": "rtn", "scheme": genie["quantize"]["scheme"]}}
-    runs = {
-        "Genie (synthetic images)": ("genie", genie),
-        "rtn on synthetic images": ("rtn-on-genie_d", rtn | {"images": {"source": str(out / "genie" / "images")}}),
-        "rtn on noise": ("rtn-on-noise", rtn | {"images": {"method": "noise", "count": genie["images"]["count"]}}),
-    }
+    values = apply_overrides(_DEMO | {"device": device, "seed": seed}, settings or [])
+    runs = _demo_runs(Recipe.parse(values, "demo"), out)
     rows: dict[str, dict[str, Any]] = {}
-    for title, (folder, values) in runs.items():
+    for title, (folder, recipe) in runs.items():
         progress.say(title)
-        record = pipeline.run(Recipe.parse(values, "demo"), out / folder, progress)
-        float_row, quantized_row = accuracy_rows(record)
-        rows |= {"float": float_row, title: quantized_row}
-    report = write_report([out / folder for folder, _ in runs.values()], out / "report.html")
-    ordered = ["float", *reversed(runs)]
+        float_row, quantized_row = accuracy_rows(pipeline.run(recipe, folder, progress))
+        rows |= {"float": float_row | {"name": "float"}, title: quantized_row | {"name": title}}
+    report = write_report([folder for folder, _ in runs.values()], out / "report.html")
+    ordered = [rows[name] for name in ("float", *reversed(runs))]
     if json:
-        print_json({"rows": [rows[name] | {"name": name} for name in ordered], "report": str(report)})
+        print_json({"rows": ordered, "report": str(report)})
         return
-    print_table([rows[name] | {"name": name} for name in ordered])
+    print_table(ordered)
     print(f"report: {report}")
+
+
+def _demo_runs(genie: Recipe, out: Path) -> dict[str, tuple[Path, Recipe]]:
+    """Return the runs by title, in the order they are done: Genie first, for the second one uses its images."""
+    if not isinstance(genie.images, SynthesizeSection):
+        raise RecipeError("demo: it makes its own images; use `synthquant quantize` for images that exist")
+    rtn = QuantizeSection.parse({"method": "rtn", "scheme": genie.quantize.scheme}, "demo")
+    made = SourceSection(source=str(out / "genie" / "images"))
+    noise = SynthesizeSection.parse({"method": "noise", "count": genie.images.count}, "demo")
+    return {
+        "Genie on synthetic images": (out / "genie", genie),
+        "rtn on synthetic images": (out / "rtn", genie.model_copy(update={"quantize": rtn, "images": made})),
+        "rtn on noise": (out / "rtn-on-noise", genie.model_copy(update={"quantize": rtn, "images": noise})),
+    }

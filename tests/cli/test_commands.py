@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Command
+
+from synthquant.core.record import RunRecord
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import QUANTIZERS, SYNTHESIZERS
+from synthquant.quantize import GenieM
+
+
+def test_run_prints_float_beside_quantized_and_the_rule_for_the_ends(
+    synthquant: Command, recipe: Path, tmp_path: Path
+) -> None:
+    outcome = synthquant("run", recipe, "--out", tmp_path / "run")
+    assert outcome.status == 0
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("W4A4 (weights 4 bit") and "first and last layer W8A8" in lines[0]
+    assert lines[1].split() == ["name", "top1", "interval", "top5", "recovery", "agreement", "kl", "size"]
+    assert lines[2].startswith("float ") and lines[3].startswith("W4A4 ")
+    assert str(tmp_path / "run" / "report.html") in lines[4]
+
+
+def test_run_json_is_all_there_is_on_standard_output(synthquant: Command, recipe: Path, tmp_path: Path) -> None:
+    outcome = synthquant("run", recipe, "--out", tmp_path / "run", "--json", "--seed", 5, "--set", "images.count=7")
+    result = json.loads(outcome.out)
+    assert [row["name"] for row in result["accuracy"]] == ["float", "W4A4"]
+    assert result["out"] == str(tmp_path / "run")
+    record = RunRecord.load(tmp_path / "run" / "run.json")
+    assert record.seed == 5 and record.recipe["images"]["count"] == 7
+    assert "evaluate float" in outcome.err
+
+
+def test_synthesize_then_quantize_then_evaluate_then_report(
+    synthquant: Command, model_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    images, run, page = tmp_path / "images", tmp_path / "run", tmp_path / "page.html"
+    small = ["--set", "iterations=2", "--set", "batch_size=4"]
+    made = synthquant(
+        "synthesize", *model_options, "--method", "zeroq", "--count", 6, "--out", images, *small, "--json"
+    )
+    assert json.loads(made.out)["count"] == 6 == len(ImageSet.open(images))
+    quantized = synthquant(
+        "quantize", *model_options, "--images", images, "--scheme", "W8A8", "--method", "adaround", "--out", run, *small,
+        "--set", "scheme.ends=same", "--data", data, "--device", "cpu",
+    )  # fmt: skip
+    assert quantized.status == 0, quantized.err
+    assert "same bits in every layer" in quantized.out
+    row = json.loads(synthquant("evaluate", run, "--data", data, "--json", "--set", "batch_size=5").out)
+    assert row["count"] == 21 and 0 <= row["top1"] <= row["top5"] <= 1 and row["agreement"] > 0.5 and row["seconds"] > 0
+    assert synthquant("report", run, "--out", page).out.strip() == str(page)
+    assert "<html" in page.read_text()
+
+
+def test_evaluate_measures_a_float_network(synthquant: Command, model_options: list[str], data: Path) -> None:
+    row = json.loads(synthquant("evaluate", *model_options, "--data", data, "--json").out)
+    assert row["count"] == 21 and row["agreement"] is None
+    assert "top1" in synthquant("evaluate", *model_options, "--data", data).out
+
+
+def test_quantize_without_data_measures_agreement(
+    synthquant: Command, model_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    outcome = synthquant(
+        "quantize", *model_options, "--images", data, "--method", "rtn", "--out", tmp_path / "run", "--json"
+    )
+    _, after = json.loads(outcome.out)["accuracy"]
+    assert after["top1"] is None and 0 <= after["agreement"] <= 1
+
+
+def test_a_checkpoint_whose_float_network_is_gone_is_still_measured(
+    synthquant: Command, model_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    synthquant("quantize", *model_options, "--images", data, "--method", "rtn", "--out", tmp_path / "run")
+    source = tmp_path / "small_network.py"
+    source.write_text(source.read_text().replace("def build(seed=0)", "def build(seed=5)"))
+    outcome = synthquant("evaluate", tmp_path / "run", "--data", data, "--json")
+    assert json.loads(outcome.out)["agreement"] is None
+    assert "no agreement with the float network" in outcome.err
+
+
+def test_list_names_every_method_and_every_bundled_network(synthquant: Command) -> None:
+    listed = json.loads(synthquant("list", "--json").out)
+    assert set(listed["synthesize"]) == set(SYNTHESIZERS.names())
+    assert set(listed["quantize"]) == set(QUANTIZERS.names())
+    assert "zoo/cifar10-resnet20" in listed["zoo"]
+    assert synthquant("list", "quantize").out.count("\n") == len(QUANTIZERS.names())
+
+
+@pytest.mark.parametrize("method", [*SYNTHESIZERS.names(), *QUANTIZERS.names()])
+def test_show_explains_every_setting(synthquant: Command, method: str) -> None:
+    shown = json.loads(synthquant("show", method, "--json").out)
+    assert all(entry["description"] for entry in shown["settings"])
+    text = synthquant("show", method).out
+    assert all(f"  {entry['name']} (" in text for entry in shown["settings"])
+
+
+def test_show_tells_range_and_default(synthquant: Command) -> None:
+    iterations = GenieM.model_fields["iterations"].default
+    assert f"iterations (int, >= 0) = {iterations}" in synthquant("show", "genie_m").out
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "synthesize", "quantize", "evaluate"])
+def test_commands_that_compute_take_the_common_options(synthquant: Command, command: str) -> None:
+    outcome = synthquant(command, "--help")
+    assert outcome.status == 0
+    assert all(option in outcome.out for option in ("--device", "--seed", "--set FIELD=VALUE", "--json"))
+
+
+def test_help_and_version_of_the_whole(synthquant: Command) -> None:
+    outcome = synthquant("--help")
+    commands = ("demo", "run", "synthesize", "quantize", "evaluate", "report", "list", "show")
+    assert outcome.status == 0 and all(f"\n  {command} " in outcome.out for command in commands)

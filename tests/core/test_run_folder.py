@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from synthquant.core.errors import DataError, InputError, OutputError
+from synthquant.core.run_folder import RunFolder, nothing_half_written
+
+RECIPE = {
+    "model": {"source": "m"},
+    "images": {"count": 4},
+    "evaluate": None,
+    "device": "cpu",
+    "memory": {"host_gib": 1},
+}
+
+
+def opened(path: Path, **changes: object) -> RunFolder:
+    return RunFolder(path, RECIPE | changes, device="cpu", seed=3, place=("device", "memory.host_gib"))
+
+
+def finish(folder: RunFolder, *stages: str) -> None:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for name in stages:
+        with folder.stage(name) as metrics:
+            metrics["stage"] = name
+
+
+def test_opening_writes_nothing(tmp_path: Path) -> None:
+    opened(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_is_running_while_it_runs_and_done_with_its_metrics_afterwards(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    with folder.stage("images") as metrics:
+        assert json.loads((tmp_path / "run.json").read_text())["stages"]["images"]["status"] == "running"
+        metrics["count"] = 4
+    stage = opened(tmp_path).record.stages["images"]
+    assert (stage.status, stage.metrics) == ("done", {"count": 4})
+    assert stage.seconds > 0
+    assert opened(tmp_path).is_done("images") and not opened(tmp_path).is_done("images", "report")
+
+
+def test_a_stage_that_raises_has_failed_and_its_time_counts_on_when_it_is_done_later(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    with pytest.raises(ZeroDivisionError), folder.stage("images"):
+        raise ZeroDivisionError
+    failed = opened(tmp_path).record.stages["images"]
+    assert failed.status == "failed" and failed.seconds > 0
+    again = opened(tmp_path)
+    finish(again, "images")
+    assert again.record.stages["images"].seconds > failed.seconds
+
+
+def test_a_folder_of_another_recipe_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    finish(opened(tmp_path), "model", "images")
+    with pytest.raises(InputError, match=r"images\.count is 4 there, 5 now"):
+        opened(tmp_path, images={"count": 5})
+    with pytest.raises(InputError, match=r"model\.source is 'm' there, 'n' now"):
+        opened(tmp_path, model={"source": "n"})
+
+
+def test_where_a_run_is_computed_may_change(tmp_path: Path) -> None:
+    finish(opened(tmp_path), "model", "images")
+    assert opened(tmp_path, device="cuda", memory={"host_gib": 9}).is_done("images")
+
+
+def test_a_section_may_change_until_its_stage_begins(tmp_path: Path) -> None:
+    finish(opened(tmp_path), "model", "images")
+    changed = opened(tmp_path, evaluate={"data": "x"})
+    assert changed.record.recipe["evaluate"] == {"data": "x"}
+    finish(changed, "evaluate")
+    with pytest.raises(InputError, match="evaluate"):
+        opened(tmp_path)
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(OutputError, match="is not empty and not a run folder"):
+        opened(tmp_path)
+
+
+def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file, not a folder"):
+        opened(tmp_path / "file" / "run")
+
+
+def test_an_error_takes_away_what_was_made_for_it_with_its_parents(tmp_path: Path) -> None:
+    with pytest.raises(DataError), nothing_half_written(tmp_path / "a" / "b", keep="part-*"):
+        (tmp_path / "a" / "b" / "images").mkdir()
+        (tmp_path / "a" / "b" / "run.json").touch()
+        raise DataError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_leaves_finished_work_and_what_was_there_before(tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    (old / "file").touch()
+    with pytest.raises(DataError), nothing_half_written(new, keep="part-*"):
+        (new / "part-0").touch()
+        raise DataError("no")
+    with pytest.raises(DataError), nothing_half_written(old, keep="part-*"):
+        raise DataError("no")
+    assert (new / "part-0").exists() and (old / "file").exists()
+
+
+def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
+    with pytest.raises(DataError), nothing_half_written(tmp_path, keep="part-*"):
+        (tmp_path / "run.json").touch()
+        raise DataError("no")
+    assert tmp_path.is_dir() and not any(tmp_path.iterdir())

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.small_networks import CLASSES, small_float_model, small_images
+
+from synthquant import pipeline
+from synthquant.core.errors import DataError, InputError, ModelError, UnsupportedModelError
+from synthquant.core.files import sha256_file
+from synthquant.core.progress import Bar, Progress
+from synthquant.core.record import RunRecord
+from synthquant.data.image_set import ImageSet
+from synthquant.export.checkpoint import load_checkpoint
+from synthquant.models.float_model import FloatModel
+from synthquant.quantize import Rtn
+from synthquant.recipe import EvaluateSection, Recipe
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package catches it."""
+
+
+class KillAt(Progress):
+    """Kills the run when the bar called `title` has come to `step`."""
+
+    def __init__(self, title: str, step: int) -> None:
+        self.title, self.step = title, step
+
+    def bar(self, title: str, total: int) -> Any:
+        kill_step = self.step if self.title in title else None
+
+        class Trap(Bar):
+            def advance(self, steps: int = 1, **fields: float | str) -> None:
+                super().advance(steps, **fields)
+                if kill_step is not None and self.done >= kill_step:
+                    raise Killed
+
+        class Context:
+            def __enter__(self) -> Bar:
+                return Trap(title, total)
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        return Context()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> FloatModel:
+    return small_float_model(tmp_path)
+
+
+@pytest.fixture
+def recipe(model: FloatModel, tmp_path: Path) -> dict[str, Any]:
+    small_images(21).save(tmp_path / "data")
+    return {
+        "model": model.source.model_dump(mode="json"),
+        "images": {"method": "genie_d", "count": 11, "batch_size": 4, "iterations": 3, "latent_size": 8},
+        "quantize": {"method": "genie_m", "scheme": "W4A4", "iterations": 4, "batch_size": 4},
+        "evaluate": {"data": str(tmp_path / "data"), "batch_size": 8},
+        "device": "cpu",
+    }
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Hash of every file but those that hold the time."""
+    paths = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("run.json", "report.html")
+    ]
+    return {str(path.relative_to(folder)): sha256_file(path) for path in paths}
+
+
+def test_a_run_leaves_everything_that_was_promised(recipe: dict[str, Any], model: FloatModel, tmp_path: Path) -> None:
+    before = model.fingerprint
+    record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.yaml", "run.json", "images", "model", "report.html"}
+    assert [record.stages[name].status for name in pipeline.STAGES] == ["done"] * len(pipeline.STAGES)
+    assert len(ImageSet.open(tmp_path / "run" / "images")) == 11
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == Recipe.parse(recipe)
+    assert RunRecord.load(tmp_path / "run" / "run.json") == record
+    assert model.fingerprint == before
+
+
+def test_float_stands_beside_quantized(recipe: dict[str, Any], tmp_path: Path) -> None:
+    metrics = pipeline.run(Recipe.parse(recipe), tmp_path / "run").stages["evaluate"].metrics
+    before, after = metrics["accuracy"]
+    assert (before["name"], after["name"]) == ("float", "W4A4")
+    assert after["recovery"] == pytest.approx(after["top1"] / before["top1"])
+    assert after["size_bytes"] < before["size_bytes"]
+    assert metrics["count"] == 21
+    assert len(metrics["sqnr"]) == 8
+
+
+def test_the_checkpoint_is_the_network_that_was_measured(
+    recipe: dict[str, Any], model: FloatModel, tmp_path: Path
+) -> None:
+    record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+    section = EvaluateSection(data=str(tmp_path / "data"), batch_size=8)
+    row = pipeline.evaluate(tmp_path / "run", section, "cpu")
+    measured = record.stages["evaluate"].metrics["accuracy"][1]
+    same = ("top1", "top5", "agreement", "kl", "recovery", "size_bytes", "count")
+    assert {key: row[key] for key in same} == {key: measured[key] for key in same}
+    assert pipeline.evaluate(tmp_path / "run" / "model", section, "cpu")["top1"] == row["top1"]
+
+
+def test_equal_recipes_give_equal_files_and_another_seed_gives_others(recipe: dict[str, Any], tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pipeline.run(Recipe.parse(recipe | {"seed": seed}), tmp_path / name)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a")["model/model.safetensors"] != files(tmp_path / "c")["model/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("title", "step"), [("genie_d", 5), ("weights", 9), ("evaluate float", 8), ("evaluate quantized", 8)]
+)
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    recipe: dict[str, Any], tmp_path: Path, title: str, step: int
+) -> None:
+    pipeline.run(Recipe.parse(recipe), tmp_path / "whole")
+    with pytest.raises(Killed):
+        pipeline.run(Recipe.parse(recipe), tmp_path / "killed", KillAt(title, step))
+    assert not (tmp_path / "killed" / "report.html").exists()
+    pipeline.run(Recipe.parse(recipe), tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_finished_run_is_read_not_repeated(recipe: dict[str, Any], tmp_path: Path) -> None:
+    first = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+    (tmp_path / "small_network.py").unlink()
+    assert pipeline.run(Recipe.parse(recipe), tmp_path / "run") == first
+
+
+def test_a_run_of_other_weights_is_not_continued(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        pipeline.run(Recipe.parse(recipe), tmp_path / "run", KillAt("genie_d", 5))
+    source = tmp_path / "small_network.py"
+    source.write_text(source.read_text().replace("def build(seed=0)", "def build(seed=5)"))
+    with pytest.raises(ModelError, match="was made with other weights"):
+        pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+
+
+def test_without_evaluation_data_agreement_is_measured_on_the_images(recipe: dict[str, Any], tmp_path: Path) -> None:
+    metrics = pipeline.run(Recipe.parse(recipe | {"evaluate": None}), tmp_path / "run").stages["evaluate"].metrics
+    before, after = metrics["accuracy"]
+    assert "top1" not in before and after["top1"] is None
+    assert 0 < after["agreement"] <= 1
+    assert metrics["data"] is None
+
+
+def test_images_that_exist_are_used_as_they_are(recipe: dict[str, Any], tmp_path: Path) -> None:
+    given = recipe | {
+        "images": {"source": str(tmp_path / "data"), "count": 9},
+        "quantize": {"method": "rtn", "scheme": "W8A8"},
+    }
+    record = pipeline.run(Recipe.parse(given), tmp_path / "run")
+    assert record.stages["images"].metrics == {"method": "given", "source": str(tmp_path / "data"), "count": 9}
+    assert not (tmp_path / "run" / "images").exists()
+    with pytest.raises(InputError, match=r"images.count is 99 but .* holds 21"):
+        pipeline.run(
+            Recipe.parse(given | {"images": {"source": str(tmp_path / "data"), "count": 99}}), tmp_path / "run2"
+        )
+    assert not (tmp_path / "run2").exists()
+
+
+def test_given_images_are_drawn_from_all_classes(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(Rtn, "apply", lambda self, model, images, rng, **_: seen.append(images) or 1 / 0)
+    order = torch.arange(210) // 30  # as a folder of class folders would be read
+    ImageSet.from_tensors(small_images(210)[0].image.expand(210, 3, 16, 16), labels=order).save(tmp_path / "sorted")
+    given = recipe | {"images": {"source": str(tmp_path / "sorted")}, "quantize": {"method": "rtn", "scheme": "W8A8"}}
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(Recipe.parse(given), tmp_path / "run")
+    assert set(seen[0].labels[:60].tolist()) == set(range(CLASSES))
+    assert sorted(seen[0].labels.tolist()) == order.tolist()
+
+
+def test_labels_that_the_network_does_not_know_are_found_before_any_work(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    ImageSet.from_tensors(pixels, labels=torch.tensor([0, 1, 2, 900])).save(tmp_path / "other")
+    with pytest.raises(DataError, match="has labels up to 900 but build has 7 classes"):
+        pipeline.run(Recipe.parse(recipe | {"evaluate": str(tmp_path / "other")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_the_method_cannot_work_with_leaves_nothing_behind(recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "plain.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))\n"
+    )
+    model = recipe["model"] | {"source": f"{path}:build"}
+    with pytest.raises(UnsupportedModelError, match="no batch norm"):
+        pipeline.run(Recipe.parse(recipe | {"model": model}), tmp_path / "runs" / "run")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_broken_images_are_set_aside_and_told(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    for label in range(CLASSES):
+        (folder / str(label)).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (label * 30, 9, 99)).save(folder / str(label) / "a.png")
+    (folder / "3" / "b.png").write_bytes(b"not an image")
+    told: list[str] = []
+
+    class Listen(Progress):
+        def warn(self, text: str) -> None:
+            told.append(text)
+
+    recipe |= {
+        "evaluate": str(folder),
+        "images": {"method": "noise", "count": 4},
+        "quantize": {"method": "rtn", "scheme": "W8A8"},
+    }
+    record = pipeline.run(Recipe.parse(recipe), tmp_path / "run", Listen())
+    assert [entry["name"] for entry in record.stages["evaluate"].metrics["set_aside"]] == ["3/b.png"]
+    assert any("1 images set aside" in text and "3/b.png" in text for text in told)
+
+
+def test_loading_the_checkpoint_again_gives_the_same_logits(
+    recipe: dict[str, Any], model: FloatModel, tmp_path: Path
+) -> None:
+    pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+    inputs = model.example_input(5, seed=1)
+    with torch.no_grad():
+        first = load_checkpoint(tmp_path / "run" / "model")(inputs)
+        second = load_checkpoint(tmp_path / "run" / "model", float_model=model)(inputs)
+    assert torch.equal(first, second)
+
+
+def test_the_record_is_plain_json(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+    content = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert content["environment"]["torch"] == torch.__version__
+    assert content["recipe"]["quantize"]["method"] == "genie_m"
+    assert content["stages"]["quantize"]["peak_memory_bytes"] > 0
