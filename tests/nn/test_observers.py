@@ -62,7 +62,9 @@ def every_zero_point(values: torch.Tensor, bits: int) -> Iterator[Grid]:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("zero_inside", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_shrinking_searches_against_a_loop(name: str, steps: int, symmetric: bool, zero_inside: bool, bits: int) -> None:
+def test_shrinking_searches_against_a_loop(
+    name: str, steps: int, symmetric: bool, zero_inside: bool, bits: int
+) -> None:
     x = rows()
     scale, zero_point = OBSERVERS.get(name)(Samples.of_rows(x), bits, symmetric=symmetric, zero_inside=zero_inside)
     for row, s, z in zip(x, scale.tolist(), zero_point.tolist(), strict=True):

@@ -105,7 +105,7 @@ class QuantModel(nn.Module):
         model._insert(order, plan, groups, entries)
         if not model.layers:
             raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
-        return model
+        return model.eval()
 
     def _insert(
         self,
