@@ -44,7 +44,8 @@ def test_synthesize_then_quantize_then_evaluate_then_report(
     )
     assert json.loads(made.out)["count"] == 6 == len(ImageSet.open(images))
     quantized = synthquant(
-        "quantize", *model_options, "--images", images, "--scheme", "W8A8", "--method", "adaround", "--out", run, *small,
+        "quantize", *model_options, "--images", images, "--scheme", "W8A8", "--method", "adaround", "--out", run,
+        *small,
         "--set", "scheme.ends=same", "--data", data, "--device", "cpu",
     )  # fmt: skip
     assert quantized.status == 0, quantized.err
