@@ -159,8 +159,7 @@ def evaluate_model(
 
 
 def compare_logits(logits: Tensor, labels: Tensor | None, reference_logits: Tensor | None = None) -> Evaluation:
-    """Measure `logits` `[N, classes]` against `labels` `[N]` and `reference_logits` `[N, classes]`; at least one is
-    needed.
+    """Measure logits `[N, classes]` against `labels` `[N]`, against `reference_logits` `[N, classes]`, or both.
 
     Raises:
         DataError: both are missing, or a label is not in 0..classes-1.

@@ -86,8 +86,7 @@ def make_sheet(
 
 
 def _spread(labels: Tensor | None, total: int, count: int, classes: Sequence[int]) -> list[int]:
-    """Indices of `count` images, taking turns between the classes, then ordered by class; evenly spaced without
-    labels."""
+    """Indices of `count` images: classes take turns, ordered by class at the end; evenly spaced without labels."""
     if labels is None:
         return [index * total // min(count, total) for index in range(min(count, total))]
     members: dict[int, list[int]] = {}
@@ -101,8 +100,7 @@ def _spread(labels: Tensor | None, total: int, count: int, classes: Sequence[int
 
 
 def _in_turns(groups: list[list[int]], count: int) -> list[int]:
-    """The first of each group, then the second of each, until there are `count`; of too many groups evenly spaced
-    ones."""
+    """The first of each group, then the second, until there are `count`; of too many groups evenly spaced ones."""
     if len(groups) > count:
         groups = [groups[index * len(groups) // count] for index in range(count)]
     picked: list[int] = []
