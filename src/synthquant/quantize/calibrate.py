@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from synthquant.core.errors import DataError
+from synthquant.core.files import sha256_bytes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.nn.activation_quantizers import ActivationQuantizer
@@ -29,6 +30,11 @@ class CalibrationImages:
         self._images = images
         self._preprocess = model.float_model.preprocess
         self._device = model.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that changes when the images or their preprocessing change."""
+        return sha256_bytes(f"{self._images.fingerprint} {self._preprocess.model_dump_json()}".encode())
 
     def __len__(self) -> int:
         """Number of images, broken ones included."""

@@ -78,6 +78,7 @@ class Reconstruction:
         self.store = CacheStore(memory, model.device, workdir)
         with model.mode(weights=False, activations=False):
             self._replay = Replay(model.module, self.units, model.float_model.example_input(3))
+        self._made_from = lambda: (model.float_model.fingerprint, model.scheme, images.fingerprint, self.units)
         self._images, self.count = self._cache_images(images)
         self._owners = _owners(model, self.units)
 
@@ -89,7 +90,7 @@ class Reconstruction:
             rng: randomness; each unit draws from its own child.
             progress: told about each unit.
         """
-        files = UnitFiles(self.workdir, phase.name)
+        files = UnitFiles(self.workdir, phase.name, lambda: (*self._made_from(), phase, rng))
         finished = [files.load(index, self._parts(index)) for index in range(len(self.units))]
         if all(report is not None for report in finished):
             return [report for report in finished if report is not None]

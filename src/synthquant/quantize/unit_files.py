@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from synthquant.core.files import write_bytes
+from synthquant.core.errors import DataError
+from synthquant.core.files import sha256_bytes, write_bytes
 from synthquant.methods import UnitReport
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.layers import QuantLayer
@@ -52,17 +53,33 @@ def snapshot(layers: Sequence[QuantLayer], quantizers: Sequence[ActivationQuanti
 class UnitFiles:
     """One safetensors file for each finished unit of a phase, its report in the metadata."""
 
-    def __init__(self, workdir: Path | None, phase: str) -> None:
-        """Keep files in `workdir / phase`; without a folder nothing is kept."""
+    def __init__(self, workdir: Path | None, phase: str, made_from: Callable[[], Iterable[object]]) -> None:
+        """Keep files in `workdir / phase`; without a folder nothing is kept.
+
+        Args:
+            workdir: where the phases keep their files.
+            phase: name of the phase.
+            made_from: everything that decides what a unit becomes; called if there is a folder.
+        """
         self._folder = None if workdir is None else workdir / phase
+        self._key = "" if workdir is None else sha256_bytes(repr(tuple(made_from())).encode())
 
     def load(self, index: int, parts: Parts) -> UnitReport | None:
-        """Restore a unit if its file is there; returns its report."""
+        """Restore a unit if its file is there; returns its report.
+
+        Raises:
+            DataError: it was made from another network, other images, settings or seed.
+        """
         path = self._path(index)
         if path is None or not path.exists():
             return None
         with safe_open(path, "pt") as file:
-            report = file.metadata()["report"]
+            report, key = file.metadata()["report"], file.metadata()["made_from"]
+            if key != self._key:
+                raise DataError(
+                    f"{path.parent} holds units of another run (another network, other images, settings or seed);"
+                    " give an empty folder, or remove this one"
+                )
             Snapshot({name: file.get_tensor(name) for name in file.keys()}).restore(*parts)  # noqa: SIM118
         return UnitReport.model_validate_json(report)
 
@@ -72,7 +89,8 @@ class UnitFiles:
         if path is not None:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in snapshot(*parts).tensors.items()}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, save(tensors, metadata={"report": report.model_dump_json()}))
+            metadata = {"report": report.model_dump_json(), "made_from": self._key}
+            write_bytes(path, save(tensors, metadata=metadata))
 
     def _path(self, index: int) -> Path | None:
         return None if self._folder is None else self._folder / f"unit-{index:04d}.safetensors"
