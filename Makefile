@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo check test
+.PHONY: setup demo check test bench docs
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synthquant needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[models,data,report,dev]'
+	$(INSTALL) --editable '.[models,data,report,dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -25,3 +26,14 @@ check: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The figures of README.md and docs/results/; the other benchmarks take data paths, see the head of each script.
+bench: $(STAMP)
+	mkdir -p results/demo runs
+	$(BIN)/synthquant demo --out runs/bench --json > runs/demo.json
+	mv runs/demo.json results/demo/resnet20-w4a4.json
+	$(BIN)/python benchmarks/tables.py
+
+docs: $(STAMP)
+	$(INSTALL) --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --site-dir build/docs

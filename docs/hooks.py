@@ -1,0 +1,44 @@
+"""Pages that are written from the code: README as the front page, one page of all methods with their settings."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import synthquant as sq
+from synthquant.core.settings import allowed_range
+
+ROOT = Path(__file__).parents[1]
+KINDS = {
+    "Synthesis": sq.SYNTHESIZERS,
+    "Quantization": sq.QUANTIZERS,
+    "Metrics": sq.METRICS,
+    "Exporters": sq.EXPORTERS,
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are not files."""
+    readme = (ROOT / "README.md").read_text()
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
+    files.append(File.generated(config, "index.md", content=readme))
+    files.append(File.generated(config, "methods.md", content=methods()))
+    return files
+
+
+def methods() -> str:
+    """Every registered method: what it is, and each of its settings with default and range."""
+    lines = ["# Methods"]
+    for kind, registry in KINDS.items():
+        lines += ["", f"## {kind}"]
+        for name, cls in registry.items():
+            lines += ["", f"### {name}", "", inspect.getdoc(cls) or ""]
+            for field, info in getattr(cls, "model_fields", {}).items():
+                bounds = allowed_range(info)
+                default = info.get_default(call_default_factory=True)
+                lines += ["", f"`{field}` = `{default}`{f' ({bounds})' if bounds else ''}  ", info.description or ""]
+    return "\n".join(lines) + "\n"
