@@ -94,7 +94,7 @@ def test_files_have_no_name_and_go_with_the_cache(tmp_path: Path) -> None:
 
 def test_an_unusable_folder_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot keep a cache in .*file.*raise the memory budget"):
+    with pytest.raises(OutputError, match=r"cannot keep a cache in .*file.*raise the memory budget"):
         store(tmp_path / "file", 0.0).allocate((2, 2))
 
 

@@ -32,7 +32,7 @@ from synthquant.quantize.cache import CacheStore, RowCache
 from synthquant.quantize.calibrate import CalibrationImages, observe
 from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
 from synthquant.quantize.replay import NETWORK_INPUT, Leaves, Replay
-from synthquant.quantize.unit_files import UnitFiles, snapshot
+from synthquant.quantize.unit_files import UnitFiles, finite, snapshot
 
 _CHUNK = 64
 
@@ -78,7 +78,7 @@ class Reconstruction:
         self.store = CacheStore(memory, model.device, workdir)
         with model.mode(weights=False, activations=False):
             self._replay = Replay(model.module, self.units, model.float_model.example_input(3))
-        self._made_from = lambda: (model.float_model.fingerprint, model.scheme, images.fingerprint, self.units)
+        self._calibration = images
         self._images, self.count = self._cache_images(images)
         self._owners = _owners(model, self.units)
 
@@ -90,7 +90,7 @@ class Reconstruction:
             rng: randomness; each unit draws from its own child.
             progress: told about each unit.
         """
-        files = UnitFiles(self.workdir, phase.name, lambda: (*self._made_from(), phase, rng))
+        files = UnitFiles(self.workdir, phase.name, partial(self._made_from, phase, rng))
         finished = [files.load(index, self._parts(index)) for index in range(len(self.units))]
         if all(report is not None for report in finished):
             return [report for report in finished if report is not None]
@@ -129,6 +129,10 @@ class Reconstruction:
             cache.write(count, batch)
             count += len(batch)
         return cache, count
+
+    def _made_from(self, *more: object) -> tuple[object, ...]:
+        float_model = self.model.float_model
+        return (float_model.fingerprint, self.model.scheme, self._calibration.fingerprint, self.units, *more)
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.count, _CHUNK):
@@ -239,7 +243,7 @@ class Reconstruction:
         if not learned.steps:
             bar.advance(max(phase.iterations, 1))
         return UnitReport(
-            name=unit.name, layers=unit.layers, loss_start=_finite(start_loss), loss_end=_finite(end_loss),
+            name=unit.name, layers=unit.layers, loss_start=finite(start_loss), loss_end=finite(end_loss),
             undecided=learned.undecided, diverged=diverged, seconds=time.perf_counter() - began,
             steps=learned.steps, losses=learned.losses,
         )  # fmt: skip
@@ -394,7 +398,3 @@ def _ticker(bar: Bar, unit: Unit) -> Callable[[int, float | None], None]:
             bar.advance(1, unit=unit.name or "network", loss=loss)
 
     return tick
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def snapshot(layers: Sequence[QuantLayer], quantizers: Sequence[ActivationQuanti
         tensors[f"quantizer.{index}.scale"] = quantizer.scale.detach().clone()
         tensors[f"quantizer.{index}.zero_point"] = quantizer.zero_point.clone()
     return Snapshot(tensors)
+
+
+def finite(value: float) -> float | None:
+    """A loss as reports keep it: none if it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 class UnitFiles:
