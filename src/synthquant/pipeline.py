@@ -185,8 +185,11 @@ def _get_images(
 def _draw(images: ImageSet, section: SourceSection, seed: int) -> ImageSet:
     """Draw `section.count` images without repetition, or put all of them in a random order.
 
-    Folders are sorted by class, and methods that look at a few images only take the first ones.
+    Folders are sorted by class, and methods that look at a few images only take the first ones. Images that a method
+    made have no such order: they stay as they are, so that `synthesize` and `quantize` do what `run` does.
     """
+    if section.count is None and images.manifest.method is not None:
+        return images
     if section.count is not None and section.count > len(images):
         raise InputError(
             f"images.count is {section.count} but {section.source} holds {len(images)}; lower it or leave it out"

@@ -56,6 +56,18 @@ def test_synthesize_then_quantize_then_evaluate_then_report(
     assert "<html" in page.read_text()
 
 
+def test_stage_by_stage_gives_what_run_gives(
+    synthquant: Command, recipe: Path, model_options: list[str], data: Path, tmp_path: Path
+) -> None:
+    synthquant("run", recipe, "--out", tmp_path / "run", "--seed", 4)
+    images, run = tmp_path / "images", tmp_path / "run2"
+    synthquant("synthesize", *model_options, "--method", "noise", "--count", 9, "--out", images, "--seed", 4)
+    synthquant("quantize", *model_options, "--images", images, "--method", "rtn", "--out", run, "--seed", 4)
+    for name in ("images/part-00000.parquet", "images/manifest.json", "model/model.safetensors"):
+        other = images.parent / name if name.startswith("images") else run / name
+        assert (tmp_path / "run" / name).read_bytes() == other.read_bytes()
+
+
 def test_evaluate_measures_a_float_network(synthquant: Command, model_options: list[str], data: Path) -> None:
     row = json.loads(synthquant("evaluate", *model_options, "--data", data, "--json").out)
     assert row["count"] == 21 and row["agreement"] is None
