@@ -252,6 +252,7 @@ def learn_unit(
                 sampled = None
                 if step % every == 0 or step in (1, phase.iterations):
                     sampled = float(error.detach())
+                if sampled is not None and math.isfinite(sampled):
                     steps.append(step)
                     losses.append(sampled)
                 tick(step, sampled)
