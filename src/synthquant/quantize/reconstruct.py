@@ -107,8 +107,8 @@ class Reconstruction:
                     files.save(index, self._parts(index), report)
                     if report.diverged:
                         progress.warn(
-                            f"unit {report.name or 'network'} got worse ({report.loss_start:.4g} to "
-                            f"{report.loss_end:.4g}) and was put back to where it started"
+                            f"unit {report.name or 'network'} got worse ({_shown(report.loss_start)} to "
+                            f"{_shown(report.loss_end)}) and was put back to where it started"
                         )
                 else:
                     bar.advance(max(phase.iterations, 1))
@@ -398,3 +398,7 @@ def _ticker(bar: Bar, unit: Unit) -> Callable[[int, float | None], None]:
             bar.advance(1, unit=unit.name or "network", loss=loss)
 
     return tick
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4g}"
