@@ -106,10 +106,9 @@ class Reconstruction:
                     report = self._fit(index, phase, inputs, targets, stream, rng.child(self.units[index].name), bar)
                     files.save(index, self._parts(index), report)
                     if report.diverged:
-                        progress.warn(
-                            f"unit {report.name or 'network'} got worse ({_shown(report.loss_start)} to "
-                            f"{_shown(report.loss_end)}) and was put back to where it started"
-                        )
+                        losses = (report.loss_start, report.loss_end)
+                        change = " to ".join("not finite" if loss is None else f"{loss:.4g}" for loss in losses)
+                        progress.warn(f"unit {report.name or 'network'} got worse ({change}) and was put back")
                 else:
                     bar.advance(max(phase.iterations, 1))
                 reports.append(report)
@@ -398,7 +397,3 @@ def _ticker(bar: Bar, unit: Unit) -> Callable[[int, float | None], None]:
             bar.advance(1, unit=unit.name or "network", loss=loss)
 
     return tick
-
-
-def _shown(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4g}"
