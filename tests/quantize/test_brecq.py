@@ -1,0 +1,107 @@
+"""BRECQ's own: two phases, an untouched first layer, and the Fisher weighting."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from tests.nn.networks import Network, Upsampling, float_model
+from torch import nn
+from torch.nn import functional as F
+
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import MemoryBudget, QuantReport
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.brecq import Brecq
+from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.reconstruct import Reconstruction, _Stream
+
+
+def images() -> ImageSet:
+    pixels = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return ImageSet.from_tensors(pixels, dtype="float16")
+
+
+def quantize(network: nn.Module | None = None, scheme: str = "W3A4", **changes: Any) -> tuple[QuantModel, QuantReport]:
+    model = QuantModel.build(float_model(network or Network()), scheme)
+    fields = {"iterations": 12, "activation_iterations": 6, "batch_size": 5, "rounding_lr": 0.05, **changes}
+    return model, Brecq(**fields).apply(model, images(), Rng(0))
+
+
+def test_the_first_layer_keeps_nearest_rounding() -> None:
+    model, report = quantize()
+    assert report.units[0].steps == () and report.units[0].undecided is None
+    assert report.units[4].steps != () and report.units[4].undecided is None, "its step size is learned"
+    plain = QuantModel.build(model.float_model, model.scheme)
+    calibrate_weights(plain, "brecq")
+    for name in ("stem", "blocks.0.conv1"):
+        ours, nearest = model.layers[name].weight_quantizer, plain.layers[name].weight_quantizer
+        assert ours is not None and nearest is not None
+        assert torch.equal(ours.scale, nearest.scale), "weight scales are not learned"
+        assert torch.equal(ours.codes, nearest.codes) == (name == "stem")
+
+
+def test_weights_only_has_one_phase() -> None:
+    _, report = quantize(scheme="W3A16")
+    assert len(report.units) == 4
+
+
+def test_the_second_phase_leaves_weights_alone() -> None:
+    one, _ = quantize(activation_iterations=0)
+    two, _ = quantize()
+    for name, layer in one.layers.items():
+        left, right = layer.weight_quantizer, two.layers[name].weight_quantizer
+        assert left is not None and right is not None and torch.equal(left.codes, right.codes)
+    assert any(not torch.equal(one.quantizers[name].scale, two.quantizers[name].scale) for name in one.quantizers)
+
+
+def test_fisher_options_run_and_differ() -> None:
+    losses = []
+    for fisher in (None, "diagonal", "full"):
+        _, report = quantize(Upsampling(), "W2A16", fisher=fisher)
+        assert all(unit.loss_end is not None for unit in report.units)
+        losses.append(report.units[2].losses)
+    assert losses[0] != losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("network", [Network, Upsampling])
+def test_fisher_is_the_gradient_of_the_output_error(network: type[nn.Module]) -> None:
+    """Against the whole network run quantized up to and including the unit, and in floating point behind it."""
+    model = QuantModel.build(float_model(network()), "W2A4")
+    calibration = CalibrationImages(model, images())
+    calibrate_weights(model, "minmax")
+    calibrate_activations(model, calibration, 10, "minmax", quantized_weights=False)
+    kind: Literal["diagonal"] = "diagonal"
+    phase = Phase("weights", 1, 5, inputs="student", activations=False, rounding_lr=0.1, fisher=kind)
+    engine = Reconstruction(model, calibration, "block", MemoryBudget(host_gib=1), None)
+    (x,) = calibration.batches()
+    teacher, student = _Stream(), _Stream()
+    for index, unit in enumerate(engine.units):
+        targets, inputs = engine._gather_inputs(index, phase, teacher, student)
+        with model.mode(weights=True, activations=False):
+            found = engine._fisher(index, phase, student)
+        assert found is not None
+        seen: list[torch.Tensor] = []
+
+        def cut(_: nn.Module, args: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(output.detach().requires_grad_())
+            return seen[-1].clone()
+
+        done = {name for earlier in engine.units[: index + 1] for name in earlier.layers}
+        handle = model.module.get_submodule(unit.name).register_forward_hook(cut)
+        with model.mode(weights=True, activations=False):
+            for name, layer in model.layers.items():
+                layer.weights_enabled = name in done
+            error = F.kl_div(
+                F.log_softmax(model(x), 1), F.softmax(model.float_model.logits(x), 1), reduction="batchmean"
+            )
+        handle.remove()
+        (gradient,) = torch.autograd.grad(error, seen)
+        assert torch.allclose(found.read(0, 10), gradient.abs() + 1, rtol=1e-3, atol=1e-5), unit.name
+        needed = engine._replay.needed_after(index)
+        if index in needed:
+            teacher.outputs[index] = targets
+            student.outputs[index] = engine._run_student(index, phase, inputs.student)
