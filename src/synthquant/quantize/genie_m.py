@@ -52,7 +52,7 @@ class GenieM(LearnedRounding):
             name="weights",
             iterations=self.iterations,
             batch_size=self.batch_size,
-            rounding_lr=self.rounding_lr,
+            rounding_lr=self.effective_rounding_lr,
             rounding_weight=self.rounding_weight,
             warm_up=self.warm_up,
             beta=(self.beta_start, self.beta_end),

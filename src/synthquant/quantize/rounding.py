@@ -18,6 +18,9 @@ from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction
 
 
+_PUBLISHED_LR, _PUBLISHED_ITERATIONS, _LARGEST_LR = 1e-3, 20_000, 0.03
+
+
 class LearnedRounding(Settings):
     """Settings of AdaRound's soft rounding (arXiv:2004.10568), which BRECQ, QDrop and Genie-M share."""
 
@@ -27,8 +30,9 @@ class LearnedRounding(Settings):
     """Optimisation steps for each unit."""
     batch_size: int = Field(default=32, ge=1)
     """Images in a step."""
-    rounding_lr: float = Field(default=1e-3, gt=0)
-    """Adam learning rate of the rounding logits, constant."""
+    rounding_lr: float | None = Field(default=None, gt=0)
+    """Adam learning rate of the rounding logits, constant; none: 1e-3 at 20,000 iterations, as in the papers, and for
+    fewer as much more as lets a logit travel as far, at most 0.03."""
     rounding_weight: float = Field(default=0.01, ge=0)
     """Factor of the regulariser that pushes roundings to 0 or 1, relative to an error summed over channels."""
     warm_up: float = Field(default=0.2, ge=0, le=1)
@@ -41,6 +45,19 @@ class LearnedRounding(Settings):
     """How ranges are searched where the scheme does not say: `minmax`, `brecq`, `genie` or `qdrop`."""
     calibration_images: int = Field(default=64, ge=1)
     """Images from which activation ranges are set."""
+
+    @property
+    def effective_rounding_lr(self) -> float:
+        """The learning rate of the rounding logits that is used.
+
+        Logits start within 2.4 of 0 and Adam moves them by about the learning rate a step: at 1e-3, a few hundred steps
+        cannot turn a rounding over, and almost all are undecided at the end.
+        """
+        if self.rounding_lr is not None:
+            return self.rounding_lr
+        return min(
+            _PUBLISHED_LR * _PUBLISHED_ITERATIONS / min(max(self.iterations, 1), _PUBLISHED_ITERATIONS), _LARGEST_LR
+        )
 
 
 def prepare(
