@@ -60,7 +60,7 @@ def images_of(kind: str, model: FloatModel, args: argparse.Namespace) -> tuple[I
         order = torch.randperm(len(images), generator=Rng(args.seed).generator("draw images"))
         return images.subset(order[: args.count].tolist()), {"source": "training images"}
     settings = {} if kind == "noise" else {"iterations": args.synthesis_iterations[kind]}
-    section = SynthesizeSection.model_validate({"method": kind, "count": args.count, **settings})
+    section = SynthesizeSection.parse({"method": kind, "count": args.count, **settings}, "images")
     began = time.perf_counter()
     images = synthesize(model, section, args.seed, args.work / args.name / kind, ConsoleProgress())
     return images, {"method": kind, **settings, "seconds": round(time.perf_counter() - began, 1)}

@@ -17,7 +17,6 @@ from synthquant.quantize.calibrate import CalibrationImages, calibrate_activatio
 from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction
 
-
 _PUBLISHED_LR, _PUBLISHED_ITERATIONS, _LARGEST_LR = 1e-3, 20_000, 0.03
 
 
