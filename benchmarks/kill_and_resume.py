@@ -2,8 +2,8 @@
 
     python benchmarks/kill_and_resume.py --work FOLDER
 
-Runs the same recipe twice through the command line: once undisturbed, once killed (SIGKILL) after the first finished part
-of images and again after the third finished unit. Exits with 1 if any image part, manifest or checkpoint file differs.
+Runs the same recipe twice through the command line: once undisturbed, once killed (SIGKILL) after the first part
+of images and again after the third unit. Exits with 1 if any image part, manifest or checkpoint file differs.
 """
 
 from __future__ import annotations

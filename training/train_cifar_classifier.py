@@ -58,7 +58,9 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> fl
     """Top-1 in 0..1."""
     model.eval()
     with torch.no_grad():
-        hits = [(model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True)]
+        hits = [
+            (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True)
+        ]
     return sum(hits) / len(labels)
 
 

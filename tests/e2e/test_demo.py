@@ -21,7 +21,7 @@ def test_the_demo_measures_three_ways_beside_float(tmp_path: Path, capsys: pytes
     result = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["float", "rtn on noise", "rtn on synthetic images", "Genie on synthetic images"]
-    assert rows["float"]["top1"] > 0.87  # the card's accuracy is about 0.9 on all 5,000
+    assert rows["float"]["top1"] > 0.8  # the card says 0.88 on all 5,000
     assert rows["Genie on synthetic images"]["top1"] > rows["float"]["top1"] - 0.06
     assert rows["Genie on synthetic images"]["size_bytes"] < rows["float"]["size_bytes"] / 6
     page = Path(result["report"]).read_text()
