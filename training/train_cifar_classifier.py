@@ -139,7 +139,7 @@ def main() -> None:
         "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "weight_decay": args.weight_decay,
         "seed": args.seed, "mean": MEAN, "std": STD,
         "seconds": round(saved["seconds"]), "device": str(device), "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
     }  # fmt: skip
     (args.out / f"{args.model}.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))
