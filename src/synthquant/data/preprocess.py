@@ -65,6 +65,12 @@ class Preprocess(Settings):
         mean, std = _channel_constants(self.mean, self.std, pixels.dtype, pixels.device)
         return (pixels - mean) / std
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Smallest and largest value that a pixel in 0..1 can have as network input, over all channels."""
+        pairs = list(zip(self.mean, self.std, strict=True))
+        return min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
+
     def pixels(self, normalized: Tensor) -> Tensor:
         """Return pixel-space values of network input `[B,3,H,W]` (or `[3,H,W]`); inverse of `normalize`."""
         mean, std = _channel_constants(self.mean, self.std, normalized.dtype, normalized.device)

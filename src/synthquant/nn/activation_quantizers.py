@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from synthquant.nn.functional import SMALLEST_SCALE, fake_quantize, learned_step_quantize, random_keep
-from synthquant.nn.observers import OBSERVERS, ActivationHistogram
+from synthquant.nn.observers import OBSERVERS, ActivationHistogram, Samples
 from synthquant.nn.scheme import QuantArgs
 
 
@@ -19,6 +19,7 @@ class ActivationQuantizer(nn.Module):
         keep: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
         lsq_gradient_scale: multiply the gradient of the scale by `1 / sqrt(numel * top)`, as QDrop does.
         generator: source of the drop masks.
+        fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
         histogram: while calibrating, what is observed instead of quantizing.
     """
 
@@ -32,6 +33,7 @@ class ActivationQuantizer(nn.Module):
         self._multiples = (0.0, float(args.top))  # of the scale: smallest and largest value
         self.calibrated = False
         self.enabled = True
+        self.fixed = False
         self.learning = False
         self.keep = 1.0
         self.lsq_gradient_scale = False
@@ -94,6 +96,13 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_(zero_point.clamp(0, self.top))
         self._multiples = (-float(self.zero_point), self.top - float(self.zero_point))
         self.calibrated = True
+
+    def fix(self, low: float, high: float) -> None:
+        """Cover the range from `low` to `high` for good."""
+        ends = self.scale.new_tensor([low]), self.scale.new_tensor([high])
+        samples = Samples(torch.stack(ends, 1), None, *ends)
+        self.set_grid(*OBSERVERS.get("minmax")(samples, self.num_bits, symmetric=self.args.symmetric, zero_inside=True))
+        self.fixed = True
 
     @torch.no_grad()
     def keep_positive(self) -> None:

@@ -103,9 +103,17 @@ class QuantModel(nn.Module):
         plan = scheme.resolve(order, tuple(second))
         entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
         model._insert(order, plan, groups, entries)
+        model._fix_image_range(seen)
         if not model.layers:
             raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
         return model.eval()
+
+    def _fix_image_range(self, seen: Trace) -> None:
+        """Let quantizers of the image cover all there can be: calibration images may not reach black or white."""
+        (image, *_) = seen.calls("")[0].inputs
+        for name, layer in self.layers.items():
+            if layer.input_quantizer is not None and seen.calls(name)[0].inputs[:1] == (image,):
+                layer.input_quantizer.fix(*self.float_model.preprocess.limits)
 
     def _insert(
         self,

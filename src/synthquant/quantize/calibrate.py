@@ -86,9 +86,9 @@ def calibrate_activations(
 def observe(quantizers: Iterable[ActivationQuantizer], run: Callable[[], None], observer: str) -> None:
     """Calibrate quantizers on what they see while `run` is called, twice: for ranges, then for histograms.
 
-    A quantizer that sees nothing keeps the state it had.
+    A quantizer that sees nothing, or whose grid is fixed, keeps the state it had.
     """
-    watched = list(quantizers)
+    watched = [quantizer for quantizer in quantizers if not quantizer.fixed]
     with _observing(watched):
         for quantizer in watched:
             quantizer.observing_range = True

@@ -378,12 +378,13 @@ def _mix(student: torch.Tensor, teacher: torch.Tensor, keep: float, generator: t
 
 
 def _owners(model: QuantModel, units: Sequence[Unit]) -> list[list[ActivationQuantizer]]:
-    """For each unit the quantizers it may learn: those it runs itself and that no earlier unit has learned."""
+    """For each unit the quantizers it may learn: those it runs, not fixed, and not learned by an earlier unit."""
     taken: set[int] = set()
     owners = []
     for unit in units:
         root = get_module(model.module, unit.name)
-        own = [part for part in root.modules() if isinstance(part, ActivationQuantizer) and id(part) not in taken]
+        found = [part for part in root.modules() if isinstance(part, ActivationQuantizer) and not part.fixed]
+        own = [part for part in found if id(part) not in taken]
         taken |= {id(part) for part in own}
         owners.append(own)
     return owners
