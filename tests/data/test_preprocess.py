@@ -162,3 +162,9 @@ def test_bad_values_are_refused(fields: dict[str, object], message: str) -> None
 def test_survives_json() -> None:
     preprocess = Preprocess(input_size=(8, 8), resize=(9, 10), mean=MEAN, std=STD)
     assert Preprocess.model_validate_json(preprocess.model_dump_json()) == preprocess
+
+
+def test_limits_are_black_and_white_of_the_widest_channel() -> None:
+    preprocess = Preprocess(input_size=(4, 4), mean=(0.5, 0.4, 0.5), std=(0.5, 0.2, 0.25))
+    black, white = preprocess.normalize(torch.zeros(3, 1, 1)), preprocess.normalize(torch.ones(3, 1, 1))
+    assert preprocess.limits == pytest.approx((float(black.min()), float(white.max())))

@@ -13,9 +13,11 @@ from tests.small_networks import calibrated_model, small_float_model
 from torch import nn
 
 from synthquant.core.errors import ModelError, SchemeError, UnsupportedModelError
+from synthquant.data.image_set import ImageSet
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
+from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 
 
 def ready(model: QuantModel, scale: float = 0.1) -> QuantModel:
@@ -216,3 +218,17 @@ def test_build_does_not_draw_random_numbers_or_change_modes(tmp_path: Path) -> N
         "blocks.1.bn1",
         "blocks.1.bn2",
     ]
+
+
+def test_the_image_keeps_its_range_whatever_the_calibration_images_reach(tmp_path: Path) -> None:
+    model = small_float_model(tmp_path)
+    grey = ImageSet.from_tensors(torch.full((8, 3, *model.preprocess.input_size), 0.5))
+    quant_model = QuantModel.build(model, "W8A8")
+    calibrate_weights(quant_model, "minmax")
+    calibrate_activations(quant_model, CalibrationImages(quant_model, grey), 8, "genie", quantized_weights=True)
+    quantizer = quant_model.quantizers["stem.input_quantizer"]
+    low, high = model.preprocess.limits
+    step = float(quantizer.scale)
+    ends = torch.tensor([low, high])
+    assert quantizer.fixed and step == pytest.approx((high - low) / 255)
+    assert torch.allclose(quantizer(ends), ends, atol=step), "neither black nor white is cut off"
