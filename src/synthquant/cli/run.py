@@ -22,7 +22,7 @@ DemoOut = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the three r
 # Small enough for two CPU cores in minutes, large enough for the order of the methods to be the usual one.
 _DEMO = {
     "model": {"source": "zoo/cifar10-resnet20"},
-    "images": {"method": "genie_d", "count": 256, "iterations": 100},
+    "images": {"method": "genie_d", "count": 256, "iterations": 200},
     "quantize": {"method": "genie_m", "scheme": "W4A4", "iterations": 200},
     "evaluate": {"data": "bundled/cifar10-test"},
 }
