@@ -56,7 +56,7 @@ def images_of(kind: str, model: FloatModel, args: argparse.Namespace) -> tuple[I
         source = args.test if args.hold_out else args.real
         images = open_images(source)
         if args.hold_out:
-            return images.subset(range(args.count)), {"source": "held-out half of the evaluation images"}
+            return images.subset(range(args.count)), {"source": "held-out part of the evaluation images"}
         order = torch.randperm(len(images), generator=Rng(args.seed).generator("draw images"))
         return images.subset(order[: args.count].tolist()), {"source": "training images"}
     settings = {} if kind == "noise" else {"iterations": args.synthesis_iterations[kind]}
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--real", help="real images, in any form the command line takes")
     parser.add_argument("--test", required=True)
     parser.add_argument("--hold-out", action="store_true")
+    parser.add_argument("--test-limit", type=int, help="evaluate on the first so many test images only")
     parser.add_argument("--count", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -118,6 +119,8 @@ def main() -> None:
     test = open_images(args.test)
     if args.hold_out:
         test = test.subset(range(args.count, len(test)))
+    if args.test_limit is not None:
+        test = test.subset(range(min(args.test_limit, len(test))))
     float_result = evaluate_model(model.module, model.preprocess, test, device=args.device)
 
     def measure(network: nn.Module) -> Evaluation:
