@@ -62,7 +62,7 @@ def zero_shot() -> str:
             f"## {name}",
             "",
             f"Float: {percent(first['float']['top1'])} (95% interval {percent(low)} to {percent(high)},"
-            f" {first['float']['count']} images). Budget: {budget['count']} images, {budget['iterations']} iterations"
+            f" {first['float']['count']} images). Budget: {budget['count']} images, {budget['iterations']} iterations of"
             f" {budget['batch_size']} images for each unit, on {first['environment'].get('device', 'cpu')}.",
         ]
         for scheme in dict.fromkeys(row["scheme"] for row in first["rows"]):
