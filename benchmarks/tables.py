@@ -63,7 +63,8 @@ def zero_shot() -> str:
             "",
             f"Float: {percent(first['float']['top1'])} (95% interval {percent(low)} to {percent(high)},"
             f" {first['float']['count']} images). Budget: {budget['count']} images,"
-            f" {budget['iterations']} iterations of {budget['batch_size']} images for each unit, on {first['environment'].get('device', 'cpu')}.",
+            f" {budget['iterations']} iterations of {budget['batch_size']} images for each unit,"
+            f" on {first['environment'].get('device', 'cpu')}.",
         ]
         for scheme in dict.fromkeys(row["scheme"] for row in first["rows"]):
             kinds = [kind for kind in KINDS if kind in mine]
