@@ -11,7 +11,6 @@ from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import calibrate_activations
-from synthquant.quantize.learn import Phase
 from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
 
 
@@ -39,18 +38,8 @@ class AdaRound(LearnedRounding):
     ) -> QuantReport:
         """Learn the roundings, then set activation ranges."""
         calibration = prepare(quant_model, images, self, quantized_weights=False)
-        phase = Phase(
-            name="weights",
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            rounding_lr=self.effective_rounding_lr,
-            rounding_weight=self.rounding_weight,
-            warm_up=self.warm_up,
-            beta=(self.beta_start, self.beta_end),
-            inputs="student",
-            activations=False,
-            sampling="permutation",
+        report = reconstruct(
+            "adaround", quant_model, calibration, self, self.rounding_phase(), rng, progress, workdir, memory
         )
-        report = reconstruct("adaround", quant_model, calibration, self, phase, rng, progress, workdir, memory)
         calibrate_activations(quant_model, calibration, self.calibration_images, self.observer, quantized_weights=True)
         return report

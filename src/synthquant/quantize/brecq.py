@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,20 +52,7 @@ class Brecq(LearnedRounding):
     ) -> QuantReport:
         """Learn the roundings, then the step sizes."""
         calibration = prepare(quant_model, images, self, quantized_weights=False)
-        weights = Phase(
-            name="weights",
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            rounding_lr=self.effective_rounding_lr,
-            rounding_weight=self.rounding_weight,
-            warm_up=self.warm_up,
-            beta=(self.beta_start, self.beta_end),
-            inputs="student",
-            activations=False,
-            sampling="permutation",
-            fisher=self.fisher,
-            skip_first=True,
-        )
+        weights = replace(self.rounding_phase(), fisher=self.fisher, skip_first=True)
         report = reconstruct("brecq", quant_model, calibration, self, weights, rng, progress, workdir, memory)
         if not quant_model.quantizers:
             return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
@@ -11,7 +12,6 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.learn import Phase
 from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
 
 
@@ -48,14 +48,8 @@ class GenieM(LearnedRounding):
     ) -> QuantReport:
         """Learn roundings and all step sizes together."""
         calibration = prepare(quant_model, images, self, quantized_weights=False)
-        phase = Phase(
-            name="weights",
-            iterations=self.iterations,
-            batch_size=self.batch_size,
-            rounding_lr=self.effective_rounding_lr,
-            rounding_weight=self.rounding_weight,
-            warm_up=self.warm_up,
-            beta=(self.beta_start, self.beta_end),
+        phase = replace(
+            self.rounding_phase(),
             weight_scale_lr=self.weight_scale_lr,
             activation_scale_lr=self.activation_lr,
             inputs="mixed",

@@ -58,6 +58,21 @@ class LearnedRounding(Settings):
             _PUBLISHED_LR * _PUBLISHED_ITERATIONS / min(max(self.iterations, 1), _PUBLISHED_ITERATIONS), _LARGEST_LR
         )
 
+    def rounding_phase(self) -> Phase:
+        """AdaRound's pass over the units; methods replace what they do otherwise."""
+        return Phase(
+            name="weights",
+            iterations=self.iterations,
+            batch_size=self.batch_size,
+            rounding_lr=self.effective_rounding_lr,
+            rounding_weight=self.rounding_weight,
+            warm_up=self.warm_up,
+            beta=(self.beta_start, self.beta_end),
+            inputs="student",
+            activations=False,
+            sampling="permutation",
+        )
+
 
 def prepare(
     model: QuantModel, images: ImageSet, settings: LearnedRounding, *, quantized_weights: bool
