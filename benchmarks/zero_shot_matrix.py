@@ -62,7 +62,7 @@ def images_of(kind: str, model: FloatModel, args: argparse.Namespace) -> tuple[I
     settings = {} if kind == "noise" else {"iterations": args.synthesis_iterations[kind]}
     section = SynthesizeSection.parse({"method": kind, "count": args.count, **settings}, "images")
     began = time.perf_counter()
-    images = synthesize(model, section, args.seed, args.work / args.name / kind, ConsoleProgress())
+    images = synthesize(model, section, args.seed, args.work / args.name / f"{kind}-{args.seed}", ConsoleProgress())
     return images, {"method": kind, **settings, "seconds": round(time.perf_counter() - began, 1)}
 
 
