@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synthquant.core.errors import OutputError
+from synthquant.core.errors import InputError, OutputError
 from synthquant.methods import MemoryBudget
 from synthquant.quantize.cache import CacheStore
 
@@ -67,6 +67,14 @@ def test_half_precision_takes_half_the_place(tmp_path: Path, host_gib: float, dt
     assert cache.read(0, 8).dtype == torch.float32
     assert torch.allclose(cache.read(0, 8), values, rtol=tolerance, atol=1e-6)
     assert sum(where.used.values()) == 8 * 16 * 2
+
+
+@pytest.mark.parametrize("host_gib", [1.0, 0.0])
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path, host_gib: float) -> None:
+    cache = store(tmp_path, host_gib, "float16").allocate((2, 3))
+    cache.write(0, torch.full((1, 3), 65504.0))
+    with pytest.raises(InputError, match=r"7e\+04 does not fit into a float16 cache .*bfloat16 or float32"):
+        cache.write(1, torch.full((1, 3), -7e4))
 
 
 def test_the_budget_is_filled_first_and_never_exceeded(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from synthquant.core.errors import OutputError
+from synthquant.core.errors import InputError, OutputError
 from synthquant.methods import MemoryBudget
 
 _GIB = 2**30
+_LARGEST_HALF = torch.finfo(torch.float16).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -97,7 +98,16 @@ class RowCache:
         return self.shape[0]
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Keep `rows` from row `start` on."""
+        """Keep `rows` from row `start` on.
+
+        Raises:
+            InputError: a value is too large for float16.
+        """
+        if self._kept == torch.float16 and rows.numel() and float(rows.abs().amax()) > _LARGEST_HALF:
+            raise InputError(
+                f"an activation of {float(rows.abs().amax()):.3g} does not fit into a float16 cache (up to "
+                f"{_LARGEST_HALF:.0f}); set memory.cache_dtype to bfloat16 or float32"
+            )
         last = rows.permute(0, 2, 3, 1) if rows.ndim == 4 else rows
         flat = last.reshape(len(rows), -1)
         if self._rows is not None:

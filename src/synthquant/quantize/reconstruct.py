@@ -27,6 +27,7 @@ from synthquant.models.blocks import Granularity, Unit
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.functional import random_keep
 from synthquant.nn.layers import QuantLayer
+from synthquant.nn.operations import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.cache import CacheStore, RowCache
 from synthquant.quantize.calibrate import CalibrationImages, observe
@@ -383,7 +384,7 @@ def _owners(model: QuantModel, units: Sequence[Unit]) -> list[list[ActivationQua
     owners = []
     for unit in units:
         root = get_module(model.module, unit.name)
-        found = [part for part in root.modules() if isinstance(part, ActivationQuantizer) and not part.fixed]
+        found = [quantizer for quantizer in activation_quantizers(root) if not quantizer.fixed]
         own = [part for part in found if id(part) not in taken]
         taken |= {id(part) for part in own}
         owners.append(own)
