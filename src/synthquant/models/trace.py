@@ -207,7 +207,7 @@ class _Tracer:
         # A tensor that was read and has another version now was changed in place, whatever was returned.
         outputs = dict.fromkeys(value for tensor in touched if (value := self._value(tensor, tainted)) not in known)
         if outputs and inputs and self._running:
-            self._operations.append(Operation(_name_of(function), self._running[-1], inputs, tuple(outputs)))
+            self._operations.append(Operation(operation_name(function), self._running[-1], inputs, tuple(outputs)))
         return result
 
     def finish(self) -> Trace:
@@ -251,7 +251,8 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def operation_name(function: Callable[..., Any]) -> str:
+    """Name of a torch function without underscores at the ends; that of an attribute for what reads it."""
     name: str = getattr(function, "__name__", type(function).__name__)
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", name)

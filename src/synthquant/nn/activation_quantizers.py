@@ -112,3 +112,9 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Bits and state, for `print(model)`."""
         return f"{self.num_bits} bits, {'calibrated' if self.calibrated else 'not calibrated'}"
+
+
+def hand_on(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """Quantize a tensor where it is made: later code may overwrite the result, which learning keeps for gradients."""
+    y: torch.Tensor = quantizer(x)
+    return y.clone() if quantizer.learning else y

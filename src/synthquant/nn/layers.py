@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import ModelError, UnsupportedModelError
-from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.activation_quantizers import ActivationQuantizer, hand_on
+from synthquant.nn.derived import derived_class
+from synthquant.nn.operations import outside_of_scopes
 from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -26,13 +28,15 @@ class QuantLayer(nn.Module):
     Attributes:
         weight_quantizer: codes and scales, or none for a float weight.
         input_quantizer: quantizer of the tensor read, possibly shared with other layers, or none (float input, or
-            quantized where the surrounding block takes it in).
+            quantized where it is made or where the surrounding block takes it in).
+        output_quantizer: quantizer of what the layer puts out, or none.
         weights_enabled: decode the codes; otherwise the float weight is used.
         weight_override: a weight to use instead of both, while roundings are learned.
     """
 
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
     weights_enabled: bool
     weight_override: torch.Tensor | None
 
@@ -63,21 +67,31 @@ class QuantLayer(nn.Module):
         if self.weight_quantizer is not None:
             self._parameters["weight"] = None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer; what it and its hooks compute is not an operation of the module around it."""
+        with outside_of_scopes():
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Quantize the input, then the layer's own forward."""
+        """Quantize the input, then the layer's own forward, then quantize the output."""
         if self.input_quantizer is not None:
             args, kwargs = _first_quantized(self.input_quantizer, args, kwargs)
-        return super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        return output if self.output_quantizer is None else hand_on(self.output_quantizer, output)
 
 
 def quantize_layer(
-    layer: nn.Module, weight_quantizer: WeightQuantizer | None, input_quantizer: ActivationQuantizer | None
+    layer: nn.Module,
+    weight_quantizer: WeightQuantizer | None,
+    input_quantizer: ActivationQuantizer | None,
+    output_quantizer: ActivationQuantizer | None = None,
 ) -> QuantLayer:
     """Turn a convolution or linear layer into its quantized self, in place."""
-    layer.__class__ = _derived(QuantLayer, type(layer))
+    layer.__class__ = derived_class(QuantLayer, type(layer))
     quantized = cast(QuantLayer, layer)
     quantized.weight_quantizer = weight_quantizer
     quantized.input_quantizer = input_quantizer
+    quantized.output_quantizer = output_quantizer
     quantized.weights_enabled = True
     quantized.weight_override = None
     return quantized
@@ -113,7 +127,7 @@ class QuantBlock(nn.Module):
 
 def quantize_block(block: nn.Module, input_quantizer: ActivationQuantizer) -> QuantBlock:
     """Let a block quantize its first argument, in place."""
-    block.__class__ = _derived(QuantBlock, type(block))
+    block.__class__ = derived_class(QuantBlock, type(block))
     quantized = cast(QuantBlock, block)
     quantized.input_quantizer = input_quantizer
     return quantized
@@ -130,14 +144,3 @@ def _first_quantized(
     leaves[first] = quantizer(leaves[first])
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs
-
-
-_derived_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _derived(addition: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    """The class `kind` with what `addition` adds; one class for each pair."""
-    pair = (addition, kind)
-    if pair not in _derived_classes:
-        _derived_classes[pair] = type(f"Quant{kind.__name__}", pair, {"__module__": kind.__module__})
-    return _derived_classes[pair]

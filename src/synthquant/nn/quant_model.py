@@ -18,6 +18,9 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
+from synthquant.nn.operations import watch_operations
+from synthquant.nn.placement import Flow, OperationRow, Placement
+from synthquant.nn.placement_check import check_placement
 from synthquant.nn.scheme import LayerScheme, QuantScheme
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
@@ -59,6 +62,8 @@ class QuantModel(nn.Module):
         folded: pairs (batch norm, layer it was folded into).
         layers: quantized layers by name, in execution order.
         quantizers: activation quantizers by name, each once.
+        made_by: for each layer whose input is quantized where it is made, the name of that quantizer (`deploy: full`).
+        operations: what becomes of the operations outside layers, in execution order (`deploy: full`).
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
 
@@ -71,6 +76,9 @@ class QuantModel(nn.Module):
         self.folded: list[tuple[str, str]] = []
         self.layers: dict[str, QuantLayer] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {}
+        self.made_by: dict[str, str] = {}
+        self.operations: list[OperationRow] = []
+        self.operation_quantizers = nn.ModuleList()
         self.loaded = False
         self._macs: dict[str, int] = {}
         self._input_bits: dict[str, int] = {}
@@ -97,13 +105,16 @@ class QuantModel(nn.Module):
             raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
         model._macs = _macs(module, seen, order)
         for granularity in ("block", "layer", "network"):
-            model._units[granularity] = find_units(module, example, granularity, set(order))
+            model._units[granularity] = find_units(module, example, granularity, set(order), seen)
         groups = shared_inputs(seen, order)
         second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
         plan = scheme.resolve(order, tuple(second))
-        entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
-        model._insert(order, plan, groups, entries)
-        model._fix_image_range(seen)
+        if scheme.deploy == "full":
+            model._insert_where_made(seen, order, plan, example)
+        else:
+            entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
+            model._insert(order, plan, groups, entries)
+            model._fix_image_range(seen)
         if not model.layers:
             raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
         return model.eval()
@@ -148,15 +159,53 @@ class QuantModel(nn.Module):
                 ]
                 readers.update(dict.fromkeys(same, quantizer))
                 readers[name] = quantizer
-            layer = get_module(self.module, name)
-            weights, inputs = plan[name].weights, plan[name].input_activations
+            inputs = plan[name].input_activations
             if inputs is not None:
                 self._input_bits[name] = inputs.num_bits
-            weight_quantizer = None
-            if weights is not None:
-                weight_quantizer = WeightQuantizer(weight_layout(layer), weights, name).to(self.float_model.device)
-            if weight_quantizer is not None or inputs is not None:
-                self.layers[name] = quantize_layer(layer, weight_quantizer, readers[name])
+            self._insert_layer(name, plan[name], readers[name], None)
+
+    def _insert_layer(
+        self, name: str, scheme: LayerScheme, reads: ActivationQuantizer | None, puts_out: ActivationQuantizer | None
+    ) -> None:
+        layer, weight_quantizer = get_module(self.module, name), None
+        if scheme.weights is not None:
+            weight_quantizer = WeightQuantizer(weight_layout(layer), scheme.weights, name).to(self.float_model.device)
+        if weight_quantizer is not None or scheme.input_activations is not None:
+            self.layers[name] = quantize_layer(layer, weight_quantizer, reads, puts_out)
+
+    def _insert_where_made(
+        self, seen: Trace, order: Sequence[str], plan: Mapping[str, LayerScheme], example: torch.Tensor
+    ) -> None:
+        """Put quantizers in where tensors are made, for all that integer kernels read and put out."""
+        scopes = watch_operations(self.module, seen, order)
+        with torch.no_grad():  # once more, with attention made visible
+            flow = Flow(trace(self.module, example), order, scopes.keys())
+        placement = Placement(flow, self.scheme, plan)
+        self.operations = placement.rows()
+        reads, puts_out, placed = {}, {}, {}
+        for tensor in placement.tensors:
+            quantizer = ActivationQuantizer(tensor.args).to(self.float_model.device)
+            name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name
+            self.quantizers[name] = quantizer
+            self._input_bits.update(dict.fromkeys(tensor.layers, quantizer.num_bits))
+            if tensor.place is None:
+                reads.update(dict.fromkeys(tensor.layers, quantizer))
+                if tensor.is_image:
+                    quantizer.fix(*self.float_model.preprocess.limits)
+                continue
+            placed[name] = quantizer
+            self.made_by.update(dict.fromkeys(tensor.layers, name))
+            if tensor.place.operation:
+                scopes[tensor.place.module].quantize_operation(tensor.place.operation, quantizer, flow.counts)
+                self.operation_quantizers.append(quantizer)
+            else:
+                puts_out[tensor.place.module] = quantizer
+        for name in order:
+            if name in plan:
+                self._insert_layer(name, plan[name], reads.get(name), puts_out.get(name))
+            if name not in self.layers:  # float, but what it computes inside is no operation of the module around it
+                quantize_layer(get_module(self.module, name), None, None, puts_out.get(name))
+        check_placement(self, placement, placed, example)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of normalised images."""

@@ -46,6 +46,10 @@ class QuantArgs(Settings):
         """The largest code, `2**num_bits - 1`; the smallest is 0."""
         return int(2**self.num_bits) - 1
 
+    def at_least(self, bits: int) -> QuantArgs:
+        """The same with that many bits, if it has fewer."""
+        return self if self.num_bits >= bits else self.model_copy(update={"num_bits": bits})
+
 
 class LayerScheme(Settings):
     """What applies to one layer."""
@@ -72,6 +76,10 @@ class QuantScheme(Settings):
     The image itself is 8 bits either way."""
     shortcuts: bool = True
     """Where a block's input also feeds an identity shortcut, the shortcut reads the quantized tensor too (Genie)."""
+    deploy: Literal["papers", "full"] = "papers"
+    """`papers`: quantize what layers read, as research codes do; `full`: also what sums, concatenations, products of
+    two tensors, pooling, attention and activations that runtimes do not fuse read and put out, and the logits (at 8
+    bits), each tensor once where it is made, so that an integer runtime needs no floating point between kernels."""
     ignore: tuple[str, ...] = ()
     """Layers left in floating point, by glob or, behind `re:`, by regular expression."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -85,6 +93,10 @@ class QuantScheme(Settings):
         _check_per_tensor(self.input_activations)
         if self.weights is None and self.input_activations is None:
             raise ValueError("nothing to quantize: give weights, input_activations or both")
+        if self.deploy == "full" and self.input_activations is None:
+            raise ValueError("deploy 'full' quantizes activations: give input_activations, or leave deploy at 'papers'")
+        if self.deploy == "full" and not self.shortcuts:
+            raise ValueError("deploy 'full' quantizes shortcuts too: leave shortcuts on, or deploy at 'papers'")
         return self
 
     @classmethod
@@ -122,7 +134,8 @@ class QuantScheme(Settings):
             "same": "same bits in every layer, image 8 bit",
         }[self.ends]
         parts = [f"{role} {_describe(args)}" for role, args in self._roles()]
-        extra = [f"{len(self.ignore)} ignore patterns"] if self.ignore else []
+        extra = ["every tensor between integer kernels, logits 8 bit (deploy full)"] if self.deploy == "full" else []
+        extra += [f"{len(self.ignore)} ignore patterns"] if self.ignore else []
         extra += [f"{len(self.overrides)} overrides"] if self.overrides else []
         return f"{self.name} ({'; '.join([*parts, ends, *extra])})"
 
@@ -213,7 +226,7 @@ def _check_per_tensor(args: QuantArgs | None) -> None:
 
 
 def _at_least(args: QuantArgs | None, bits: int) -> QuantArgs | None:
-    return args if args is None or args.num_bits >= bits else args.model_copy(update={"num_bits": bits})
+    return None if args is None else args.at_least(bits)
 
 
 def _describe(args: QuantArgs) -> str:

@@ -1,0 +1,198 @@
+"""Quantizing what operations inside a module's own `forward` put out: sums, products, poolings, activations.
+
+Nothing is traced symbolically and no source is rewritten. A module is given a class derived from its own whose forward
+pass runs under a `TorchFunctionMode`; the mode tells operations apart by their name and by how often that name was
+called before in the same call of the module (`add_0`, `add_1`). That works when a unit is run alone, under autograd,
+in a deep copy, and under `torch.export` with `strict=False`.
+
+An operation belongs to the innermost running module that has children: a leaf such as `nn.ReLU`, which networks often
+use in several places, counts as code of the module that calls it. What runs in quantizable layers, or in hooks of them
+and of derived modules, belongs to nobody.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.modules import get_module
+from synthquant.models.trace import Trace, operation_name
+from synthquant.nn.activation_quantizers import ActivationQuantizer, hand_on
+from synthquant.nn.attention import visible_attention
+from synthquant.nn.derived import derived_class
+
+_ATTENTION = "scaled_dot_product_attention"
+
+
+class QuantScope(nn.Module):
+    """A module whose own operations put out quantized tensors.
+
+    Attributes:
+        scope_name: module name, for error messages.
+        operation_quantizers: quantizers by operation, for example `add_0`. A plain dictionary: containers iterate over
+            their children, and these are none.
+        operation_counts: how often each operation of those names runs in one call.
+    """
+
+    scope_name: str
+    operation_quantizers: dict[str, ActivationQuantizer]
+    operation_counts: dict[str, frozenset[int]]
+
+    def quantize_operation(
+        self, key: str, quantizer: ActivationQuantizer, counts: Mapping[str, Mapping[str, Collection[int]]]
+    ) -> None:
+        """Quantize what one operation puts out.
+
+        Args:
+            key: name of the operation and number among those of this name, for example `add_0`.
+            quantizer: what its result goes through.
+            counts: for each module and each name of an operation, how often it ran in a call.
+        """
+        name = key.rpartition("_")[0]
+        self.operation_quantizers[key] = quantizer
+        self.operation_counts[name] = frozenset(counts[self.scope_name][name])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; its hooks are not part of anybody's forward pass."""
+        with outside_of_scopes():
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with the results of its operations quantized.
+
+        Raises:
+            UnsupportedModelError: other operations ran than when the quantizers were put in.
+        """
+        frame = _Frame(self)
+        with _running(frame):
+            output = super().forward(*args, **kwargs)
+        frame.check()
+        return output
+
+
+def watch_operations(root: nn.Module, seen: Trace, layers: Collection[str]) -> dict[str, QuantScope]:
+    """Let the modules of a network watch their own operations, in place.
+
+    There are no quantizers yet, but attention is made visible.
+
+    Args:
+        root: the network.
+        seen: one forward pass of it.
+        layers: names of its layers, which are left alone.
+
+    Returns:
+        The modules by name, the root among them.
+    """
+    scopes = {}
+    for name in seen.order:
+        part = get_module(root, name)
+        if name in layers or (name and next(part.children(), None) is None):
+            continue
+        part.__class__ = derived_class(QuantScope, type(part))
+        scope = cast(QuantScope, part)
+        scope.scope_name = name
+        scope.operation_quantizers = {}
+        scope.operation_counts = {}
+        scopes[name] = scope
+    return scopes
+
+
+def activation_quantizers(root: nn.Module) -> list[ActivationQuantizer]:
+    """All activation quantizers that run in a call of `root`, each once."""
+    found: dict[int, ActivationQuantizer] = {}
+    for part in root.modules():
+        if isinstance(part, ActivationQuantizer):
+            found.setdefault(id(part), part)
+        elif isinstance(part, QuantScope):
+            found.update((id(quantizer), quantizer) for quantizer in part.operation_quantizers.values())
+    return list(found.values())
+
+
+@contextmanager
+def outside_of_scopes() -> Iterator[None]:
+    """Let operations belong to nobody for a while."""
+    watch = _current.get()
+    if watch is None:
+        yield
+        return
+    watch.frames.append(None)
+    try:
+        yield
+    finally:
+        watch.frames.pop()
+
+
+class _Frame:
+    """One call of one module: how often each of its operations has run so far."""
+
+    def __init__(self, scope: QuantScope) -> None:
+        self._scope = scope
+        self._seen: Counter[str] = Counter()
+
+    def run(self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation and quantize its result if it is one of those."""
+        result = function(*args, **kwargs)
+        if name not in self._scope.operation_counts:
+            return result
+        quantizer = self._scope.operation_quantizers.get(f"{name}_{self._seen[name]}")
+        self._seen[name] += 1
+        return result if quantizer is None else hand_on(quantizer, result)
+
+    def check(self) -> None:
+        for name, counts in self._scope.operation_counts.items():
+            if self._seen[name] not in counts:
+                raise UnsupportedModelError(
+                    f"module {self._scope.scope_name!r} ran {name!r} {self._seen[name]} times, not {max(counts)} times"
+                    " as when it was quantized; a network whose operations change cannot have deploy 'full'"
+                )
+
+
+class _Watch(TorchFunctionMode):
+    """Hands every torch function to the module whose forward pass is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: list[_Frame | None] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        frame = self.frames[-1]
+        if frame is None:
+            return func(*args, **(kwargs or {}))
+        name = operation_name(func)
+        if name == _ATTENTION:
+            with self:  # its steps are operations of the same module
+                return visible_attention(*args, **(kwargs or {}))
+        return frame.run(name, func, args, kwargs or {})
+
+
+_current: ContextVar[_Watch | None] = ContextVar("synthquant_watch", default=None)
+
+
+@contextmanager
+def _running(frame: _Frame) -> Iterator[None]:
+    """Let operations belong to a frame for a while; the outermost one switches the mode on."""
+    watch = _current.get()
+    if watch is not None:
+        watch.frames.append(frame)
+        try:
+            yield
+        finally:
+            watch.frames.pop()
+        return
+    watch = _Watch()
+    watch.frames.append(frame)
+    token = _current.set(watch)
+    try:
+        with watch:
+            yield
+    finally:
+        _current.reset(token)

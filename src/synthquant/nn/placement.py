@@ -1,0 +1,326 @@
+"""Which tensors are quantized under `deploy: full`, read off one forward pass.
+
+Integer kernels read codes and write codes, so what they read and what they write is quantized: layers, sums and
+concatenations and products of two tensors of data, average pooling, sigmoid, and the products of attention (read only:
+what they write is scaled and softmaxed in floating point). A ReLU or clipping right behind such an operation is part of
+its kernel, so the tensor between the two is not quantized. Every tensor is quantized once, where it is made; views,
+slices, copies and max pooling of it keep its grid.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property
+
+from synthquant.models.trace import Operation, Trace, Value
+from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
+
+_MOVES = frozenset(
+    (
+        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "data", "detach"),
+        *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "contiguous", "clone"),
+        *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "rot90", "to"),
+        *("getitem", "narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit"),
+        *("index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "amax", "float", "type", "pad"),
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"),
+    )
+)
+"""Operations whose result holds values of what they read, and zeros."""
+_FUSED = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clip"))
+_SUMS = frozenset(("add", "iadd", "radd"))
+_PRODUCTS = frozenset(("mul", "imul", "rmul", "multiply"))
+_JOINS = frozenset(("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"))
+_MATRIX_PRODUCTS = frozenset(("matmul", "rmatmul", "bmm", "einsum"))
+_POOLINGS = frozenset(f"{kind}_pool{dimensions}d" for kind in ("avg", "adaptive_avg") for dimensions in (1, 2, 3))
+_ACTIVATIONS = frozenset(("sigmoid", "leaky_relu"))
+# They return nothing that could be replaced.
+_STATEMENTS = frozenset(("setitem", "set_"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is made: by a layer, or by an operation in a module's own forward."""
+
+    module: str
+    """The layer, or the module whose operation it is; "" is the network itself."""
+    operation: str = ""
+    """For example `add_0`: the first `add` of each call of the module; empty for a layer."""
+
+    @property
+    def name(self) -> str:
+        """Name of a quantizer that stands there."""
+        end = self.operation or "output_quantizer"
+        return f"{self.module}.{end}" if self.module else end
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A tensor that is quantized."""
+
+    place: Place | None
+    """Where it is made; none: not by an operation that was seen (the image), so that layers quantize what they read."""
+    args: QuantArgs
+    layers: tuple[str, ...]
+    """Layers that read it, in execution order."""
+    is_image: bool = False
+    """It is what the network is given."""
+
+
+@dataclass(frozen=True)
+class OperationRow:
+    """What quantization does to one operation outside layers.
+
+    Attributes:
+        name: module and operation, for example `layer1.0.iadd_0`.
+        kind: name of the function.
+        input_bits: for each tensor of data that it reads its bits, none for a float tensor.
+        output_bits: bits of what it puts out, behind a fused activation; none for a float tensor.
+    """
+
+    name: str
+    kind: str
+    input_bits: tuple[int | None, ...]
+    output_bits: int | None
+
+
+def is_move(operation: Operation) -> bool:
+    """Whether the result holds values of what the operation reads: a view, a copy, a slice, a maximum."""
+    return operation.name in _MOVES
+
+
+class Flow:
+    """The tensors of one forward pass, with views of a tensor told apart from new tensors."""
+
+    def __init__(self, seen: Trace, layers: Sequence[str], scopes: AbstractSet[str]) -> None:
+        """Sort the operations of a trace by the module they belong to.
+
+        Args:
+            seen: a forward pass.
+            layers: names of the layers; what happens inside them is of no interest.
+            scopes: names of the modules that operations can belong to.
+        """
+        self.seen = seen
+        self.layers = tuple(layers)
+        self.operations: list[Operation] = []
+        self.counts: dict[str, dict[str, set[int]]] = {}
+        self._places: dict[int, Place] = {}
+        self._readers: dict[int, list[Operation | str]] = {}
+        self._sort(scopes)
+
+    def _sort(self, scopes: AbstractSet[str]) -> None:
+        known = set(self.layers)
+        counts: dict[int, Counter[str]] = {
+            call.index: Counter() for call in self.seen.module_calls if call.name in scopes
+        }
+        for operation in self.seen.operations:
+            chain = list(self.seen.enclosing(operation.call))
+            if any(call.name in known for call in chain):
+                continue
+            owner = next(call for call in chain if call.name in scopes)
+            seen = counts[owner.index]
+            place = Place(owner.name, f"{operation.name}_{seen[operation.name]}")
+            seen[operation.name] += 1
+            self.operations.append(operation)
+            for value in operation.outputs if operation.name not in _STATEMENTS else ():
+                self._places[value.index] = place
+            for value in dict.fromkeys(operation.inputs):
+                self._readers.setdefault(value.index, []).append(operation)
+        for name in self.layers:
+            for call in self.seen.calls(name):
+                self._places.update((value.index, Place(name)) for value in call.outputs)
+                for value in call.inputs[:1]:
+                    self._readers.setdefault(value.index, []).append(name)
+        for index, counter in counts.items():
+            totals = self.counts.setdefault(self.seen.module_calls[index].name, {})
+            for name in {*totals, *counter}:
+                totals.setdefault(name, set()).add(counter[name])
+
+    @property
+    def image(self) -> Value:
+        """What the network is given."""
+        return self.seen.calls("")[0].inputs[0]
+
+    def place(self, value: Value) -> Place | None:
+        """Where a value is made."""
+        return self._places.get(value.index)
+
+    def source(self, value: Value) -> Value:
+        """The tensor whose values `value` holds, through views and the like."""
+        while True:
+            place, operation = self.place(value), self.seen.producer(value)
+            if place is None or not place.operation or operation is None or not is_move(operation):
+                return value
+            read = [operand for operand in operation.inputs if operand.from_input]
+            if not read:
+                return value
+            value = read[0]
+
+    def sources(self, operation: Operation) -> set[Value]:
+        """The tensors of data that an operation reads."""
+        return {self.source(operand) for operand in operation.inputs if operand.from_input}
+
+    def readers(self, value: Value) -> Iterator[Operation | str]:
+        """The operations and layers that read a value directly."""
+        yield from self._readers.get(value.index, ())
+
+    def final_readers(self, value: Value) -> Iterator[Operation | str]:
+        """The operations and layers that read a value or what holds its values."""
+        for reader in self.readers(value):
+            if isinstance(reader, Operation) and is_move(reader):
+                for output in reader.outputs:
+                    yield from self.final_readers(output)
+            else:
+                yield reader
+
+    def behind_fused(self, value: Value) -> list[Value]:
+        """What a kernel that makes `value` puts out: that, or what fused activations make of it if only they read it.
+
+        A value that the network returns is read by others.
+        """
+        readers = list(self.readers(value))
+        if not readers or value in self.outputs:
+            return [value]
+        fused = [reader for reader in readers if isinstance(reader, Operation) and reader.name in _FUSED]
+        return [reader.outputs[0] for reader in fused] if len(fused) == len(readers) else [value]
+
+    @cached_property
+    def outputs(self) -> frozenset[Value]:
+        """What the network returns, and the tensors whose values it holds."""
+        returned = self.seen.calls("")[0].outputs
+        return frozenset((*returned, *(self.source(value) for value in returned)))
+
+    def reads_integers(self, operation: Operation) -> bool:
+        """Whether an integer kernel can run the operation."""
+        name, two = operation.name, len({operand for operand in operation.inputs if operand.from_input}) > 1
+        if name in _SUMS or name in _PRODUCTS or name in _JOINS or name in _MATRIX_PRODUCTS:
+            return two
+        return name in _POOLINGS or name in _ACTIVATIONS or (name == "mean" and _is_pooling(operation))
+
+    def writes_integers(self, operation: Operation) -> bool:
+        """Whether that kernel puts out codes as well."""
+        return operation.name not in _MATRIX_PRODUCTS and self.reads_integers(operation)
+
+
+class Placement:
+    """The tensors to quantize under a scheme.
+
+    Attributes:
+        flow: the forward pass.
+    """
+
+    def __init__(self, flow: Flow, scheme: QuantScheme, plan: Mapping[str, LayerScheme]) -> None:
+        """Decide.
+
+        Args:
+            flow: a forward pass with attention made visible.
+            scheme: what was asked for.
+            plan: what that is for each layer; layers that are not in it stay in floating point.
+        """
+        self.flow = flow
+        self._scheme = scheme
+        self._plan = plan
+        self._tensors: dict[int, PlacedTensor] = {}
+        # A module that runs several times quantizes alike each time.
+        self._merged: dict[Place, PlacedTensor] = {}
+        for value in sorted(self._wanted(), key=lambda value: value.index):
+            tensor = self._placed(value)
+            if tensor is not None:
+                self._tensors[value.index] = tensor
+                if tensor.place is not None:
+                    self._merged[tensor.place] = _merged(self._merged.get(tensor.place, tensor), tensor)
+
+    @property
+    def tensors(self) -> list[PlacedTensor]:
+        """What is quantized, in order of appearance."""
+        found = self._tensors.values()
+        return list(dict.fromkeys(t if t.place is None else self._merged[t.place] for t in found))
+
+    def tensor(self, value: Value) -> PlacedTensor | None:
+        """The quantized tensor whose values `value` holds; none if it stays float."""
+        found = self._tensors.get(self.flow.source(value).index)
+        return found if found is None or found.place is None else self._merged[found.place]
+
+    def bits(self, value: Value) -> int | None:
+        """Bits of a value; none if it stays float."""
+        found = self.tensor(value)
+        return None if found is None else found.args.num_bits
+
+    def rows(self) -> list[OperationRow]:
+        """What becomes of each operation that is more than a view, in execution order."""
+        rows: dict[str, OperationRow] = {}
+        for operation in self.flow.operations:
+            place = self.flow.place(operation.outputs[0])
+            data = [operand for operand in operation.inputs if operand.from_input]
+            if place is None or is_move(operation) or not data:
+                continue
+            result = self.flow.behind_fused(operation.outputs[0])[0]
+            read = tuple(self.bits(operand) for operand in data)
+            rows.setdefault(place.name, OperationRow(place.name, operation.name, read, self.bits(result)))
+        return list(rows.values())
+
+    def _wanted(self) -> set[Value]:
+        """Everything that an integer kernel reads or writes."""
+        flow, read, written = self.flow, set(), set()
+        for operation in flow.operations:
+            if flow.reads_integers(operation):
+                read.update(flow.sources(operation))
+            if flow.writes_integers(operation):
+                written.update(flow.behind_fused(operation.outputs[0]))
+        for name in flow.layers:
+            if not self._reads_codes(name):
+                continue
+            for call in flow.seen.calls(name):
+                read.update(flow.source(value) for value in call.inputs[:1])
+                if self._plan[name].weights is not None:
+                    written.update(output for value in call.outputs for output in flow.behind_fused(value))
+        return read | {value for value in written if not self._only_float_layers_read(value)}
+
+    def _reads_codes(self, layer: str) -> bool:
+        return layer in self._plan and self._plan[layer].input_activations is not None
+
+    def _only_float_layers_read(self, value: Value) -> bool:
+        """Whether all readers are layers that the scheme keeps in floating point: they get what they were promised."""
+        readers = list(self.flow.final_readers(value))
+        return bool(readers) and all(isinstance(reader, str) and not self._reads_codes(reader) for reader in readers)
+
+    def _placed(self, value: Value) -> PlacedTensor | None:
+        readers = dict.fromkeys(reader for reader in self.flow.final_readers(value) if isinstance(reader, str))
+        layers = tuple(name for name in self.flow.layers if name in readers)
+        place = self.flow.place(value)
+        asked = [self._plan[name].input_activations for name in layers if name in self._plan]
+        candidates = [args for args in asked if args is not None]
+        if place is None:
+            layers = tuple(name for name in layers if self._reads_codes(name))
+            if not layers:
+                return None
+        args = max(candidates, key=lambda args: args.num_bits) if candidates else self._default(value)
+        if value in self.flow.outputs:
+            args = args.at_least(8)
+        return PlacedTensor(place, args, layers, value == self.flow.image)
+
+    def _default(self, value: Value) -> QuantArgs:
+        """For tensors that no layer reads."""
+        args = self._scheme.input_activations
+        assert args is not None  # the scheme is refused otherwise
+        first = self.flow.seen.calls(self.flow.layers[0])
+        after_first = [output for call in first for made in call.outputs for output in self.flow.behind_fused(made)]
+        return args.at_least(8) if self._scheme.ends == "w8a8" and value in after_first else args
+
+
+def _merged(one: PlacedTensor, other: PlacedTensor) -> PlacedTensor:
+    args = max(one.args, other.args, key=lambda args: args.num_bits)
+    return PlacedTensor(one.place, args, tuple(dict.fromkeys((*one.layers, *other.layers))), one.is_image)
+
+
+def _is_pooling(operation: Operation) -> bool:
+    """Whether a mean goes over all positions and leaves the channels, of feature maps or of tokens."""
+    read, made = operation.inputs[0].shape, operation.outputs[0].shape
+    rest = [size for size in made[1:] if size != 1]
+    if len(read) == 4:
+        return rest in ([read[1]], [read[3]])
+    return len(read) == 3 and rest == [read[2]]

@@ -1,0 +1,79 @@
+"""Whether quantizers that stand where tensors are made reach everything that reads these tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from synthquant.core.errors import UnsupportedModelError
+from synthquant.models.trace import Value, trace
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.placement import Flow, Placement, is_move
+
+_ROOT = "module"
+
+
+def check_placement(
+    holder: nn.Module, placement: Placement, quantizers: Mapping[str, ActivationQuantizer], example: torch.Tensor
+) -> None:
+    """Run the network with its quantizers once more and compare, reader by reader, where what is read comes from.
+
+    Args:
+        holder: a module that calls the network, its attribute `module`, and holds all quantizers.
+        placement: where quantizers should be.
+        quantizers: those that stand where tensors are made, by name.
+        example: normalised images.
+
+    Raises:
+        UnsupportedModelError: something still reads a tensor that is to be quantized as it was before.
+    """
+    names = {id(part): name for name, part in holder.named_modules()}
+    inside = {names[id(quantizer)]: name for name, quantizer in quantizers.items()}
+    before = placement.flow
+    with _copying(quantizers.values()):
+        seen = trace(holder, example)
+    scopes = {_inside(name) for name in before.counts}
+    after = Flow(seen, (*(_inside(name) for name in before.layers), *inside), scopes)
+    for reader, wanted, found in _pairs(before, after):
+        tensor = placement.tensor(wanted)
+        if tensor is None or tensor.place is None:
+            continue
+        place = after.place(after.source(found))
+        if place is None or inside.get(place.module) != tensor.place.name:
+            raise UnsupportedModelError(
+                f"{reader} reads what {tensor.place.name} stands for without its quantizer: the network changes a"
+                " tensor in place and goes on under its old name; write x = f(x) there, or leave deploy at 'papers'"
+            )
+
+
+def _pairs(before: Flow, after: Flow) -> Iterator[tuple[str, Value, Value]]:
+    """Everything that reads a tensor: its name, what it read without quantizers, and what it reads with them."""
+    firsts = [operation for operation in before.operations if not is_move(operation)]
+    seconds = [operation for operation in after.operations if not is_move(operation)]
+    for first, second in zip(firsts, seconds, strict=True):
+        for wanted, found in zip(first.inputs, second.inputs, strict=True):
+            place = before.place(first.outputs[0])
+            yield first.name if place is None else place.name, wanted, found
+    for name in before.layers:
+        for one, other in zip(before.seen.calls(name), after.seen.calls(_inside(name)), strict=True):
+            yield name, one.inputs[0], other.inputs[0]
+
+
+def _inside(name: str) -> str:
+    return f"{_ROOT}.{name}" if name else _ROOT
+
+
+@contextmanager
+def _copying(quantizers: Iterable[ActivationQuantizer]) -> Iterator[None]:
+    """Let quantizers copy for a while, so that what they give can be told from what they take."""
+    changed = list(quantizers)
+    try:
+        for quantizer in changed:
+            quantizer.__dict__["forward"] = torch.clone
+        yield
+    finally:
+        for quantizer in changed:
+            del quantizer.__dict__["forward"]
