@@ -17,8 +17,9 @@ Recipe keys, `synthquant list` and `show`, `--set` and the contract tests follow
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -152,8 +153,20 @@ class Metric(Protocol):
 class Exporter(Protocol):
     """Writes a quantized model in a form that something else loads."""
 
-    def export(self, quant_model: QuantModel, folder: Path) -> Path:
-        """Write into `folder` and return the path of what was written."""
+    def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
+        """Write the file or folder `path`, replacing what is there, and return it.
+
+        `origin` is what else is known of where the model comes from, for forms that have room for it.
+        """
+        ...
+
+    def verify(
+        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+    ) -> dict[str, Any]:
+        """Load what `export` wrote, compare it with `quant_model` on `images`, and return what was measured.
+
+        Raises `VerificationError` if it is not what was promised.
+        """
         ...
 
 

@@ -27,7 +27,8 @@ from synthquant.data.store import ImageSetWriter
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
-from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config, save_checkpoint
+from synthquant.export.checkpoint import CONFIG_NAME, FloatModelEntry, load_checkpoint, read_config, save_checkpoint
+from synthquant.export.onnx import open_onnx
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
@@ -126,7 +127,7 @@ def evaluate(
         model = open_model(source, device=place)
         return _measure(model.module, model, data, section.batch_size, progress).row(model.name)
     folder = source if (source / CONFIG_NAME).is_file() else source / "model"
-    float_model = _float_model_of(folder, place, progress)
+    float_model = _same_float_model(read_config(folder).float_model, place, progress)
     quant_model = load_checkpoint(folder, float_model=float_model, device=place)
     logits = None
     if float_model is not None:
@@ -135,8 +136,36 @@ def evaluate(
     return result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
 
 
-def _float_model_of(checkpoint: Path, device: str, progress: Progress) -> FloatModel | None:
-    entry = read_config(checkpoint).float_model
+def evaluate_onnx(
+    path: Path, section: EvaluateSection, runtime: str = "onnxruntime", progress: Progress = QUIET
+) -> dict[str, Any]:
+    """Measure an exported network on labelled images, on the CPU; returns and compares as `evaluate` does.
+
+    Raises:
+        ModelError: the file was not exported by this package, or the runtime cannot load it.
+        MissingExtraError: the runtime is not installed.
+        DataError: the images cannot be used, or a label is not a class of the network.
+    """
+    network, metadata = open_onnx(path, runtime)
+    data = open_images(section.data)
+    float_model = _same_float_model(metadata.float_model, "cpu", progress)
+    reference = None
+    if float_model is not None:
+        reference = _logits(float_model.module, float_model, data, section.batch_size, progress)
+    result = evaluate_model(
+        network,
+        metadata.preprocess,
+        data,
+        reference_logits=reference,
+        batch_size=section.batch_size,
+        progress=progress,
+        title=f"evaluate in {runtime}",
+    )
+    return result.row(metadata.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
+
+
+def _same_float_model(entry: FloatModelEntry, device: str, progress: Progress) -> FloatModel | None:
+    """Open the network that was quantized, or warn why it is not to be had."""
     try:
         model = open_model(entry.source, device=device)
     except (ModelError, MissingExtraError) as error:

@@ -9,7 +9,7 @@ import torch
 import typer
 from typer.exceptions import TyperException
 
-from synthquant.cli import run, show, stages
+from synthquant.cli import export, run, show, stages
 from synthquant.core.errors import SynthquantError
 
 app = typer.Typer(
@@ -20,7 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run.demo, run.run, stages.synthesize, stages.quantize, stages.evaluate, show.report, show.show):
+for command in (
+    *(run.demo, run.run, stages.synthesize, stages.quantize, stages.evaluate),
+    *(export.export, export.benchmark, show.report, show.show),
+):
     app.command()(command)
 app.command("list")(show.list_methods)
 

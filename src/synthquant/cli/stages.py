@@ -10,14 +10,22 @@ import typer
 from synthquant import pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_json, print_run, print_table
+from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
+from synthquant.export.presets import RUNTIMES
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection, apply_overrides
 
 ModelOrRun = Annotated[
-    str, typer.Argument(metavar="MODEL|RUN", help="A network, or the folder of a run.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL|RUN|FILE.onnx", help="A network, the folder of a run, or an exported file.", show_default=False
+    ),
+]
+Runtime = Annotated[
+    str | None, typer.Option(help=f"For FILE.onnx: {' or '.join(RUNTIMES)} [{RUNTIMES[0]}], on the CPU.")
 ]
 
 
@@ -91,17 +99,24 @@ def evaluate(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
+    runtime: Runtime = None,
     device: options.Device = options.DEVICE,
     seed: options.Seed = options.SEED,
     settings: options.Set = None,
     json: options.Json = False,
 ) -> None:
-    """Measure a network or a run's quantized network on labelled images.
+    """Measure a network, a run's quantized network or an exported file on labelled images.
 
     --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32. The seed changes nothing.
     """
     section = parse_settings(EvaluateSection, apply_overrides({"data": data}, settings or []), "command line")
     source: ModelSource | Path = Path(model)
+    if model.endswith(".onnx"):
+        row = pipeline.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
+        print_json(row) if json else print_table([row])
+        return
+    if runtime is not None:
+        raise RecipeError(f"--runtime belongs to an exported FILE.onnx, not to {model}")
     if not Path(model).is_dir():
         source = options.model_source(model, weights, input_size, mean, std, num_classes)
     row = pipeline.evaluate(source, section, device, ConsoleProgress())

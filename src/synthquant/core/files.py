@@ -85,10 +85,29 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise OutputError(f"cannot make folder {path}: {_reason(error)}") from error
     try:
         yield temporary
-        _swap_folder(temporary, path)
+        _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a temporary folder; what is made there becomes `path` on success.
+
+    A file or folder that is already there is replaced. On failure nothing of it is left.
+    Raises `OutputError` if the folder of `path` is not there or cannot be written.
+    """
+    temporary = _temporary_sibling(path)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+    try:
+        yield temporary / path.name
+        _swap(temporary / path.name, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def require_writable(folder: Path) -> None:
@@ -110,7 +129,8 @@ def require_writable(folder: Path) -> None:
         raise OutputError(f"cannot write to {folder}: {_reason(error)}") from error
 
 
-def _swap_folder(temporary: Path, path: Path) -> None:
+def _swap(temporary: Path, path: Path) -> None:
+    """Let a file or folder take the place of what is at `path`."""
     old = _temporary_sibling(path)
     try:
         if path.exists():
@@ -120,8 +140,11 @@ def _swap_folder(temporary: Path, path: Path) -> None:
     except OSError as error:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        raise OutputError(f"cannot write folder {path}: {_reason(error)}") from error
-    shutil.rmtree(old, ignore_errors=True)
+        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def _temporary_sibling(path: Path) -> Path:

@@ -14,8 +14,9 @@ elsewhere. The same network gives the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -24,11 +25,14 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from synthquant.core.errors import InputError, ModelError
+from synthquant.core.errors import InputError, ModelError, VerificationError
 from synthquant.core.files import atomic_folder, read_json, sha256_bytes, write_bytes, write_json
+from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import package_version
 from synthquant.core.settings import Settings, parse_settings
+from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
+from synthquant.export.compare import difference, run_beside
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import FloatModel, ModelSource
@@ -115,9 +119,25 @@ class ArchitectureOnly(FloatModel):
 class Checkpoint(Settings):
     """Folder of packed integer codes (safetensors) with their description (JSON), for `load_checkpoint`."""
 
-    def export(self, quant_model: QuantModel, folder: Path) -> Path:
-        """Write the checkpoint and return `folder`."""
-        return save_checkpoint(quant_model, folder)
+    def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
+        """Write the checkpoint and return its folder; a checkpoint has no room for an `origin`."""
+        return save_checkpoint(quant_model, path)
+
+    def verify(
+        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+    ) -> dict[str, Any]:
+        """Load the checkpoint and compare on at most 128 images: every logit must be the same.
+
+        Raises:
+            VerificationError: a logit differs.
+        """
+        loaded = load_checkpoint(path, device=quant_model.device)
+        with torch.no_grad():
+            networks = {"loaded": lambda inputs: loaded(inputs.to(loaded.device)).cpu()}
+            reference, logits = run_beside(quant_model, networks, images, 128, progress)
+        if not torch.equal(reference, logits["loaded"]):
+            raise VerificationError("the checkpoint gives other logits than the network it was made from")
+        return {"images": len(reference), "loaded": asdict(difference(logits["loaded"], reference))}
 
 
 def save_checkpoint(quant_model: QuantModel, folder: Path) -> Path:
@@ -174,6 +194,23 @@ def load_checkpoint(
     return quant_model
 
 
+def checkpoint_hash(quant_model: QuantModel) -> str:
+    """Return the SHA-256 that `model.safetensors` of this network has or would have."""
+    return sha256_bytes(save_safetensors(_packed(quant_model)))
+
+
+def float_model_entry(model: FloatModel) -> FloatModelEntry:
+    """Return what files say about the network before quantization."""
+    return FloatModelEntry(
+        name=model.name,
+        source=model.source,
+        fingerprint=model.fingerprint,
+        task=model.task,
+        num_classes=model.num_classes,
+        class_names=model.class_names,
+    )
+
+
 def read_config(folder: Path) -> QuantConfig:
     """Read and check `quant_config.json`.
 
@@ -224,14 +261,7 @@ def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
         scheme_summary=quant_model.scheme.describe(),
         layers=tuple(_layer_entries(quant_model)),
         quantizers={name: quantizer.args for name, quantizer in quant_model.quantizers.items()},
-        float_model=FloatModelEntry(
-            name=model.name,
-            source=model.source,
-            fingerprint=model.fingerprint,
-            task=model.task,
-            num_classes=model.num_classes,
-            class_names=model.class_names,
-        ),
+        float_model=float_model_entry(model),
         preprocess=model.preprocess,
         weights_sha256=weights_sha256,
     )

@@ -1,0 +1,93 @@
+"""`export` and `benchmark`: files for runtimes, and how fast they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from synthquant.cli import options
+from synthquant.cli.output import print_json
+from synthquant.core.errors import RecipeError
+from synthquant.core.progress import ConsoleProgress
+from synthquant.export.onnx_speed import benchmark_onnx
+from synthquant.export.presets import PRESETS
+from synthquant.export.write import export_run
+from synthquant.methods import EXPORTERS
+from synthquant.recipe import apply_overrides, build_method
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of a checkpoint.", show_default=False)]
+To = Annotated[str, typer.Option(help=f"One of {', '.join(EXPORTERS.names())}.")]
+PresetName = Annotated[str | None, typer.Option(help=f"For --to onnx: one of {', '.join(PRESETS)} [ort-cpu].")]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="The file to write.", show_default=False)]
+VerifyData = Annotated[
+    str | None, typer.Option(metavar="DATA", help="Images to verify on; without it those the run quantized with.")
+]
+OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A file that export wrote.", show_default=False)]
+
+
+def export(
+    run: Run,
+    out: Out,
+    to: To = "onnx",
+    preset: PresetName = None,
+    data: VerifyData = None,
+    verify: Annotated[bool, typer.Option(help="Run the file and compare it with the quantized network.")] = True,
+    settings: options.Set = None,
+    json: options.Json = False,
+) -> None:
+    """Write a run's quantized network as a file for a runtime, and verify that it computes the same.
+
+    --set takes any field of the exporter, for example --set min_agreement=0.995; `synthquant show onnx` lists them.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        if to != "onnx":
+            raise RecipeError(f"--preset belongs to --to onnx, not to --to {to}")
+        values["preset"] = preset
+    exporter = build_method(EXPORTERS, to, apply_overrides(values, settings or []), "export")
+    result = export_run(run, exporter, out, data=data, verify=verify, progress=ConsoleProgress())
+    print_json(result) if json else _print_export(result)
+
+
+def benchmark(
+    file: OnnxFile,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to measure each of the two networks for.")] = 10.0,
+    json: options.Json = False,
+) -> None:
+    """Measure an exported network beside the float export of the same architecture, in turns, in ONNX Runtime."""
+    result = benchmark_onnx(file, batch=batch, threads=threads, seconds=seconds, progress=ConsoleProgress())
+    if json:
+        print_json(result)
+        return
+    for name in ("float", "quantized"):
+        row = result[name]
+        print(
+            f"{name:<10}{row['milliseconds']:9.2f} ms{row['images_per_second']:10.1f} images/s"
+            f"{row['bytes'] / 2**20:9.2f} MiB"
+        )
+    print(f"speed {result['speedup']:.2f}x, size {result['size_ratio']:.3f}x, batch {batch}, {threads} threads")
+    print(result["environment"]["cpu"] + ("" if result["vnni"] else ", no 8-bit dot products (VNNI)"))
+
+
+def _print_export(result: dict[str, Any]) -> None:
+    print(f"{result['out']}: {result['bytes'] / 2**20:.2f} MiB")
+    found = result["verification"]
+    if found is None:
+        print("not verified")
+        return
+    for name in ("loaded", "as_written", "optimized"):
+        if name in found:
+            row = found[name]
+            steps = "" if row["max_steps"] is None else f", at most {row['max_steps']:.1f} steps of the output's grid"
+            print(
+                f"{name.replace('_', ' '):<11} agreement {row['agreement']:.2%} on {found['images']} images,"
+                f" mean difference {row['mean_error']:.2%} of the logits' spread{steps}"
+            )
+    if "layers" in found:
+        layers = found["layers"]
+        print(f"{layers['integer']} of {layers['integer'] + layers['floating']} layers run on integers")
+        print(", ".join(f"{name} {count}" for name, count in layers["operators"].items()))

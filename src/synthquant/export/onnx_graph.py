@@ -1,0 +1,124 @@
+"""Passes over an exported ONNX graph: everything that the exporter of torch does not say or not do.
+
+Imports onnx_ir, so it is only imported where `onnx.require_onnx` has been asked.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from synthquant.export.deploy import LAYER_KEY, PACKED_KEY
+
+INPUT_NAME, OUTPUT_NAME = "images", "logits"
+_SPATIAL = {2, 3}
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+
+
+def merge_duplicates(model: ir.Model) -> None:
+    """Let all readers of one quantized tensor share one pair of QuantizeLinear and DequantizeLinear."""
+    common.CommonSubexpressionEliminationPass(size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name every node after the module it was made in, and the graph's ends `images` and `logits`."""
+    taken: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "['']"))
+        layer = node.metadata_props.get(LAYER_KEY)
+        module = layer or next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+    (image,), (logits,) = model.graph.inputs, model.graph.outputs
+    image.name, logits.name = INPUT_NAME, OUTPUT_NAME
+
+
+def pool_by_name(model: ir.Model) -> None:
+    """Write a mean over height and width as GlobalAveragePool, which runtimes have as an integer operation."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) < 2:
+            continue
+        x, second = node.inputs[0], node.inputs[1]
+        axes = None if second is None else ir.convenience.get_const_tensor(second)
+        if x is None or axes is None or x.shape is None or x.shape.rank() != 4:
+            continue
+        if {int(axis) % 4 for axis in axes.numpy().reshape(-1)} != _SPATIAL:
+            continue
+        pooled = ir.node("GlobalAveragePool", [x], name=f"{node.name}/pool")
+        made = [pooled]
+        if not _flag(node, "keepdims", default=1):
+            made.append(ir.node("Flatten", [pooled.outputs[0]], {"axis": 1}, name=f"{node.name}/flatten"))
+            copy_type(x, pooled.outputs[0])
+            pooled.outputs[0].shape = ir.Shape([*x.shape[:2], 1, 1])
+        for new in made:
+            new.metadata_props.update(node.metadata_props)
+        old, result = node.outputs[0], made[-1].outputs[0]
+        copy_type(old, result)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], made, [old], [result])
+
+
+def pack_weights(model: ir.Model) -> int:
+    """Turn the weights that are marked so into 4-bit initialisers; returns how many there were."""
+    count = 0
+    for node in model.graph:
+        if node.metadata_props.get(PACKED_KEY) != "4":
+            continue
+        for index in (0, 2):
+            value = node.inputs[index]
+            tensor = None if value is None else value.const_value
+            if value is None or tensor is None:
+                continue
+            dtype = ir.DataType.INT4 if tensor.dtype == ir.DataType.INT8 else ir.DataType.UINT4
+            narrow = ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=value.name)
+            value.const_value, value.dtype = narrow, dtype
+        count += 1
+    return count
+
+
+def weight_nodes(model: ir.Model) -> dict[str, ir.Node]:
+    """The DequantizeLinear of each layer's weight, by layer."""
+    return {node.metadata_props[LAYER_KEY]: node for node in model.graph if LAYER_KEY in node.metadata_props}
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Enter an array as an initialiser of its own, whatever others are called."""
+    unique, count = name, 1
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(ir.tensor(array).dtype))
+    value.const_value = ir.tensor(array, name=unique)
+    graph.register_initializer(value)
+    return value
+
+
+def copy_type(source: ir.Value, target: ir.Value) -> None:
+    """Say that a new value has the type and shape of another."""
+    target.shape, target.type = source.shape, source.type
+
+
+def finish(model: ir.Model, *, producer: str, version: str, metadata: Mapping[str, str]) -> None:
+    """Take out what torch noted (file paths among it), drop what nothing reads, and sign the file."""
+    common.RemoveUnusedNodesPass()(model)
+    layers = {id(node): node.metadata_props.get(LAYER_KEY) for node in model.graph}
+    common.ClearMetadataAndDocStringPass()(model)
+    for node in model.graph:
+        layer = layers[id(node)]
+        if layer is not None:
+            node.metadata_props[LAYER_KEY] = layer
+    model.producer_name, model.producer_version = producer, version
+    model.graph.name = "synthquant"
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+
+
+def _flag(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()

@@ -1,0 +1,127 @@
+"""Run ONNX files: ONNX Runtime and, where it is installed, OpenVINO, both as functions from images to logits.
+
+Imports onnx and onnxruntime, so it is only imported where `onnx.require_onnx` has been asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
+
+from synthquant.core.errors import MissingExtraError, ModelError
+from synthquant.export.compare import Network
+from synthquant.export.onnx_metadata import OnnxMetadata
+from synthquant.export.presets import RUNTIMES
+
+_ERRORS_ONLY = 3
+# What onnxruntime raises for a file or an input that it cannot use; its classes have no common base but RuntimeError.
+_RUNTIME_ERRORS = (RuntimeError, ValueError, NotImplementedError)
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """Return the metadata of an ONNX file.
+
+    Raises:
+        ModelError: there is no such file, or it is not ONNX.
+    """
+    if not path.is_file():
+        raise ModelError(f"no such file: {path}")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise ModelError(f"{path} is not an ONNX file: {error}") from error
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def read_metadata(path: Path) -> OnnxMetadata:
+    """Return what a file of ours says about itself; raises `ModelError` if it is not one of ours."""
+    return OnnxMetadata.from_properties(read_properties(path), str(path))
+
+
+def session(
+    path: Path,
+    *,
+    optimized: bool = True,
+    threads: int | None = None,
+    write_optimized: Path | None = None,
+    exact: bool = True,
+) -> onnxruntime.InferenceSession:
+    """Load a file into ONNX Runtime on the CPU.
+
+    Args:
+        path: the file.
+        optimized: let the runtime put in integer kernels; otherwise operators run one by one as they are written.
+        threads: threads of one operator; none: the runtime's choice.
+        write_optimized: where the runtime writes the graph that it really runs.
+        exact: keep activations of weight-only layers in float; otherwise these layers may round them to 8 bits, which
+            is faster.
+
+    Raises:
+        ModelError: the runtime cannot load the file; says why.
+    """
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0" if exact else "4")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if write_optimized is not None:
+        options.optimized_model_filepath = str(write_optimized)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _RUNTIME_ERRORS as error:
+        raise ModelError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def ort_network(loaded: onnxruntime.InferenceSession) -> Network:
+    """Return a session as a function from images `[B, 3, H, W]` to logits `[B, classes]`, on the CPU."""
+    image = loaded.get_inputs()[0].name
+
+    def run(inputs: Tensor) -> Tensor:
+        (logits, *_) = loaded.run(None, {image: inputs.detach().cpu().numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+def open_network(path: Path, runtime: str, threads: int | None = None) -> Network:
+    """Load a file into a runtime.
+
+    Raises:
+        ModelError: there is no such runtime, or it cannot load the file.
+        MissingExtraError: openvino is not installed.
+    """
+    if runtime not in RUNTIMES:
+        raise ModelError(f"no runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
+    if runtime == "onnxruntime":
+        return ort_network(session(path, threads=threads))
+    return _openvino_network(path, threads)
+
+
+def _openvino_network(path: Path, threads: int | None) -> Network:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino", "openvino", "--runtime openvino") from error
+    # On CPUs with bfloat16 units OpenVINO would round what is left in float to 16 bits.
+    settings: Mapping[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        settings = {**settings, "INFERENCE_NUM_THREADS": threads}
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    except RuntimeError as error:
+        raise ModelError(f"OpenVINO cannot load {path}: {error}") from error
+
+    def run(inputs: Tensor) -> Tensor:
+        outputs = compiled([inputs.detach().cpu().numpy()])
+        return torch.from_numpy(outputs[0].copy())
+
+    return run

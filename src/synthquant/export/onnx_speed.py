@@ -1,0 +1,115 @@
+"""How fast an exported network runs beside the float export of the same architecture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.record import environment
+from synthquant.export.compare import Network
+from synthquant.export.onnx import export_module, require_onnx
+from synthquant.models.float_model import FloatModel
+from synthquant.models.open import open_model
+
+_WARM_UP = 3
+
+
+def benchmark_onnx(
+    path: Path, *, batch: int = 1, threads: int = 2, seconds: float = 10.0, progress: Progress = QUIET
+) -> dict[str, Any]:
+    """Measure latency and throughput in ONNX Runtime, the two networks in turns, so that both see the same machine.
+
+    The float network is the same architecture exported as it is; its weights do not change its speed, so they are
+    random and nothing is downloaded.
+
+    Args:
+        path: a file that `Onnx` wrote.
+        batch: images in one call.
+        threads: threads of the runtime.
+        seconds: time to measure each of the two for.
+        progress: messages.
+
+    Returns:
+        `float` and `quantized` (median `milliseconds` of a call, `images_per_second`, `bytes`, `calls`), `speedup`,
+        `size_ratio`, `batch`, `threads`, `vnni`, `environment`.
+
+    Raises:
+        ModelError: the file is not one of ours, or its architecture cannot be built again.
+        MissingExtraError: a package is not installed.
+    """
+    require_onnx()
+    from synthquant.export import onnx_runtime
+
+    metadata = onnx_runtime.read_metadata(path)
+    model = open_model(metadata.float_model.source, pretrained=False)
+    with TemporaryDirectory() as folder:
+        reference = Path(folder) / "float.onnx"
+        progress.say(f"export float {model.name}")
+        export_float(model, reference)
+        files = {"float": reference, "quantized": path}
+        networks = {
+            name: onnx_runtime.ort_network(onnx_runtime.session(file, threads=threads, exact=False))
+            for name, file in files.items()
+        }
+        progress.say(f"measure for {2 * seconds:.0f} seconds")
+        times = in_turns(networks, model.example_input(batch), seconds)
+        rows = {name: _row(times[name], batch, file.stat().st_size) for name, file in files.items()}
+    return {
+        **rows,
+        "speedup": rows["float"]["milliseconds"] / rows["quantized"]["milliseconds"],
+        "size_ratio": rows["quantized"]["bytes"] / rows["float"]["bytes"],
+        "batch": batch,
+        "threads": threads,
+        "vnni": has_vnni(),
+        "environment": environment(),
+    }
+
+
+def export_float(model: FloatModel, path: Path) -> Path:
+    """Write the float network as ONNX, batch norms left to the runtime, which folds them.
+
+    Raises:
+        UnsupportedModelError: an operation has no ONNX form.
+    """
+    import onnx_ir as ir
+
+    ir.save(export_module(model.module, model), path)
+    return path
+
+
+def in_turns(networks: dict[str, Network], inputs: torch.Tensor, seconds: float) -> dict[str, list[float]]:
+    """Return the times of single calls [s] of each network, called one after the other for `seconds` each."""
+    for network in networks.values():
+        for _ in range(_WARM_UP):
+            network(inputs)
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    end = time.perf_counter() + seconds * len(networks)
+    while time.perf_counter() < end or not all(times.values()):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            network(inputs)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def has_vnni() -> bool:
+    """Whether the CPU multiplies 8-bit integers four at a time; without it, integers may not be faster than floats."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp"))
+
+
+def _row(times: list[float], batch: int, size: int) -> dict[str, Any]:
+    middle = statistics.median(times)
+    return {
+        "milliseconds": 1000 * middle,
+        "images_per_second": batch / middle,
+        "bytes": size,
+        "calls": len(times),
+    }

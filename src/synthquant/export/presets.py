@@ -1,0 +1,67 @@
+"""What a runtime takes: how numbers are stored for it, and which schemes it can express."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from synthquant.core.errors import UnknownNameError
+
+RUNTIMES = ("onnxruntime", "openvino")
+"""Runtimes that files can be measured in here."""
+
+Container = Literal["uint8", "int8"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a quantized network is written for one kind of runtime.
+
+    Attributes:
+        name: as `--preset` takes it.
+        purpose: where it is meant to run, in one line.
+        activations: type of activation codes of at most 8 bits; `int8` also means that their zero point is 0.
+        exact_weights: keep every grid as it is, in wider containers where needed; otherwise weights must be int8 with
+            zero point 0, one scale for each output channel or tensor, which is what integer kernels take.
+        bias: `accumulator`: int32 at the scale of the integer sums, so that it is added to them; `exact`: int32 at
+            scales that lose no digit, for runtimes that compute in float; `float`: as it is.
+        wide_activations: takes activations of 16 bits.
+        packed_bits: bits of weights that are packed for weight-only linear layers; none: every weight has its own byte.
+        runs_integers: whether integer kernels are the point; a scheme without any then is refused.
+    """
+
+    name: str
+    purpose: str
+    activations: Container = "uint8"
+    exact_weights: bool = False
+    bias: Literal["accumulator", "exact", "float"] = "accumulator"
+    wide_activations: bool = False
+    packed_bits: int | None = None
+    runs_integers: bool = True
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("ort-cpu", "ONNX Runtime on CPUs: uint8 activations, int8 weights"),
+        Preset("ort-cpu-w4", "as ort-cpu, with 4-bit weights packed for weight-only linear layers", packed_bits=4),
+        Preset("tensorrt", "TensorRT: int8 with zero point 0 everywhere", activations="int8", bias="float"),
+        Preset("openvino", "OpenVINO on CPUs and GPUs: uint8 activations, int8 weights"),
+        Preset(
+            "simulate",
+            "any scheme, exactly: integers in files, float arithmetic in the runtime",
+            exact_weights=True,
+            bias="exact",
+            wide_activations=True,
+            runs_integers=False,
+        ),
+    )
+}
+"""All presets by name."""
+
+
+def find_preset(name: str) -> Preset:
+    """Return the preset called `name`; raises `UnknownNameError` with a suggestion."""
+    if name not in PRESETS:
+        raise UnknownNameError("preset", name, PRESETS)
+    return PRESETS[name]

@@ -1,0 +1,78 @@
+"""A quantized network as a `torch.export` program: integer weights, plain tensor arithmetic, no synthquant needed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.files import write_bytes
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.settings import Settings
+from synthquant.data.image_set import ImageSet
+from synthquant.export.compare import difference, require_close, run_beside
+from synthquant.export.deploy import Arithmetic, deploy
+from synthquant.export.presets import find_preset
+from synthquant.methods import EXPORTERS
+from synthquant.nn.quant_model import QuantModel
+
+# What tracing a foreign network may raise: its own code runs, and torch.export has no error class of its own.
+_TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
+
+
+@EXPORTERS.register("torch")
+class TorchProgram(Settings):
+    """`torch.export` program (.pt2) with integer weights, which computes as the quantized network does."""
+
+    images: int = Field(default=128, ge=1)
+    """Verification: how many images to use, evenly spaced over the set."""
+
+    def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
+        """Write the program and return `path`; `origin` goes into the file beside it.
+
+        Raises:
+            ModelError: activation ranges are not calibrated.
+            UnsupportedModelError: `torch.export` cannot follow the network; says why.
+            OutputError: the file cannot be written.
+        """
+        buffer = io.BytesIO()
+        torch.export.save(export_program(quant_model), buffer, extra_files={"origin.txt": _text(origin or {})})
+        write_bytes(path, buffer.getvalue())
+        return path
+
+    def verify(
+        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+    ) -> dict[str, Any]:
+        """Load the program and compare it with the quantized network; only float rounding may differ.
+
+        Raises:
+            VerificationError: it differs by more.
+        """
+        network = torch.export.load(path).module()
+        reference, logits = run_beside(quant_model, {"loaded": network}, images, self.images, progress)
+        found = difference(logits["loaded"], reference)
+        require_close(found, "the program", len(reference), min_agreement=0.99, max_mean_error=0.01)
+        return {"images": len(reference), "loaded": asdict(found)}
+
+
+def export_program(quant_model: QuantModel) -> torch.export.ExportedProgram:
+    """Return the deployed network as a program with a dynamic batch; raises as `TorchProgram.export`."""
+    module = deploy(quant_model, find_preset("simulate"), Arithmetic()).module
+    example = quant_model.float_model.example_input(2).cpu()
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except _TRACING_ERRORS as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"{quant_model.float_model.name}: torch.export cannot follow it: {reason}"
+        ) from error
+
+
+def _text(values: Mapping[str, str]) -> str:
+    return "".join(f"{key}: {value}\n" for key, value in sorted(values.items()))

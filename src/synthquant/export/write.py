@@ -1,0 +1,101 @@
+"""From a run's folder to a verified file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from synthquant.core.errors import DataError, ModelError
+from synthquant.core.files import atomic_path, require_writable, sha256_file
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.record import RunRecord
+from synthquant.core.settings import Settings
+from synthquant.data.image_set import ImageSet
+from synthquant.data.sources import open_images
+from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint
+from synthquant.methods import Exporter
+
+
+def export_run(
+    run: Path,
+    exporter: Exporter,
+    out: Path,
+    *,
+    data: str | None = None,
+    verify: bool = True,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Export the quantized network of a run (or a checkpoint's) to `out`, and compare what was written with it.
+
+    Args:
+        run: folder of a run or of a checkpoint.
+        exporter: the form.
+        out: the file; it is there only once it is verified.
+        data: images to verify on; none: those the run quantized with.
+        verify: whether to verify at all.
+        progress: messages and bars.
+
+    Returns:
+        `out`, `bytes`, `seconds`, `settings` of the exporter, and `verification` (none without it).
+
+    Raises:
+        ModelError: `run` holds no quantized network.
+        DataError: there are no images to verify with.
+        SchemeError, UnsupportedModelError: this network cannot be written in this form.
+        VerificationError: what was written differs from the network by more than the exporter allows.
+        OutputError: `out` cannot be written.
+    """
+    start = time.perf_counter()
+    checkpoint = _checkpoint(run)
+    require_writable(out.parent)
+    images = _images(run, data) if verify else None
+    quant_model = load_checkpoint(checkpoint)
+    with atomic_path(out) as temporary:
+        progress.say(f"export {quant_model.scheme.describe()}")
+        exporter.export(quant_model, temporary, origin=_origin(run))
+        verification = None
+        if images is not None:
+            verification = exporter.verify(quant_model, temporary, images, progress=progress)
+    return {
+        "out": str(out),
+        "bytes": _size(out),
+        "seconds": time.perf_counter() - start,
+        "settings": cast(Settings, exporter).model_dump(mode="json"),
+        "verification": verification,
+    }
+
+
+def _checkpoint(run: Path) -> Path:
+    if not run.is_dir():
+        raise ModelError(f"{run} is not the folder of a run or a checkpoint")
+    if (run / CONFIG_NAME).is_file():
+        return run
+    if not (run / "model" / CONFIG_NAME).is_file():
+        raise ModelError(
+            f"{run} holds no quantized network: neither it nor {run / 'model'} has a {CONFIG_NAME}; finish that run"
+        )
+    return run / "model"
+
+
+def _images(run: Path, data: str | None) -> ImageSet:
+    """The images given, or those that the run quantized with."""
+    if data is not None:
+        return open_images(data)
+    record = run / "run.json"
+    if not record.is_file():
+        raise DataError(f"{run} does not say which images it was made with: give --data, or --no-verify")
+    source = RunRecord.load(record).recipe.get("images", {}).get("source", run / "images")
+    try:
+        return open_images(str(source))
+    except DataError as error:
+        raise DataError(f"no images to verify with: {error}; give --data, or --no-verify") from error
+
+
+def _origin(run: Path) -> dict[str, str]:
+    recipe = run / "recipe.yaml"
+    return {"recipe_sha256": sha256_file(recipe)} if recipe.is_file() else {}
+
+
+def _size(path: Path) -> int:
+    return sum(part.stat().st_size for part in (path.rglob("*") if path.is_dir() else (path,)) if part.is_file())
