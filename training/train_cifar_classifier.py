@@ -1,148 +1,223 @@
 """Train a small CIFAR-10 classifier of the zoo and write its weights (fp16 safetensors) and card.
 
-    python training/train_cifar_classifier.py --train TRAIN.parquet --test TEST.parquet --out FOLDER
+    python training/train_cifar_classifier.py --model cifar10-resnet20 --train TRAIN.parquet --test TEST.parquet --out FOLDER
 
-Both files hold the columns `image` (struct of bytes and path) and `label`. Training resumes from
-`FOLDER/state.pt`; `--minutes` stops cleanly so that the next call continues. The accuracy in the card is that of the
-last epoch, measured once, with the weights as they are shipped (fp16).
-"""
+Both files hold the columns `image` (struct of bytes and path) and `label`. Training resumes from `FOLDER/state.pt`;
+`--minutes` stops cleanly so that the next call continues. `--half first` trains on the first half of the training
+images and adds `-half` to the name. The accuracy in the card is that of the last step, measured once, with the weights
+as they are shipped (fp16).
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import platform
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from synthquant.models.zoo.resnet_cifar import resnet20
-
-MODELS = {"cifar10-resnet20": resnet20}
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 `[N, 3, 32, 32]` and labels int64 `[N]`."""
-    table = pq.read_table(path)
-    images = [np.asarray(Image.open(io.BytesIO(r["bytes"])).convert("RGB")) for r in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
+from cifar import HALVES, ORIGIN, crop_and_flip, cut_out, load, mix, recolour, warp
+from schedule import Schedule, add_arguments, describe_run, set_rate, train
+from synthquant.models.zoo import CIFAR10_PREPROCESS, NETWORKS
 
 
-def augment(images: torch.Tensor, pad: int = 4) -> torch.Tensor:
-    """Random crop after reflection padding, and random flip, drawn for each image on its own."""
-    count, _, size, _ = images.shape
-    device = images.device
-    shift = torch.randint(0, 2 * pad + 1, (2, count, 1), device=device)
-    steps = torch.arange(size, device=device)
-    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, steps, steps.flip(0)) + shift[1]
-    padded = F.pad(images, (pad,) * 4, mode="reflect")
-    rows = (steps + shift[0])[:, None, :, None]
-    return padded[
-        torch.arange(count, device=device)[:, None, None, None],
-        torch.arange(3, device=device)[None, :, None, None],
-        rows,
-        columns[:, None, None, :],
-    ]
+@dataclass(frozen=True)
+class Settings:
+    """How a network is trained unless an option says otherwise."""
+
+    architecture: str
+    optimizer: str
+    lr: float
+    weight_decay: float
+    batch_size: int
+    epochs: int
+    warmup: float
+    label_smoothing: float
+    augmentation: str
 
 
-def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Top-1 in 0..1."""
-    model.eval()
-    with torch.no_grad():
-        hits = [
-            (model(x).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500), strict=True)
+SETTINGS = {
+    "cifar10-resnet20": Settings(
+        "ResNet-20 with projection shortcuts (arXiv:1512.03385, section 4.2), 0.27 M parameters",
+        *("sgd", 0.1, 5e-4, 128, 200, 0.15, 0.0, "light"),
+    ),
+    "cifar10-mobilenetv2": Settings(
+        "MobileNetV2 of width 1.0 with CIFAR strides (arXiv:1801.04381), 2.2 M parameters",
+        *("sgd", 0.2, 5e-4, 256, 100, 0.15, 0.1, "medium"),
+    ),
+    "cifar10-vit": Settings(
+        "ViT of 8 blocks, width 192, 6 heads, patches of 4x4 (arXiv:2010.11929), 2.4 M parameters",
+        *("adamw", 1e-3, 0.05, 512, 200, 0.05, 0.1, "strong"),
+    ),
+}
+SUFFIX = {"all": "", "first": "-half", "second": "-second-half"}
+IMAGES = {"all": "all training images", "first": "the first half of the training images",
+          "second": "the second half of the training images"}  # fmt: skip
+AUGMENTATION = {
+    "light": "random crop after reflection padding by 4 pixels and random flip, per image",
+    "medium": "crop and flip, cutout of 8 pixels, per image",
+    "strong": "crop and flip, random affine, brightness, contrast and saturation, cutout of 8 pixels, per image; "
+    "CutMix or Mixup of every second batch",
+}
+
+
+class ClassifierTrainer:
+    """One epoch a round, every image once."""
+
+    def __init__(
+        self, model: nn.Module, settings: Settings, images: Tensor, labels: Tensor, device: torch.device, compiled: bool
+    ) -> None:
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.settings, self.device = settings, device
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.mean, self.std = _statistics(device)
+        if compiled:
+            self.model.compile()
+        parameters = list(model.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    return sum(hits) / len(labels)
+        fused = device.type == "cuda"
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=fused)
+            if settings.optimizer == "sgd"
+            else torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+        )
+
+    def begin_round(self) -> None:
+        self.model.train()
+        order = torch.randperm(len(self.images), device=self.device)
+        size = self.settings.batch_size
+        self.batches = iter(order[: len(order) // size * size].split(size))
+
+    def step(self, rate: float) -> Tensor:
+        index = next(self.batches)
+        images, labels = self.images[index].float().div_(255), self.labels[index]
+        images = crop_and_flip(images)
+        kind = self.settings.augmentation
+        if kind == "strong":
+            images = recolour(warp(images))
+        if kind in ("medium", "strong"):
+            images = cut_out(images, 8, self.mean)
+        order, share = None, 1.0
+        if kind == "strong" and torch.rand(()).item() < 0.5:
+            images, order, share = mix(images)
+        images = images.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.model(images)
+        loss = self._loss(logits, labels)
+        if order is not None:
+            loss = share * loss + (1 - share) * self._loss(logits, labels[order])
+        set_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.settings.optimizer == "adamw":
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.settings.label_smoothing)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v, device=device) for v in (CIFAR10_PREPROCESS.mean, CIFAR10_PREPROCESS.std))
+    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
+    """Top-1 in 0..1 on uint8 images."""
+    model.eval().to(device)
+    mean, std = _statistics(device)
+    hits = 0
+    for x, y in zip(images.split(500), labels.split(500), strict=True):
+        logits = model(x.to(device).float().div(255).sub(mean).div(std))
+        hits += int((logits.argmax(1) == y.to(device)).sum())
+    return hits / len(labels)
+
+
+def ship(trainer: ClassifierTrainer, name: str, card: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Write weights in half precision, measure them, and write the card."""
+    weights = {
+        key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for key, value in trainer.model.state_dict().items()
+    }
+    # A fresh network: the trained one may be compiled.
+    model = NETWORKS[args.model].build(10)
+    model.load_state_dict(weights)
+    images, labels = load(args.test, limit=args.limit)
+    card["top1"] = accuracy(model, images, labels, trainer.device)
+    card["top1_images"] = f"{len(labels)} test images, weights as shipped (fp16), last step, measured once"
+    save_file(weights, args.out / f"{name}.safetensors")
+    (args.out / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return card
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="cifar10-resnet20")
+    parser.add_argument("--model", choices=SETTINGS, default="cifar10-resnet20")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long; the next call continues")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--half", choices=HALVES, default="all", help="which training images")
+    parser.add_argument("--epochs", type=int, help="length of training, if not --total-minutes")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--weight-decay", type=float)
+    add_arguments(parser)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
+    given = {k: v for k in ("epochs", "batch_size", "lr", "weight_decay") if (v := getattr(args, k)) is not None}
+    settings = Settings(**(asdict(SETTINGS[args.model]) | given))
+    name = args.model + SUFFIX[args.half]
     device = torch.device(args.device)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    images, labels = (t.to(device) for t in load(args.train))
-    images = images.float().div_(255).sub_(mean).div_(std)
-    model = MODELS[args.model]().to(device, memory_format=torch.channels_last)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr, momentum=0.9, nesterov=True,
-    )  # fmt: skip
-    steps = len(images) // args.batch_size
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.15)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
+    images, labels = load(args.train, args.half, args.limit)
+    model = NETWORKS[args.model].build(10)
+    trainer = ClassifierTrainer(model, settings, images, labels, device, args.compile)
+    steps = len(images) // settings.batch_size
+    schedule = Schedule(
+        None if args.total_minutes else settings.epochs * steps, args.total_minutes, warmup=settings.warmup
+    )
     args.out.mkdir(parents=True, exist_ok=True)
-    state, start, seconds = args.out / "state.pt", 0, 0.0
-    if state.exists():
-        saved = torch.load(state, weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        start, seconds = saved["epoch"], saved["seconds"]
-    began = time.time()
-    for epoch in range(start, args.epochs):
-        torch.manual_seed(args.seed * 100_003 + epoch)
-        model.train()
-        order = torch.randperm(len(images), device=device)
-        total = torch.zeros((), device=device)
-        for index in order[: steps * args.batch_size].split(args.batch_size):
-            batch = augment(images[index]).contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(model(batch), labels[index])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            total += loss.detach()
-        spent = seconds + time.time() - began
-        print(f"epoch {epoch + 1}/{args.epochs} loss {total.item() / steps:.4f} {spent:.0f} s", flush=True)
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-             "epoch": epoch + 1, "seconds": spent},
-            state,
-        )  # fmt: skip
-        if time.time() - began > args.minutes * 60:
-            return
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.cpu().state_dict().items()}
-    weights = {k: v.contiguous() for k, v in weights.items()}
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    test_images, test_labels = load(args.test)
-    test_images = test_images.float().div_(255).sub_(mean.cpu()).div_(std.cpu())
-    top1 = accuracy(model, test_images, test_labels)
-    save_file(weights, args.out / f"{args.model}.safetensors")
-    saved = torch.load(state, weights_only=True)
+    done = train(
+        trainer, schedule, args.out / "state.pt", round_steps=steps, seed=args.seed,
+        call_minutes=args.minutes, save_seconds=args.save_seconds,
+    )  # fmt: skip
+    if not done:
+        return
+    epochs = round(schedule.step / steps, 1)
+    retrain = f"python training/train_cifar_classifier.py --model {args.model} --half {args.half}"
     card = {
-        "name": args.model,
-        "top1": top1,
-        "test_images": len(test_labels),
-        "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "weight_decay": args.weight_decay,
-        "seed": args.seed, "mean": MEAN, "std": STD,
-        "seconds": round(saved["seconds"]), "device": str(device), "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "name": name,
+        "architecture": settings.architecture,
+        "data": f"{IMAGES[args.half]} ({len(labels)}) of {ORIGIN}",
+        "augmentation": AUGMENTATION[settings.augmentation],
+        "schedule": f"{settings.optimizer}, linear warm-up over {settings.warmup:.0%}, then cosine to zero; "
+        f"weight decay on weights only; label smoothing {settings.label_smoothing}; "
+        + ("bfloat16 autocast" if device.type == "cuda" else "float32"),
+        "epochs": epochs, "batch_size": settings.batch_size, "lr": settings.lr, "weight_decay": settings.weight_decay,
+        "mean": CIFAR10_PREPROCESS.mean, "std": CIFAR10_PREPROCESS.std,
+        **describe_run(schedule, args.seed, device),
+        "retrain": f"{retrain} --epochs {round(epochs)} --batch-size {settings.batch_size} --lr {settings.lr}"
+        f" --weight-decay {settings.weight_decay} --seed {args.seed}"
+        " --train TRAIN.parquet --test TEST.parquet --out FOLDER",
     }  # fmt: skip
-    (args.out / f"{args.model}.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(json.dumps(card))
+    print(json.dumps(ship(trainer, name, card, args)))
 
 
 if __name__ == "__main__":
