@@ -176,6 +176,19 @@ class DeployLinear(DeployLayer):
         return result if self.output_quantizer is None else self.output_quantizer(result)
 
 
+class OneInput(nn.Module):
+    """A network as a map from images to logits, whatever the signature of its forward; what exporters are given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, classes]` of normalised images `[B, 3, H, W]`."""
+        logits: Tensor = self.network(images)
+        return logits
+
+
 def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> QuantModel:
     """Return a copy of `quant_model` on the CPU that computes with integer codes in the forms of `preset`.
 

@@ -27,7 +27,7 @@ from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
 from synthquant.export.compare import Network
-from synthquant.export.deploy import OPSET, Symbols, deploy, packed_layers
+from synthquant.export.deploy import OPSET, OneInput, Symbols, deploy, packed_layers
 from synthquant.export.onnx_metadata import OnnxMetadata
 from synthquant.export.presets import Preset, find_preset
 from synthquant.methods import EXPORTERS
@@ -47,8 +47,8 @@ class Onnx(Settings):
     preset: str = "ort-cpu"
     """What the file is for: `ort-cpu`, `ort-cpu-w4`, `tensorrt`, `openvino` or `simulate`."""
     min_agreement: float = Field(default=0.99, ge=0, le=1)
-    """Verification: share of images that must get the same top class as from the quantized network. One image may always
-    differ, and ties do not count: two classes that the network itself hardly tells apart."""
+    """Verification: share of images that must get the same top class as from the quantized network. One image may
+    always differ, and ties do not count: two classes that the network itself hardly tells apart."""
     max_mean_error: float = Field(default=0.05, gt=0)
     """Verification: mean difference of the logits, as a share of their spread (standard deviation), that is allowed."""
     images: int = Field(default=128, ge=1)
@@ -168,7 +168,7 @@ def export_module(module: torch.nn.Module, float_model: FloatModel) -> ir.Model:
     with _quiet_exporter():
         try:
             program = torch.onnx.export(
-                module,
+                OneInput(module),
                 (example,),
                 dynamo=True,
                 opset_version=OPSET,

@@ -15,6 +15,8 @@ from onnx_ir.passes import common
 from synthquant.export.deploy import LAYER_KEY, PACKED_KEY
 
 INPUT_NAME, OUTPUT_NAME = "images", "logits"
+# Where `deploy.OneInput` holds the network.
+_ROOT = "network."
 _SPATIAL = {2, 3}
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
@@ -31,7 +33,7 @@ def name_nodes(model: ir.Model) -> None:
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "['']"))
         layer = node.metadata_props.get(LAYER_KEY)
-        module = layer or next((scope for scope in reversed(scopes[:-1]) if scope), "")
+        module = layer or next((scope for scope in reversed(scopes[:-1]) if scope), "").removeprefix(_ROOT)
         name = f"{module}/{node.op_type}" if module else node.op_type
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"

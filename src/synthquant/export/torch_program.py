@@ -17,7 +17,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import difference, require_close, run_beside
-from synthquant.export.deploy import Arithmetic, deploy
+from synthquant.export.deploy import Arithmetic, OneInput, deploy
 from synthquant.export.presets import find_preset
 from synthquant.methods import EXPORTERS
 from synthquant.nn.quant_model import QuantModel
@@ -63,7 +63,7 @@ class TorchProgram(Settings):
 
 def export_program(quant_model: QuantModel) -> torch.export.ExportedProgram:
     """Return the deployed network as a program with a dynamic batch; raises as `TorchProgram.export`."""
-    module = deploy(quant_model, find_preset("simulate"), Arithmetic()).module
+    module = OneInput(deploy(quant_model, find_preset("simulate"), Arithmetic()).module)
     example = quant_model.float_model.example_input(2).cpu()
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
