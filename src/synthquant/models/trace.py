@@ -40,6 +40,8 @@ class Value:
     shape: torch.Size = field(compare=False)
     from_input: bool = field(compare=False)
     """Whether it depends on the network's input (parameters, position embeddings and the like do not)."""
+    is_floating_point: bool = field(compare=False)
+    """Whether it holds floating-point numbers."""
 
     def numel(self) -> int:
         """Number of elements."""
@@ -227,7 +229,7 @@ class _Tracer:
             from_input = from_input or memory in self._tainted_memory
             if from_input and memory:
                 self._tainted_memory.add(memory)
-            value = Value(len(self._values), tensor.shape, from_input)
+            value = Value(len(self._values), tensor.shape, from_input, tensor.is_floating_point())
             self._values[key] = value
             self._tensors[id(tensor)] = tensor
         return value

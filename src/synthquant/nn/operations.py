@@ -16,10 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import get_module
@@ -143,7 +146,10 @@ class _Frame:
             return result
         quantizer = self._scope.operation_quantizers.get(f"{name}_{self._seen[name]}")
         self._seen[name] += 1
-        return result if quantizer is None else hand_on(quantizer, result)
+        if quantizer is None:
+            return result
+        # Some functions return their one tensor in a tuple, with nothing beside it.
+        return pytree.tree_map_only(torch.Tensor, partial(hand_on, quantizer), result)
 
     def check(self) -> None:
         for name, counts in self._scope.operation_counts.items():

@@ -22,10 +22,10 @@ _MOVES = frozenset(
     (
         *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "data", "detach"),
         *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "contiguous", "clone"),
-        *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "rot90", "to"),
+        *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "rot90"),
         *("getitem", "narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit"),
         *("index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
-        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "amax", "float", "type", "pad"),
+        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "amax", "pad"),
         *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
         *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"),
     )
@@ -126,8 +126,8 @@ class Flow:
             place = Place(owner.name, f"{operation.name}_{seen[operation.name]}")
             seen[operation.name] += 1
             self.operations.append(operation)
-            for value in operation.outputs if operation.name not in _STATEMENTS else ():
-                self._places[value.index] = place
+            if (len(operation.outputs) == 1 and operation.name not in _STATEMENTS) or is_move(operation):
+                self._places.update((value.index, place) for value in operation.outputs)
             for value in dict.fromkeys(operation.inputs):
                 self._readers.setdefault(value.index, []).append(operation)
         for name in self.layers:
@@ -139,6 +139,12 @@ class Flow:
             totals = self.counts.setdefault(self.seen.module_calls[index].name, {})
             for name in {*totals, *counter}:
                 totals.setdefault(name, set()).add(counter[name])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the operations that are more than views, in execution order."""
+        places = (self.place(operation.outputs[0]) for operation in self.operations if not is_move(operation))
+        return tuple(dict.fromkeys(place.name for place in places if place is not None))
 
     @property
     def image(self) -> Value:
@@ -267,6 +273,8 @@ class Placement:
         """Everything that an integer kernel reads or writes."""
         flow, read, written = self.flow, set(), set()
         for operation in flow.operations:
+            if self._is_ignored(operation):
+                continue
             if flow.reads_integers(operation):
                 read.update(flow.sources(operation))
             if flow.writes_integers(operation):
@@ -278,15 +286,22 @@ class Placement:
                 read.update(flow.source(value) for value in call.inputs[:1])
                 if self._plan[name].weights is not None:
                     written.update(output for value in call.outputs for output in flow.behind_fused(value))
-        return read | {value for value in written if not self._only_float_layers_read(value)}
+        wanted = read | {value for value in written if not self._is_left_alone(value)}
+        return {value for value in wanted if value.is_floating_point}
+
+    def _is_ignored(self, operation: Operation) -> bool:
+        place = self.flow.place(operation.outputs[0])
+        return place is not None and self._scheme.ignores(place.name)
 
     def _reads_codes(self, layer: str) -> bool:
         return layer in self._plan and self._plan[layer].input_activations is not None
 
-    def _only_float_layers_read(self, value: Value) -> bool:
-        """Whether all readers are layers that the scheme keeps in floating point: they get what they were promised."""
+    def _is_left_alone(self, value: Value) -> bool:
+        """Whether all that reads it was asked to compute in floating point; it then gets what it was promised."""
         readers = list(self.flow.final_readers(value))
-        return bool(readers) and all(isinstance(reader, str) and not self._reads_codes(reader) for reader in readers)
+        return bool(readers) and all(
+            not self._reads_codes(reader) if isinstance(reader, str) else self._is_ignored(reader) for reader in readers
+        )
 
     def _placed(self, value: Value) -> PlacedTensor | None:
         readers = dict.fromkeys(reader for reader in self.flow.final_readers(value) if isinstance(reader, str))
@@ -298,18 +313,19 @@ class Placement:
             layers = tuple(name for name in layers if self._reads_codes(name))
             if not layers:
                 return None
-        args = max(candidates, key=lambda args: args.num_bits) if candidates else self._default(value)
+        args = max(candidates, key=lambda args: args.num_bits) if candidates else self._default(value, place)
+        if args is None:
+            return None
         if value in self.flow.outputs:
-            args = args.at_least(8)
+            # What a search that minimises the error cuts off is the logits that decide.
+            args = args.at_least(8).model_copy(update={"observer": args.observer or "minmax"})
         return PlacedTensor(place, args, layers, value == self.flow.image)
 
-    def _default(self, value: Value) -> QuantArgs:
+    def _default(self, value: Value, place: Place | None) -> QuantArgs | None:
         """For tensors that no layer reads."""
-        args = self._scheme.input_activations
-        assert args is not None  # the scheme is refused otherwise
         first = self.flow.seen.calls(self.flow.layers[0])
         after_first = [output for call in first for made in call.outputs for output in self.flow.behind_fused(made)]
-        return args.at_least(8) if self._scheme.ends == "w8a8" and value in after_first else args
+        return self._scheme.operation(place.name if place else "", after_first=value in after_first)
 
 
 def _merged(one: PlacedTensor, other: PlacedTensor) -> PlacedTensor:

@@ -108,10 +108,10 @@ class QuantModel(nn.Module):
             model._units[granularity] = find_units(module, example, granularity, set(order), seen)
         groups = shared_inputs(seen, order)
         second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
-        plan = scheme.resolve(order, tuple(second))
         if scheme.deploy == "full":
-            model._insert_where_made(seen, order, plan, example)
+            model._insert_where_made(seen, order, tuple(second), example)
         else:
+            plan = scheme.resolve(order, tuple(second))
             entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
             model._insert(order, plan, groups, entries)
             model._fix_image_range(seen)
@@ -174,12 +174,13 @@ class QuantModel(nn.Module):
             self.layers[name] = quantize_layer(layer, weight_quantizer, reads, puts_out)
 
     def _insert_where_made(
-        self, seen: Trace, order: Sequence[str], plan: Mapping[str, LayerScheme], example: torch.Tensor
+        self, seen: Trace, order: Sequence[str], second: Sequence[str], example: torch.Tensor
     ) -> None:
         """Put quantizers in where tensors are made, for all that integer kernels read and put out."""
         scopes = watch_operations(self.module, seen, order)
         with torch.no_grad():  # once more, with attention made visible
             flow = Flow(trace(self.module, example), order, scopes.keys())
+        plan = self.scheme.resolve(order, second, flow.names)
         placement = Placement(flow, self.scheme, plan)
         self.operations = placement.rows()
         reads, puts_out, placed = {}, {}, {}

@@ -81,10 +81,12 @@ class QuantScheme(Settings):
     two tensors, pooling, attention and activations that runtimes do not fuse read and put out, and the logits (at 8
     bits), each tensor once where it is made, so that an integer runtime needs no floating point between kernels."""
     ignore: tuple[str, ...] = ()
-    """Layers left in floating point, by glob or, behind `re:`, by regular expression."""
+    """Layers (and operations, with deploy `full`) left in floating point, by glob or, behind `re:`, by regular
+    expression."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Pattern -> fields of `weights` and `input_activations` to change there (null: leave it in floating point);
-    the last match wins, and wins over `ends`."""
+    the last match wins, and wins over `ends`. For an operation (deploy `full`), `input_activations` is what it puts
+    out, unless a layer reads that."""
 
     @model_validator(mode="after")
     def _bits_in_range(self) -> QuantScheme:
@@ -139,23 +141,42 @@ class QuantScheme(Settings):
         extra += [f"{len(self.overrides)} overrides"] if self.overrides else []
         return f"{self.name} ({'; '.join([*parts, ends, *extra])})"
 
-    def resolve(self, layers: Sequence[str], after_first: Sequence[str] = ()) -> dict[str, LayerScheme]:
+    def resolve(
+        self, layers: Sequence[str], after_first: Sequence[str] = (), operations: Sequence[str] = ()
+    ) -> dict[str, LayerScheme]:
         """The scheme of each layer that is quantized.
 
         Args:
             layers: names of all quantizable layers in execution order.
             after_first: those that read what the first layer puts out.
+            operations: names that patterns may match as well.
 
         Raises:
             SchemeError: a pattern that matches no layer, or an override that is not a valid scheme.
         """
         for pattern in (*self.ignore, *self.overrides):
-            if not any(matches(pattern, name) for name in layers):
+            if not any(matches(pattern, name) for name in (*layers, *operations)):
                 raise SchemeError(
                     f"scheme: pattern {pattern!r} matches no layer; layers are {', '.join(layers[:5])}, ..."
                 )
-        kept = [name for name in layers if not any(matches(pattern, name) for pattern in self.ignore)]
-        return {name: self._layer(name, layers, after_first) for name in kept}
+        return {name: self._layer(name, layers, after_first) for name in layers if not self.ignores(name)}
+
+    def ignores(self, name: str) -> bool:
+        """Whether a layer or an operation is left in floating point."""
+        return any(matches(pattern, name) for pattern in self.ignore)
+
+    def operation(self, name: str, after_first: bool) -> QuantArgs | None:
+        """How a tensor that no layer reads is quantized; none: it is left in floating point.
+
+        Args:
+            name: where it is made.
+            after_first: by the first layer.
+
+        Raises:
+            SchemeError: an override that is not a valid scheme.
+        """
+        inputs = _at_least(self.input_activations, 8) if after_first and self.ends == "w8a8" else self.input_activations
+        return self._overridden(name, LayerScheme(input_activations=inputs)).input_activations
 
     def _layer(self, name: str, layers: Sequence[str], after_first: Sequence[str]) -> LayerScheme:
         weights, inputs = self.weights, self.input_activations
@@ -163,10 +184,10 @@ class QuantScheme(Settings):
             weights, inputs = _at_least(weights, 8), _at_least(inputs, 8)
         elif (self.ends == "w8a8" and name in after_first) or name == layers[0]:
             inputs = _at_least(inputs, IMAGE_BITS)
-        fields: dict[str, Any] = {
-            "weights": weights.model_dump() if weights else None,
-            "input_activations": inputs.model_dump() if inputs else None,
-        }
+        return self._overridden(name, LayerScheme(weights=weights, input_activations=inputs))
+
+    def _overridden(self, name: str, scheme: LayerScheme) -> LayerScheme:
+        fields: dict[str, Any] = scheme.model_dump()
         for pattern, change in self.overrides.items():
             if matches(pattern, name):
                 for role, wanted in change.items():
