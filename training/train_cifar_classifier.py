@@ -2,7 +2,7 @@
 
     python training/train_cifar_classifier.py --model cifar10-resnet20 --train TRAIN.parquet --test TEST.parquet --out FOLDER
 
-Both files hold the columns `image` (struct of bytes and path) and `label`. Training resumes from `FOLDER/state.pt`;
+Both files hold the columns `image` (struct of bytes and path) and `label`. Training resumes from `FOLDER/NAME.state.pt`;
 `--minutes` stops cleanly so that the next call continues. `--half first` trains on the first half of the training
 images and adds `-half` to the name. The accuracy in the card is that of the last step, measured once, with the weights
 as they are shipped (fp16).
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar import HALVES, ORIGIN, crop_and_flip, cut_out, load, mix, recolour, warp
+from cifar import HALVES, MEAN_STD, ORIGIN, crop_and_flip, cut_out, load, mix, recolour, warp
 from schedule import Schedule, add_arguments, describe_run, set_rate, train
 from synthquant.models.zoo import CIFAR10_PREPROCESS, NETWORKS
 
@@ -75,7 +75,7 @@ class ClassifierTrainer:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.settings, self.device = settings, device
         self.images, self.labels = images.to(device), labels.to(device)
-        self.mean, self.std = _statistics(device)
+        self.mean, self.std = (value.to(device) for value in MEAN_STD)
         if compiled:
             self.model.compile()
         parameters = list(model.parameters())
@@ -133,16 +133,11 @@ class ClassifierTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v, device=device) for v in (CIFAR10_PREPROCESS.mean, CIFAR10_PREPROCESS.std))
-    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> float:
     """Top-1 in 0..1 on uint8 images."""
     model.eval().to(device)
-    mean, std = _statistics(device)
+    mean, std = (value.to(device) for value in MEAN_STD)
     hits = 0
     for x, y in zip(images.split(500), labels.split(500), strict=True):
         logits = model(x.to(device).float().div(255).sub(mean).div(std))
@@ -195,7 +190,7 @@ def main() -> None:
     )
     args.out.mkdir(parents=True, exist_ok=True)
     done = train(
-        trainer, schedule, args.out / "state.pt", round_steps=steps, seed=args.seed,
+        trainer, schedule, args.out / f"{name}.state.pt", round_steps=steps, seed=args.seed,
         call_minutes=args.minutes, save_seconds=args.save_seconds,
     )  # fmt: skip
     if not done:

@@ -5,7 +5,7 @@
 A UNet in pixel space (arXiv:2006.11239) of three levels, the second with attention, whose upward path reads the
 downward path's features by concatenation. What is saved is a moving average of the weights, in half precision.
 
-Training resumes from `FOLDER/state.pt`; `--minutes` stops cleanly so that the next call continues, and
+Training resumes from `FOLDER/cifar10-ddpm.state.pt`; `--minutes` stops cleanly so that the next call continues, and
 `--total-minutes` ends it after a time instead of after `--steps`. The pipeline is in `FOLDER/cifar10-ddpm`.
 """
 
@@ -112,7 +112,7 @@ def main() -> None:
     trainer = DdpmTrainer(build_unet(SIZES[args.size]), images, device, args.batch_size, args.lr, args.compile)
     schedule = Schedule(None if args.total_minutes else args.steps, args.total_minutes)
     done = train(
-        trainer, schedule, args.out / "state.pt", round_steps=args.round_steps, seed=args.seed,
+        trainer, schedule, args.out / f"{NAME}.state.pt", round_steps=args.round_steps, seed=args.seed,
         call_minutes=args.minutes, save_seconds=args.save_seconds,
     )  # fmt: skip
     if not done:

@@ -50,7 +50,7 @@ class Size:
 
 SIZES = {
     "small": Size(text=128, text_layers=2, unet=(96, 144), unet_layers=2, autoencoder=(32, 64)),
-    "tiny": Size(text=16, text_layers=1, unet=(16, 24), unet_layers=1, autoencoder=(8, 8)),
+    "tiny": Size(text=16, text_layers=1, unet=(16, 24), unet_layers=1, autoencoder=(16, 16)),
 }
 EMPTY_SHARE, STYLE_SHARE = 0.1, 0.1
 
@@ -163,7 +163,7 @@ def train_autoencoder(
     minutes = args.autoencoder_minutes
     schedule = Schedule(None if minutes else args.autoencoder_steps, minutes)
     done = train(
-        trainer, schedule, args.out / "autoencoder.pt", round_steps=args.round_steps, seed=args.seed,
+        trainer, schedule, args.out / f"{NAME}.autoencoder.pt", round_steps=args.round_steps, seed=args.seed,
         call_minutes=args.minutes, save_seconds=args.save_seconds,
     )  # fmt: skip
     return model, schedule, done
@@ -251,7 +251,7 @@ def main() -> None:
     second = Schedule(None if args.total_minutes else args.steps, args.total_minutes)
     left = args.minutes - (time.monotonic() - began) / 60
     done = train(
-        trainer, second, args.out / "state.pt", round_steps=args.round_steps, seed=args.seed + 1,
+        trainer, second, args.out / f"{NAME}.state.pt", round_steps=args.round_steps, seed=args.seed + 1,
         call_minutes=max(0.0, left) if math.isfinite(left) else left, save_seconds=args.save_seconds,
     )  # fmt: skip
     if not done:

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_cifar_classifier as script
+from synthquant.models.open import open_model
+from synthquant.models.zoo import NETWORKS
+
+ARGUMENTS = ("--epochs", 2, "--batch-size", 2, "--save-seconds", 0)
+
+
+@pytest.mark.parametrize("model", ["cifar10-resnet20", "cifar10-vit"])
+def test_resumed_training_gives_the_same_weights_and_a_card(
+    run_script: Callable[..., None], images: Path, tmp_path: Path, model: str
+) -> None:
+    files = ("--train", images, "--test", images, "--model", model, "--half", "first", "--limit", 8)
+    run_script(script, *files, *ARGUMENTS, "--out", tmp_path / "whole")
+    for call in range(2):
+        assert not list((tmp_path / "parts").glob("*.json")), call
+        run_script(script, *files, *ARGUMENTS, "--out", tmp_path / "parts", "--minutes", 0)
+    whole, parts = (load_file(tmp_path / name / f"{model}-half.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    card = json.loads((tmp_path / "parts" / f"{model}-half.json").read_text())
+    assert card["steps"] == 4 and card["epochs"] == 2 and "--half first" in card["retrain"]
+    assert card["data"].startswith("the first half of the training images (4)")
+    assert card["top1_images"].startswith("8 test images") and 0 <= card["top1"] <= 1
+
+
+def test_shipped_weights_open_in_the_zoo(run_script: Callable[..., None], images: Path, tmp_path: Path) -> None:
+    run_script(script, "--train", images, "--test", images, "--limit", 8, *ARGUMENTS, "--out", tmp_path)
+    model = open_model("zoo/cifar10-resnet20", weights=tmp_path / "cifar10-resnet20.safetensors")
+    network = NETWORKS["cifar10-resnet20"].build(10)
+    network.load_state_dict(load_file(tmp_path / "cifar10-resnet20.safetensors"))
+    inputs = model.example_input()
+    torch.testing.assert_close(model.logits(inputs), network.eval()(inputs).detach())
+
+
+def test_every_network_of_the_zoo_can_be_trained() -> None:
+    assert {name.removesuffix("-half") for name in NETWORKS} == set(script.SETTINGS)
+
+
+def test_both_labels_of_a_mixed_batch_count(images: Path) -> None:
+    torch.manual_seed(0)
+    settings = script.SETTINGS["cifar10-vit"]
+    inputs, labels = script.load(images, limit=8)
+    trainer = script.ClassifierTrainer(
+        NETWORKS["cifar10-vit"].build(10), settings, inputs, labels, torch.device("cpu"), False
+    )
+    confident = torch.full((4, 10), -20.0)
+    confident[:, 3] = 20.0
+    smooth = trainer._loss(confident, torch.full((4,), 3))
+    assert smooth.item() == pytest.approx(0.1 * 40 * 0.9, rel=1e-3)
