@@ -11,7 +11,9 @@ from torchvision import models
 from synthquant.models.batch_norm import fold_batch_norms
 from synthquant.models.blocks import QUANTIZABLE, Unit, block_inputs, find_units, shared_inputs
 from synthquant.models.trace import trace
+from synthquant.models.zoo.mobilenet_cifar import mobilenetv2
 from synthquant.models.zoo.resnet_cifar import resnet20
+from synthquant.models.zoo.vit_cifar import vit
 
 
 def quantizable(module: nn.Module) -> set[str]:
@@ -58,6 +60,12 @@ def densenet() -> Iterator[str]:
 # name: (network, input size, units)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
     "zoo resnet20": (resnet20, 32, ["conv1", *numbered("layer", 3, 3, 3, start=1), "fc"]),
+    "zoo mobilenetv2": (
+        mobilenetv2,
+        32,
+        ["features.0.0", *(f"features.{index}" for index in range(1, 18)), "features.18.0", "classifier"],
+    ),
+    "zoo vit": (vit, 32, ["patch_embed.proj", *(f"blocks.{index}" for index in range(8)), "head"]),
     "torchvision resnet18": (models.resnet18, 32, ["conv1", *numbered("layer", 2, 2, 2, 2, start=1), "fc"]),
     "torchvision mobilenet_v2": (
         models.mobilenet_v2,

@@ -8,11 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from synthquant.core.errors import ModelError
+from synthquant.core.errors import ModelError, UnknownNameError
 from synthquant.models import zoo
 from synthquant.models.open import open_model
-from synthquant.models.zoo import ZOO
+from synthquant.models.zoo import NETWORKS, ZOO, pipelines
+from synthquant.models.zoo.mobilenet_cifar import mobilenetv2
 from synthquant.models.zoo.resnet_cifar import resnet20
+from synthquant.models.zoo.vit_cifar import vit
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,65 @@ def test_resnet20_is_the_network_of_the_paper() -> None:
     assert len(weights) == 20
     assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(0.27e6, rel=0.02)
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_mobilenetv2_is_that_of_the_paper_but_for_strides() -> None:
+    network = mobilenetv2()
+    depthwise = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    assert len(depthwise) == 17 and all(conv.groups == conv.in_channels for conv in depthwise)
+    assert sum(parameter.numel() for parameter in network.parameters()) < 2.5e6
+    assert sum(isinstance(module, torch.nn.ReLU6) for module in network.modules()) == 1 + 17 + 16 + 1
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert network.features(torch.zeros(1, 3, 32, 32)).shape == (1, 1280, 4, 4)
+
+
+def test_vit_is_timms() -> None:
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    network = vit().eval()
+    other = timm.VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=192, depth=8, num_heads=6, mlp_ratio=2, num_classes=10
+    ).eval()
+    other.load_state_dict(network.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), other(images))
+    theirs = {name for name, _ in other.named_modules()}
+    assert {name for name, _ in network.named_modules()} <= theirs
+    assert sum(parameter.numel() for parameter in network.parameters()) < 6e6
+
+
+def test_only_installed_networks_are_offered() -> None:
+    assert "cifar10-resnet20" in ZOO
+    assert all(entry.installed and entry.card["name"] == name for name, entry in ZOO.items())
+    shipped = {path.stem for path in ZOO.get("cifar10-resnet20").weights.parent.glob("*.safetensors")}
+    assert shipped == set(ZOO.names()) <= set(NETWORKS)
+
+
+def test_a_network_without_its_card_is_not_installed(installed: Installed) -> None:
+    entry = NETWORKS["cifar10-resnet20"]
+    assert entry.installed and not NETWORKS["cifar10-vit"].installed
+    installed.weights.with_suffix(".json").unlink()
+    assert not entry.installed
+
+
+def test_a_bundled_diffusion_model_is_a_folder_with_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "_FOLDER", tmp_path)
+    assert pipelines.installed_pipelines() == ()
+    with pytest.raises(UnknownNameError, match=r"unknown bundled diffusion model 'cifar10-ddpm'; available: \(none\)"):
+        pipelines.pipeline_folder("cifar10-ddpm")
+    folder = tmp_path / "cifar10-ddpm"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    assert pipelines.installed_pipelines() == ("cifar10-ddpm",)
+    assert pipelines.pipeline_folder("cifar10-ddpm") == folder
+    with pytest.raises(ModelError, match="the card of cifar10-ddpm is missing"):
+        pipelines.pipeline_card("cifar10-ddpm")
+    (folder / "card.json").write_text('{"steps": 3}')
+    assert pipelines.pipeline_card("cifar10-ddpm") == {"steps": 3}
+
+
+def test_bundled_weights_are_at_most_40_megabytes() -> None:
+    package = Path(zoo.__file__).parent
+    size = sum(path.stat().st_size for path in package.rglob("*") if path.suffix in (".safetensors", ".json"))
+    assert size <= 40e6
+    assert all(pipelines.pipeline_card(name)["name"] == name for name in pipelines.installed_pipelines())
