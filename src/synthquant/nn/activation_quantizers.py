@@ -20,6 +20,7 @@ class ActivationQuantizer(nn.Module):
         lsq_gradient_scale: multiply the gradient of the scale by `1 / sqrt(numel * top)`, as QDrop does.
         generator: source of the drop masks.
         fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
+        headroom: the calibrated range is made this much wider.
         histogram: while calibrating, what is observed instead of quantizing.
     """
 
@@ -34,6 +35,7 @@ class ActivationQuantizer(nn.Module):
         self.calibrated = False
         self.enabled = True
         self.fixed = False
+        self.headroom = 1.0
         self.learning = False
         self.keep = 1.0
         self.lsq_gradient_scale = False
@@ -87,7 +89,7 @@ class ActivationQuantizer(nn.Module):
             self.histogram.samples(), self.num_bits, symmetric=self.args.symmetric, zero_inside=True
         )
         self.histogram = None
-        self.set_grid(scale, zero_point)
+        self.set_grid(scale * self.headroom, zero_point)
 
     @torch.no_grad()
     def set_grid(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:

@@ -69,6 +69,8 @@ class PlacedTensor:
     """Layers that read it, in execution order."""
     is_image: bool = False
     """It is what the network is given."""
+    is_output: bool = False
+    """The network returns it, or a view of it."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ class Flow:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the operations that are more than views, in execution order."""
-        places = (self.place(operation.outputs[0]) for operation in self.operations if not is_move(operation))
+        """Names of what quantizers can stand behind: operations that are more than views, and layers."""
+        places = [self.place(operation.outputs[0]) for operation in self.operations if not is_move(operation)]
+        places += [Place(name) for name in self.layers]
         return tuple(dict.fromkeys(place.name for place in places if place is not None))
 
     @property
@@ -316,10 +319,11 @@ class Placement:
         args = max(candidates, key=lambda args: args.num_bits) if candidates else self._default(value, place)
         if args is None:
             return None
-        if value in self.flow.outputs:
+        is_output = value in self.flow.outputs
+        if is_output:
             # What a search that minimises the error cuts off is the logits that decide.
             args = args.at_least(8).model_copy(update={"observer": args.observer or "minmax"})
-        return PlacedTensor(place, args, layers, value == self.flow.image)
+        return PlacedTensor(place, args, layers, value == self.flow.image, is_output)
 
     def _default(self, value: Value, place: Place | None) -> QuantArgs | None:
         """For tensors that no layer reads."""
@@ -330,7 +334,8 @@ class Placement:
 
 def _merged(one: PlacedTensor, other: PlacedTensor) -> PlacedTensor:
     args = max(one.args, other.args, key=lambda args: args.num_bits)
-    return PlacedTensor(one.place, args, tuple(dict.fromkeys((*one.layers, *other.layers))), one.is_image)
+    layers = tuple(dict.fromkeys((*one.layers, *other.layers)))
+    return PlacedTensor(one.place, args, layers, one.is_image, one.is_output or other.is_output)
 
 
 def _is_pooling(operation: Operation) -> bool:
