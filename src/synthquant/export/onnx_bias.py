@@ -157,8 +157,7 @@ def _integer_bias(graph: ir.Graph, reader: ir.Node, bias: np.ndarray, scale: np.
     inputs = [
         add_initializer(graph, f"{layer}.bias_codes", codes),
         add_initializer(graph, f"{layer}.bias_scale", scale.astype(np.float32)),
-        add_initializer(graph, f"{layer}.bias_zero_point", np.zeros(bias.shape, np.int32)),
-    ]
+    ]  # no zero point: it would be zeros, as large as the codes
     node = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{layer}/bias")
     node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(bias.shape), ir.DataType.FLOAT
     graph.insert_before(reader, node)

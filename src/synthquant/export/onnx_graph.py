@@ -109,16 +109,28 @@ def copy_type(source: ir.Value, target: ir.Value) -> None:
 def finish(model: ir.Model, *, producer: str, version: str, metadata: Mapping[str, str]) -> None:
     """Take out what torch noted (file paths among it), drop what nothing reads, and sign the file."""
     common.RemoveUnusedNodesPass()(model)
-    layers = {id(node): node.metadata_props.get(LAYER_KEY) for node in model.graph}
     common.ClearMetadataAndDocStringPass()(model)
-    for node in model.graph:
-        layer = layers[id(node)]
-        if layer is not None:
-            node.metadata_props[LAYER_KEY] = layer
+    for value in list(model.graph.initializers.values()):
+        value.name = _own_name(str(value.name))
     model.producer_name, model.producer_version = producer, version
     model.graph.name = "synthquant"
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The file, without the types of inner values: every runtime infers them, and in a small file they weigh."""
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _own_name(name: str) -> str:
+    """The name of an initialiser without what export put around the network's own names."""
+    for ours, plain in ((".deploy_codes", ".weight_codes"), (".deploy_", ".")):
+        name = name.replace(ours, plain)
+    return name.removeprefix(_ROOT)
 
 
 def _flag(node: ir.Node, name: str, default: int) -> int:
