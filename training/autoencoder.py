@@ -1,4 +1,4 @@
-"""The small autoencoder of the text-to-image model: 3 x 32 x 32 pixels to 4 x 16 x 16 latents and back."""
+"""The small autoencoder of the text-to-image model: 3 x 32 x 32 pixels to 6 x 16 x 16 latents and back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
+
+LATENT_CHANNELS = 6
+"""The JPEG files hold one colour for 2x2 pixels: four brightnesses and two colours are all there is in such a place."""
 
 from schedule import set_rate
 
@@ -19,7 +22,7 @@ def build_autoencoder(channels: tuple[int, int]) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=32,
         force_upcast=False,
@@ -71,7 +74,7 @@ class AutoencoderTrainer:
 
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Mean and standard deviation of the latents of all images: `[N, 8, H / 2, W / 2]`."""
+    """Mean and standard deviation of the latents of all images: `[N, 2 * LATENT_CHANNELS, H / 2, W / 2]`."""
     model.eval()
     device = next(model.parameters()).device
     found = []

@@ -2,7 +2,7 @@
 
     python training/train_cifar_text2image.py --train TRAIN.parquet --out FOLDER
 
-It has all the parts of Stable Diffusion, each small: a tokenizer and a CLIP text encoder, an autoencoder to 4 x 16 x 16
+It has all the parts of Stable Diffusion, each small: a tokenizer and a CLIP text encoder, an autoencoder to 6 x 16 x 16
 latents, and a conditional UNet. The autoencoder is trained first; then text encoder and UNet are trained together to
 predict noise, from the second half of the training images (`--half`), with prompts of the 27 templates of GenQ, one in ten of the
 style template, and one in ten empty, for guidance. What is saved is a moving average of the weights, in half precision.
@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from autoencoder import AutoencoderTrainer, build_autoencoder, encode_all, restored_psnr, scale_latents
+from autoencoder import LATENT_CHANNELS, AutoencoderTrainer, build_autoencoder, encode_all, restored_psnr, scale_latents
 from cifar import HALVES, ORIGIN, load
 from generators import NOISE, Denoising, count_parameters, save_pipeline
 from prompts import MAX_TOKENS, STYLE_TEMPLATE, STYLES, TEMPLATES, build_tokenizer, encode, style_levels
@@ -76,8 +76,8 @@ def build_unet(size: Size) -> UNet2DConditionModel:
     """Two levels, 16x16 with attention to the text and 8x8 with it in the middle."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=size.unet,
         layers_per_block=size.unet_layers,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -203,7 +203,7 @@ def write_card(
     return {
         "name": NAME,
         "architecture": f"StableDiffusionPipeline at 32x32: UNet2DConditionModel ({count_parameters(trainer.unet)}), "
-        f"CLIP text encoder ({count_parameters(trainer.text_encoder)}), AutoencoderKL to 4x16x16 "
+        f"CLIP text encoder ({count_parameters(trainer.text_encoder)}), AutoencoderKL to 6x16x16 "
         f"({count_parameters(autoencoder)})",
         "data": f"{args.half} half ({len(images)} images) of the training images of {ORIGIN}; random flip",
         "prompts": f"the {len(TEMPLATES)} templates of GenQ (appendix B) with the class name; {STYLE_SHARE:.0%} "
@@ -247,6 +247,7 @@ def main() -> None:
     autoencoder, first, done = train_autoencoder(args, size, images, device)
     if not done:
         return
+    print(f"autoencoder: {restored_psnr(autoencoder, images[:5000]):.2f} dB on training images", flush=True)
     trainer = build_trainer(args, size, autoencoder, images, labels)
     second = Schedule(None if args.total_minutes else args.steps, args.total_minutes)
     left = args.minutes - (time.monotonic() - began) / 60

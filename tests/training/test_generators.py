@@ -140,7 +140,7 @@ def test_latents_are_scaled_to_one() -> None:
     torch.manual_seed(0)
     model = autoencoder.build_autoencoder((8, 8))
     moments = autoencoder.encode_all(model, torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), batch_size=4)
-    assert moments.shape == (6, 8, 16, 16)
+    assert moments.shape == (6, 12, 16, 16)
     factor = autoencoder.scale_latents(model, moments)
     mean, std = moments.chunk(2, 1)
     latents = factor * (mean + std * torch.randn_like(mean))
