@@ -1,0 +1,63 @@
+"""`torch.export` of the deployed network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.small_networks import calibrated_model, small_float_model, small_images
+
+from synthquant.core.errors import UnsupportedModelError, VerificationError
+from synthquant.export.torch_program import TorchProgram
+from synthquant.models.open import open_model
+
+BRANCHING = """
+import torch
+from torch import nn
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 7)
+
+    def forward(self, x):
+        x = self.fc(x.mean(dim=(2, 3)))
+        return x if x.sum() > 0 else -x
+
+
+def build():
+    torch.manual_seed(0)
+    return Branching()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", {"preset": "W8A8", "deploy": "full"}], ids=str)
+def test_a_program_is_the_network_with_integer_weights_and_any_batch(tmp_path: Path, scheme: str) -> None:
+    model = calibrated_model(small_float_model(tmp_path), scheme)
+    path = TorchProgram().export(model, tmp_path / "program.pt2", origin={"recipe_sha256": "0"})
+    program = torch.export.load(path)
+    x = model.float_model.example_input(5)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    assert {torch.int8, torch.uint8} & {value.dtype for value in tensors}
+    assert TorchProgram().verify(model, path, small_images())["loaded"]["agreement"] == 1
+
+
+def test_another_network_fails_verification(tmp_path: Path) -> None:
+    one = calibrated_model(small_float_model(tmp_path))
+    other = calibrated_model(small_float_model(tmp_path, "build_other"))
+    path = TorchProgram().export(one, tmp_path / "program.pt2")
+    with pytest.raises(VerificationError, match="the program gives"):
+        TorchProgram().verify(other, path, small_images())
+
+
+def test_a_network_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "branching.py").write_text(BRANCHING)
+    source = f"{tmp_path / 'branching.py'}:build"
+    float_model = open_model(source, input_size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    with pytest.raises(UnsupportedModelError, match=r"build: torch\.export cannot follow it: "):
+        TorchProgram().export(calibrated_model(float_model), tmp_path / "program.pt2")
+    assert not (tmp_path / "program.pt2").exists()
