@@ -248,6 +248,26 @@ def test_a_tensor_that_would_escape_its_quantizer_is_refused() -> None:
     QuantModel.build(float_model(OldName()), "W8A8")
 
 
+class Moody(nn.Module):
+    """Does something else each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, self.calls = self.stem(x).mean((2, 3)), self.calls + 1
+        for _ in range(self.calls):
+            x = x.abs()
+        return x
+
+
+def test_a_network_that_does_something_else_each_time_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="runs other operations each time"):
+        full(Moody())
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

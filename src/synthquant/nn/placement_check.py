@@ -28,7 +28,8 @@ def check_placement(
         example: normalised images.
 
     Raises:
-        UnsupportedModelError: something still reads a tensor that is to be quantized as it was before.
+        UnsupportedModelError: something still reads a tensor that is to be quantized as it was before, or other
+            operations run each time.
     """
     names = {id(part): name for name, part in holder.named_modules()}
     inside = {names[id(quantizer)]: name for name, quantizer in quantizers.items()}
@@ -53,6 +54,11 @@ def _pairs(before: Flow, after: Flow) -> Iterator[tuple[str, Value, Value]]:
     """Everything that reads a tensor: its name, what it read without quantizers, and what it reads with them."""
     firsts = [operation for operation in before.operations if not is_move(operation)]
     seconds = [operation for operation in after.operations if not is_move(operation)]
+    if [operation.name for operation in firsts] != [operation.name for operation in seconds]:
+        raise UnsupportedModelError(
+            "the network runs other operations each time, so that deploy 'full' cannot tell them apart; leave deploy at"
+            " 'papers'"
+        )
     for first, second in zip(firsts, seconds, strict=True):
         for wanted, found in zip(first.inputs, second.inputs, strict=True):
             place = before.place(first.outputs[0])

@@ -24,8 +24,9 @@ from synthquant.nn.placement_check import check_placement
 from synthquant.nn.scheme import LayerScheme, QuantScheme
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
-# Synthetic images are classified with less confidence than real ones: the largest logit of 64 to 256 of them was 0.14
-# to 0.69 of that of real images on two networks. A wider grid costs a bit, one that is too narrow makes ties.
+# Synthetic images are classified with less confidence than real ones: on zoo/cifar10-resnet20 the largest logit of 256
+# of them was 0.2 (zeroq), 0.4 (noise) and 0.9 (genie_d) of that of 256 training images. A wider grid costs a bit, one
+# that is too narrow makes ties.
 _LOGITS_HEADROOM = 2.0
 
 
