@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from schedule import set_rate
+
 LATENT_CHANNELS = 6
 """The JPEG files hold one colour for 2x2 pixels: four brightnesses and two colours are all there is in such a place."""
-
-from schedule import set_rate
 
 
 def build_autoencoder(channels: tuple[int, int]) -> AutoencoderKL:
@@ -23,7 +23,7 @@ def build_autoencoder(channels: tuple[int, int]) -> AutoencoderKL:
         block_out_channels=channels,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=channels[0] // 8,
         sample_size=32,
         force_upcast=False,
     )

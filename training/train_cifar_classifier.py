@@ -185,6 +185,8 @@ def main() -> None:
     model = NETWORKS[args.model].build(10)
     trainer = ClassifierTrainer(model, settings, images, labels, device, args.compile)
     steps = len(images) // settings.batch_size
+    if steps == 0:
+        raise SystemExit(f"{len(images)} images do not fill a batch of {settings.batch_size}; give --batch-size")
     schedule = Schedule(
         None if args.total_minutes else settings.epochs * steps, args.total_minutes, warmup=settings.warmup
     )

@@ -49,7 +49,7 @@ def build_unet(size: Size) -> UNet2DModel:
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=min(32, size.channels[0]),
-        norm_num_groups=8,
+        norm_num_groups=size.channels[0] // 8,
     )
 
 

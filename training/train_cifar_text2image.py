@@ -82,7 +82,7 @@ def build_unet(size: Size) -> UNet2DConditionModel:
         layers_per_block=size.unet_layers,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=8,
+        norm_num_groups=size.unet[0] // 8,
         attention_head_dim=4,
         cross_attention_dim=size.text,
     )
@@ -200,12 +200,13 @@ def write_card(
     schedules: tuple[Schedule, Schedule],
 ) -> dict[str, Any]:  # fmt: skip
     first, second = schedules
+    part = args.half if args.half == "all" else f"{args.half} half"
     return {
         "name": NAME,
         "architecture": f"StableDiffusionPipeline at 32x32: UNet2DConditionModel ({count_parameters(trainer.unet)}), "
         f"CLIP text encoder ({count_parameters(trainer.text_encoder)}), AutoencoderKL to 6x16x16 "
         f"({count_parameters(autoencoder)})",
-        "data": f"{args.half} half ({len(images)} images) of the training images of {ORIGIN}; random flip",
+        "data": f"training images ({part}: {len(images)}) of {ORIGIN}; random flip",
         "prompts": f"the {len(TEMPLATES)} templates of GenQ (appendix B) with the class name; {STYLE_SHARE:.0%} "
         f"{STYLE_TEMPLATE.format('CLASS', 'WORD')!r} with a word for brightness, saturation or contrast; "
         f"{EMPTY_SHARE:.0%} empty",

@@ -97,7 +97,7 @@ def test_text2image_folder_opens_as_stable_diffusion(trained: Trained) -> None:
     assert drawn[0].shape == (2, 32, 32, 3) and np.array_equal(*drawn)
     card = json.loads((trained.text2image / "card.json").read_text())
     assert card["steps"] == 2 and card["autoencoder"]["steps"] == 1
-    assert card["data"].startswith("second half (8 images)")
+    assert card["data"].startswith("training images (second half: 8)")
 
 
 def test_a_learned_token_finds_its_place(trained: Trained, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_full_sizes_fit_the_budget() -> None:
 
 def test_latents_are_scaled_to_one() -> None:
     torch.manual_seed(0)
-    model = autoencoder.build_autoencoder((8, 8))
+    model = autoencoder.build_autoencoder((16, 16))
     moments = autoencoder.encode_all(model, torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), batch_size=4)
     assert moments.shape == (6, 12, 16, 16)
     factor = autoencoder.scale_latents(model, moments)

@@ -56,3 +56,10 @@ def test_both_labels_of_a_mixed_batch_count(images: Path) -> None:
     confident[:, 3] = 20.0
     smooth = trainer._loss(confident, torch.full((4,), 3))
     assert smooth.item() == pytest.approx(0.1 * 40 * 0.9, rel=1e-3)
+
+
+def test_too_few_images_are_refused(run_script: Callable[..., None], images: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="4 images do not fill a batch of 8; give --batch-size"):
+        run_script(
+            script, "--train", images, "--test", images, "--limit", 4, "--batch-size", 8, "--out", tmp_path / "out"
+        )
