@@ -38,8 +38,13 @@ class Schedule:
         return min(1.0, self.seconds / (60 * self.minutes))
 
     def rate(self) -> float:
-        """Factor of the learning rate: a linear rise over `warmup`, then half a cosine to zero."""
-        progress = self.progress()
+        """Factor of the learning rate: a linear rise over `warmup`, then half a cosine to zero.
+
+        With `minutes` it also rises over 200 steps: compiling may have used up the minutes of `warmup`.
+        """
+        return self._rate_of(self.progress()) * (1 if self.steps else min(1.0, (self.step + 1) / 200))
+
+    def _rate_of(self, progress: float) -> float:
         if progress < self.warmup:
             return max(0.01, progress / self.warmup)
         return 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))

@@ -43,6 +43,13 @@ def test_rate_rises_and_falls() -> None:
     assert schedule.progress() == 1.0
 
 
+def test_rate_rises_by_steps_where_minutes_passed_without_any() -> None:
+    schedule = Schedule(steps=None, minutes=10.0, seconds=300.0)
+    late = Schedule(steps=None, minutes=10.0, seconds=300.0, step=1000)
+    assert 0.4 < late.rate() < 0.6
+    assert schedule.rate() == pytest.approx(late.rate() / 200)
+
+
 def test_stopped_training_ends_as_one_that_never_stopped(tmp_path: Path) -> None:
     whole = Walk()
     assert train(whole, Schedule(10, None), tmp_path / "whole.pt", round_steps=3, seed=1)
