@@ -74,6 +74,7 @@ def benchmark(
 
 
 def _print_export(result: dict[str, Any]) -> None:
+    print(result["scheme"])
     print(f"{result['out']}: {result['bytes'] / 2**20:.2f} MiB")
     found = result["verification"]
     if found is None:

@@ -170,10 +170,13 @@ class DeployLinear(DeployLayer):
         """`x @ W + b` for `x` of any number of dimensions."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        result = x @ self.decoded()
+        # As a matrix, because ONNX Runtime adds the bias of a matrix product inside the integer kernel.
+        result = x.reshape(-1, x.shape[-1]) @ self.decoded()
         if self.bias is not None:
             result = result + self.bias
-        return result if self.output_quantizer is None else self.output_quantizer(result)
+        if self.output_quantizer is not None:
+            result = self.output_quantizer(result)
+        return result if x.ndim == 2 else result.reshape(-1, *x.shape[1:-1], result.shape[-1])
 
 
 class OneInput(nn.Module):

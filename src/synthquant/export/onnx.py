@@ -9,6 +9,7 @@ and what it was made from.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from synthquant.nn.quant_model import QuantModel
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+# How torch names an operator that it has no ONNX form for.
+_OPERATOR = re.compile(r"op='([\w.]+)', overload='(\w+)'")
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -143,7 +146,7 @@ def open_onnx(path: Path, runtime: str = "onnxruntime", threads: int | None = No
 
 def build_graph(quant_model: QuantModel, preset: Preset) -> tuple[ir.Model, tuple[str, ...]]:
     """Return the ONNX graph of a quantized network, and what is worth knowing about it, a line each."""
-    from synthquant.export import onnx_bias, onnx_graph
+    from synthquant.export import onnx_bias, onnx_graph, onnx_moves
 
     packed = packed_layers(quant_model, preset)
     model = export_module(deploy(quant_model, preset, Symbols()).module, quant_model.float_model)
@@ -151,6 +154,8 @@ def build_graph(quant_model: QuantModel, preset: Preset) -> tuple[ir.Model, tupl
     onnx_graph.name_nodes(model)
     if preset.runs_integers:
         onnx_graph.pool_by_name(model)
+    if preset.moves_codes:
+        onnx_moves.move_codes(model)
     coarser = onnx_bias.quantize_biases(model, preset)
     onnx_graph.pack_weights(model)
     notes = _notes(quant_model, packed)
@@ -165,31 +170,49 @@ def export_module(module: torch.nn.Module, float_model: FloatModel) -> ir.Model:
     Raises:
         UnsupportedModelError: an operation has no ONNX form; names it, and the module where it stands.
     """
-    name = float_model.name
-    example = float_model.example_input(2).cpu()
+    network, example = OneInput(module), float_model.example_input(2).cpu()
+    shapes = ({0: torch.export.Dim("batch")},)
     with _quiet_exporter():
         try:
             program = torch.onnx.export(
-                OneInput(module),
+                network,
                 (example,),
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=True,
                 verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=shapes,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise UnsupportedModelError(f"{name}: cannot be written as ONNX: {_cause(error)}") from error
+            reason = _innermost(error)
+            where = _modules_with(_OPERATOR.search(reason), network, example, shapes)
+            raise UnsupportedModelError(f"{float_model.name} cannot be written as ONNX: {where}{reason}") from error
     if program is None:
-        raise UnsupportedModelError(f"{name}: torch's exporter returned no graph")
+        raise UnsupportedModelError(f"{float_model.name} cannot be written as ONNX: the exporter returned no graph")
     return program.model
 
 
-def _cause(error: BaseException) -> str:
+def _innermost(error: BaseException) -> str:
     """The first line of the innermost error of torch's exporter: the operation and the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+    lines = str(error).strip().splitlines()
+    return f"{lines[0] if lines else type(error).__name__}"
+
+
+def _modules_with(
+    operator: re.Match[str] | None, network: torch.nn.Module, example: torch.Tensor, shapes: tuple[dict[int, Any], ...]
+) -> str:
+    """Say in which modules an operator stands, as the start of a message; empty where it is not found."""
+    if operator is None:
+        return ""
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes).run_decompositions()
+    found: dict[str, None] = {}
+    for node in program.graph.nodes:
+        if str(node.target) == f"{operator[1]}.{operator[2]}":
+            *_, (path, _) = node.meta.get("nn_module_stack", {"": ("", None)}).values()
+            found[repr(path.removeprefix("network").lstrip("."))] = None
+    return f"module {', '.join(found)}: " if found else ""
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import torch
 from google.protobuf.message import DecodeError
+from onnxruntime.capi import onnxruntime_pybind11_state as states
 from torch import Tensor
 
 from synthquant.core.errors import MissingExtraError, ModelError
@@ -21,8 +22,11 @@ from synthquant.export.onnx_metadata import OnnxMetadata
 from synthquant.export.presets import RUNTIMES
 
 _ERRORS_ONLY = 3
-# What onnxruntime raises for a file or an input that it cannot use; its classes have no common base but RuntimeError.
-_RUNTIME_ERRORS = (RuntimeError, ValueError, NotImplementedError)
+# What onnxruntime raises for a file that it cannot use: its classes have no common base.
+_RUNTIME_ERRORS = (
+    *(states.EPFail, states.EngineError, states.Fail, states.InvalidArgument, states.InvalidGraph),
+    *(states.InvalidProtobuf, states.NoModel, states.NoSuchFile, states.NotImplemented, states.RuntimeException),
+)
 
 
 def read_properties(path: Path) -> dict[str, str]:

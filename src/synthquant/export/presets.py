@@ -27,6 +27,7 @@ class Preset:
             scales that lose no digit, for runtimes that compute in float; `float`: as it is.
         wide_activations: takes activations of 16 bits.
         packed_bits: bits of weights that are packed for weight-only linear layers; none: every weight has its own byte.
+        moves_codes: whether reshaping and the like is done on codes.
         runs_integers: whether integer kernels are the point; a scheme without any then is refused.
     """
 
@@ -37,14 +38,20 @@ class Preset:
     bias: Literal["accumulator", "exact", "float"] = "accumulator"
     wide_activations: bool = False
     packed_bits: int | None = None
+    moves_codes: bool = False
     runs_integers: bool = True
 
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("ort-cpu", "ONNX Runtime on CPUs: uint8 activations, int8 weights"),
-        Preset("ort-cpu-w4", "as ort-cpu, with 4-bit weights packed for weight-only linear layers", packed_bits=4),
+        Preset("ort-cpu", "ONNX Runtime on CPUs: uint8 activations, int8 weights", moves_codes=True),
+        Preset(
+            "ort-cpu-w4",
+            "as ort-cpu, with 4-bit weights packed for weight-only linear layers",
+            packed_bits=4,
+            moves_codes=True,
+        ),
         Preset("tensorrt", "TensorRT: int8 with zero point 0 everywhere", activations="int8", bias="float"),
         Preset("openvino", "OpenVINO on CPUs and GPUs: uint8 activations, int8 weights"),
         Preset(

@@ -37,7 +37,7 @@ def export_run(
         progress: messages and bars.
 
     Returns:
-        `out`, `bytes`, `seconds`, `settings` of the exporter, and `verification` (none without it).
+        `out`, `scheme`, `bytes`, `seconds`, `settings` of the exporter, and `verification` (none without it).
 
     Raises:
         ModelError: `run` holds no quantized network.
@@ -52,13 +52,13 @@ def export_run(
     images = _images(run, data) if verify else None
     quant_model = load_checkpoint(checkpoint)
     with atomic_path(out) as temporary:
-        progress.say(f"export {quant_model.scheme.describe()}")
         exporter.export(quant_model, temporary, origin=_origin(run))
         verification = None
         if images is not None:
             verification = exporter.verify(quant_model, temporary, images, progress=progress)
     return {
         "out": str(out),
+        "scheme": quant_model.scheme.describe(),
         "bytes": _size(out),
         "seconds": time.perf_counter() - start,
         "settings": cast(Settings, exporter).model_dump(mode="json"),

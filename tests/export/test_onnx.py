@@ -1,0 +1,248 @@
+"""ONNX files: integers inside, the same logits outside, every preset, every refusal."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.small_networks import calibrated_model, small_float_model, small_images
+
+from synthquant.core.errors import MissingExtraError, ModelError, RecipeError, UnsupportedModelError, VerificationError
+from synthquant.core.files import sha256_file
+from synthquant.export.checkpoint import WEIGHTS_NAME, load_checkpoint, save_checkpoint
+from synthquant.export.onnx import Onnx, open_onnx
+from synthquant.export.onnx_runtime import ort_network, read_metadata, session
+from synthquant.models.open import open_model
+from synthquant.nn.quant_model import QuantModel
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+SYMMETRIC = {"weights": {"symmetric": True}}
+# on the CPU a float sum in another order may move a value to the next step of a grid
+LOOSE = 0.1
+
+
+def initializers(path: Path) -> dict[str, Any]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer}
+
+
+def error(path: Path, model: QuantModel, *, optimized: bool) -> float:
+    x = model.float_model.example_input(6)
+    with torch.no_grad():
+        expected = model(x)
+    return float((ort_network(session(path, optimized=optimized))(x) - expected).abs().mean() / expected.std())
+
+
+def test_a_file_holds_integers_only(full_file: Path) -> None:
+    floats = {name: value for name, value in initializers(full_file).items() if value.dtype.kind == "f"}
+    # batch norm `after` follows a ReLU and cannot be folded; no runtime has integer transposed convolutions in groups
+    left = [name for name, value in floats.items() if not name.endswith("scale") and value.size > 1]
+    assert all(name.startswith(("after.", "up.bias")) for name in left), left
+    codes = {name: value.dtype.name for name, value in initializers(full_file).items() if "codes" in name}
+    assert codes["fc.weight_codes"] == "int8" and codes["fc.bias_codes"] == "int32"
+    assert sum(name.endswith("weight_codes") for name in codes) == 8
+
+
+def test_a_file_is_opset_21_with_any_batch_and_says_what_it_is(full_file: Path, full_model: QuantModel) -> None:
+    file = onnx.load(str(full_file))
+    assert [(entry.domain, entry.version) for entry in file.opset_import] == [("", 21)]
+    assert file.graph.input[0].name == "images" and file.graph.output[0].name == "logits"
+    assert file.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert file.producer_name == "synthquant" and file.producer_version
+    metadata = read_metadata(full_file)
+    assert metadata.preset == "ort-cpu" and metadata.scheme == full_model.scheme
+    assert metadata.preprocess == full_model.float_model.preprocess
+    assert metadata.origin == {"recipe_sha256": "abc"}
+    assert metadata.float_model.fingerprint == full_model.float_model.fingerprint
+    network, _ = open_onnx(full_file)
+    for batch in (1, 3):
+        assert network(full_model.float_model.example_input(batch)).shape == (batch, 7)
+
+
+def test_no_path_of_this_machine_is_in_a_file(full_file: Path) -> None:
+    data = full_file.read_bytes()
+    assert b"site-packages" not in data and str(Path(torch.__file__).parent).encode() not in data
+    assert b"stack_trace" not in data
+
+
+def test_the_same_network_gives_the_same_bytes(full_model: QuantModel, full_file: Path, tmp_path: Path) -> None:
+    again = Onnx().export(full_model, tmp_path / "again.onnx", origin={"recipe_sha256": "abc"})
+    assert again.read_bytes() == full_file.read_bytes()
+
+
+def test_every_layer_runs_on_integers_and_verification_says_so(full_file: Path, full_model: QuantModel) -> None:
+    found = Onnx().verify(full_model, full_file, small_images())
+    # ONNX Runtime has no integer kernel for transposed convolutions
+    assert found["layers"]["integer"] == 7 and found["layers"]["float_layers"] == ("up/ConvTranspose",)
+    assert found["images"] == 12
+    for way in ("as_written", "optimized"):
+        assert found[way]["mean_error"] < LOOSE and found[way]["max_steps"] < 8
+
+
+def test_nodes_are_named_after_modules(full_file: Path) -> None:
+    names = {node.name for node in onnx.load(str(full_file)).graph.node}
+    assert {"stem/Conv", "blocks.1.conv2/Conv", "up/ConvTranspose", "fc/MatMul"} <= names
+
+
+def test_a_shared_quantizer_is_one_pair_of_nodes(tmp_path: Path) -> None:
+    model = calibrated_model(small_float_model(tmp_path), {"preset": "W8A8", **SYMMETRIC})
+    nodes = onnx.load(str(Onnx().export(model, tmp_path / "papers.onnx"))).graph.node
+    assert Counter(node.op_type for node in nodes)["QuantizeLinear"] == len(model.quantizers)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "W4A4",
+        "W2A16",
+        {"preset": "W3A5", "ends": "same", "deploy": "full"},
+        {"preset": "W4A4", "input_activations": {"num_bits": 16}, "weights": {"strategy": "tensor"}},
+        {"preset": "W8A8", "weights": {"strategy": "group", "group_size": 6}, "ignore": ["stem", "up", "bl*conv*"]},
+    ],
+    ids=str,
+)
+def test_simulate_is_exact_at_both_levels_for_any_scheme(tmp_path: Path, scheme: str | dict[str, Any]) -> None:
+    model = calibrated_model(small_float_model(tmp_path), _without_small_rows(scheme))
+    path = Onnx(preset="simulate").export(model, tmp_path / "simulate.onnx")
+    for optimized in (False, True):
+        assert error(path, model, optimized=optimized) < 1e-3
+
+
+def _without_small_rows(scheme: str | dict[str, Any]) -> str | dict[str, Any]:
+    if isinstance(scheme, dict) and "group_size" in str(scheme):
+        return {**scheme, "ignore": [*scheme["ignore"], "blocks.1.down"], "ends": "same"}
+    return scheme
+
+
+def test_openvino_and_onnxruntime_agree(full_file: Path, full_model: QuantModel) -> None:
+    pytest.importorskip("openvino")
+    x = full_model.float_model.example_input(6)
+    with torch.no_grad():
+        expected = full_model(x)
+    for runtime in ("openvino", "onnxruntime"):
+        network, _ = open_onnx(full_file, runtime, threads=1)
+        assert float((network(x) - expected).abs().mean() / expected.std()) < LOOSE
+
+
+def test_tensorrt_has_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -> None:
+    scheme = {"preset": "W8A8", **SYMMETRIC, "input_activations": {"symmetric": True, "num_bits": 7}, "ends": "same"}
+    model = calibrated_model(small_float_model(tmp_path), scheme)
+    path = Onnx(preset="tensorrt").export(model, tmp_path / "tensorrt.onnx")
+    found = initializers(path)
+    assert not any(value.any() for name, value in found.items() if name.endswith("zero_point"))
+    assert not any("bias_codes" in name for name in found)
+    assert error(path, model, optimized=False) < LOOSE
+
+
+def test_w4_packs_linear_weights_to_half_a_byte(tmp_path: Path) -> None:
+    overrides = {"fc": {"weights": {"num_bits": 4}, "input_activations": None}}
+    model = calibrated_model(small_float_model(tmp_path), {"preset": "W8A8", **SYMMETRIC, "overrides": overrides})
+    path = Onnx(preset="ort-cpu-w4").export(model, tmp_path / "w4.onnx")
+    (fc,) = (tensor for tensor in onnx.load(str(path)).graph.initializer if tensor.name == "fc.weight_codes")
+    assert fc.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    assert len(fc.raw_data) == 6 * 7 // 2
+    assert error(path, model, optimized=True) < LOOSE
+    layers = Onnx(preset="ort-cpu-w4").verify(model, path, small_images())["layers"]
+    assert layers["operators"].get("MatMulNBits") == 1
+
+
+def test_a_checkpoint_that_was_loaded_exports_alike(full_model: QuantModel, full_file: Path, tmp_path: Path) -> None:
+    folder = save_checkpoint(full_model, tmp_path / "model")
+    path = Onnx().export(load_checkpoint(folder), tmp_path / "loaded.onnx", origin={"recipe_sha256": "abc"})
+    assert initializers(path).keys() == initializers(full_file).keys()
+    assert read_metadata(path).checkpoint_sha256 == sha256_file(folder / WEIGHTS_NAME)
+
+
+def test_another_network_fails_verification(full_file: Path, tmp_path: Path) -> None:
+    other = calibrated_model(small_float_model(tmp_path, "build_other"))
+    with pytest.raises(VerificationError, match=r"ONNX Runtime without optimisation gives .* another top class"):
+        Onnx().verify(other, full_file, small_images())
+
+
+def test_a_broken_graph_fails_verification(full_file: Path, full_model: QuantModel, tmp_path: Path) -> None:
+    file = onnx.load(str(full_file))
+    file.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(file, str(tmp_path / "broken.onnx"))
+    with pytest.raises(VerificationError, match="the file is not valid ONNX"):
+        Onnx().verify(full_model, tmp_path / "broken.onnx", small_images())
+
+
+def test_a_file_that_a_runtime_cannot_load_is_named(full_file: Path, tmp_path: Path) -> None:
+    file = onnx.load(str(full_file))
+    file.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(file, str(tmp_path / "broken.onnx"))
+    with pytest.raises(ModelError, match=r"ONNX Runtime cannot load .*broken\.onnx"):
+        open_onnx(tmp_path / "broken.onnx")
+    pytest.importorskip("openvino")
+    with pytest.raises(ModelError, match=r"OpenVINO cannot load .*broken\.onnx"):
+        open_onnx(tmp_path / "broken.onnx", "openvino")
+
+
+SPECTRAL = """
+import torch
+from torch import nn
+
+
+class Spectral(nn.Module):
+    def forward(self, x):
+        return torch.linalg.svdvals(x)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.odd = Spectral()
+        self.fc = nn.Linear(4 * 14, 7)
+
+    def forward(self, x):
+        return self.fc(self.odd(self.stem(x)).flatten(1))
+
+
+def build():
+    torch.manual_seed(0)
+    return Network()
+"""
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path: Path) -> None:
+    (tmp_path / "spectral.py").write_text(SPECTRAL)
+    source = f"{tmp_path / 'spectral.py'}:build"
+    model = calibrated_model(open_model(source, input_size=16, mean=(0.5,) * 3, std=(0.25,) * 3))
+    with pytest.raises(UnsupportedModelError, match=r"module 'odd': .*svd") as caught:
+        Onnx(preset="simulate").export(model, tmp_path / "odd.onnx")
+    assert "\n" not in str(caught.value) and not (tmp_path / "odd.onnx").exists()
+
+
+def test_wrong_presets_files_and_runtimes_are_named(full_file: Path, tmp_path: Path) -> None:
+    with pytest.raises((RecipeError, ValueError), match=r"unknown preset 'ort_cpu'; did you mean 'ort-cpu'"):
+        Onnx(preset="ort_cpu")
+    with pytest.raises(ModelError, match="no such file"):
+        open_onnx(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("hello, this is no graph")
+    with pytest.raises(ModelError, match=r"text\.onnx (is not an ONNX file|was not exported by synthquant)"):
+        open_onnx(tmp_path / "text.onnx")
+    with pytest.raises(ModelError, match="no runtime 'tvm'; choose one of onnxruntime, openvino"):
+        open_onnx(full_file, "tvm")
+    foreign = onnx.load(str(full_file))
+    del foreign.metadata_props[:]
+    onnx.save(foreign, str(tmp_path / "foreign.onnx"))
+    with pytest.raises(ModelError, match="was not exported by synthquant: it does not say how images are prepared"):
+        open_onnx(tmp_path / "foreign.onnx")
+
+
+def test_a_missing_package_names_the_extra(
+    full_model: QuantModel, full_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"openvino.*pip install 'synthquant\[openvino\]'"):
+        open_onnx(full_file, "openvino")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"onnxscript.*pip install 'synthquant\[onnx\]'"):
+        Onnx().export(full_model, tmp_path / "file.onnx")
+    assert not (tmp_path / "file.onnx").exists()
