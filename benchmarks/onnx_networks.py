@@ -203,13 +203,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each file")
     arguments = parser.parse_args()
+    out = ROOT / "results" / "onnx"
+    out.mkdir(parents=True, exist_ok=True)
     weights = dict(text.split("=", 1) for text in arguments.weights)
     for source in NETWORKS:
         if arguments.only and not any(part in source for part in arguments.only):
             continue
         data = open_images("bundled/cifar10-test" if source.startswith("zoo/") else arguments.data)
         result = measure(source, weights.get(source), data, arguments)
-        write_json(ROOT / "results" / "onnx" / f"{result['network']}.json", result)
+        write_json(out / f"{result['network']}.json", result)
         print(result["network"], result["layers"], result["agreement"], result.get("milliseconds"), flush=True)
 
 

@@ -132,8 +132,8 @@ def onnx_files() -> str:
         "weights, `deploy: full`, preset `ort-cpu`, rounded to nearest. *Agreement*: same top class as the quantized",
         "network in torch, in ONNX Runtime (ORT) and OpenVINO, on images that were not used to calibrate; *ties aside*",
         "leaves out images whose two classes the network hardly tells apart. Networks with random weights have their",
-        "last layer fitted to the images; they check arithmetic, not accuracy. *Speed*: float time divided by quantized",
-        "time, batch 1; *peer*: the same for ONNX Runtime's own quantizer. A dash was not measured.",
+        "last layer fitted to the images; they check arithmetic, not accuracy. *Speed*: float time divided by",
+        "quantized time, batch 1; *peer*: the same for ONNX Runtime's own quantizer. A dash was not measured.",
         "",
     ]
     body = []
