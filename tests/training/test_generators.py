@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import autoencoder
 import check_generators
 import fid
+import generators
 import prompts
 import train_cifar_ddpm as ddpm
 import train_cifar_text2image as text2image
@@ -80,6 +81,25 @@ def test_prompts_are_drawn_by_class_with_a_tenth_empty_and_a_tenth_of_style() ->
     assert {text.split()[-1] for text in texts if "style" in text} == {"bright", "colorful", "sharp"}
 
 
+def test_the_text_encoder_learns_with_the_unet() -> None:
+    torch.manual_seed(0)
+    size = text2image.SIZES["tiny"]
+    tokenizer = prompts.build_tokenizer()
+    table = text2image.Prompts(tokenizer, torch.device("cpu"))
+    labels, levels = torch.arange(20) % 2, torch.ones(20, 3, dtype=torch.int64)
+    moments = torch.randn(40, 12, 16, 16).abs()
+    trainer = text2image.TextToImageTrainer(
+        text2image.build_unet(size), text2image.build_text_encoder(size, tokenizer), table, moments, 1.0,
+        labels, levels, torch.device("cpu"), 16, 3e-3, False,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in trainer.text_encoder.named_parameters()}
+    trainer.begin_round()
+    for _ in range(3):
+        trainer.step(1.0)
+    moved = [name for name, value in trainer.text_encoder.named_parameters() if not torch.equal(before[name], value)]
+    assert any("token_embedding" in name for name in moved) and any("q_proj" in name for name in moved)
+
+
 def test_text2image_folder_opens_as_stable_diffusion(trained: Trained) -> None:
     weights = load_file(trained.text2image / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(value.dtype == torch.float16 for value in weights.values())
@@ -98,6 +118,18 @@ def test_text2image_folder_opens_as_stable_diffusion(trained: Trained) -> None:
     card = json.loads((trained.text2image / "card.json").read_text())
     assert card["steps"] == 2 and card["autoencoder"]["steps"] == 1
     assert card["data"].startswith("training images (second half: 8)")
+
+
+def test_the_pipeline_sees_what_training_saw(trained: Trained) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(trained.text2image)
+    prompt = "close-up photo of the truck"
+    text, empty = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=True)
+    ids = prompts.encode(prompts.build_tokenizer(), [prompt, ""])
+    with torch.no_grad():
+        expected = pipeline.text_encoder(ids)[0]
+    torch.testing.assert_close(torch.cat([text, empty]), expected)
+    assert torch.equal(pipeline.scheduler.alphas_cumprod, generators.DDIMScheduler(**generators.NOISE).alphas_cumprod)
+    assert pipeline.scheduler.config.prediction_type == "epsilon" and not pipeline.scheduler.config.clip_sample
 
 
 def test_a_learned_token_finds_its_place(trained: Trained, tmp_path: Path) -> None:
