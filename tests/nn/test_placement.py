@@ -69,6 +69,25 @@ def test_concatenation_and_transposed_convolution() -> None:
     ]
 
 
+class Dense(nn.Module):
+    """Concatenates one tensor, then two, as DenseNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.hardswish(torch.cat([self.a(x)], 1))
+        return self.fc(torch.cat([x, self.b(x)], 1).mean((2, 3)))
+
+
+def test_a_concatenation_of_one_tensor_is_that_tensor() -> None:
+    model = full(Dense())
+    outputs = ["a.output_quantizer", "hardswish_0", "b.output_quantizer", "cat_0", "mean_0", "fc.output_quantizer"]
+    assert list(model.quantizers) == ["a.input_quantizer", *outputs]
+    assert model.operations[0].input_bits == (8,)
+
+
 class Gated(nn.Module):
     """Squeeze and excitation, an activation that runtimes do not fuse, and pooling that only picks values."""
 

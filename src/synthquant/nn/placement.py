@@ -92,7 +92,7 @@ class OperationRow:
 
 def is_move(operation: Operation) -> bool:
     """Whether the result holds values of what the operation reads: a view, a copy, a slice, a maximum."""
-    return operation.name in _MOVES
+    return operation.name in _MOVES or (operation.name in _JOINS and len(operation.inputs) == 1)
 
 
 class Flow:
