@@ -83,7 +83,7 @@ class Dense(nn.Module):
 
 def test_a_concatenation_of_one_tensor_is_that_tensor() -> None:
     model = full(Dense())
-    outputs = ["a.output_quantizer", "hardswish_0", "b.output_quantizer", "cat_0", "mean_0", "fc.output_quantizer"]
+    outputs = ["a.output_quantizer", "hardswish_0", "b.output_quantizer", "cat_1", "mean_0", "fc.output_quantizer"]
     assert list(model.quantizers) == ["a.input_quantizer", *outputs]
     assert model.operations[0].input_bits == (8,)
 
