@@ -34,7 +34,9 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
+from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.export.write import export_run
 from synthquant.methods import (
     EXPORTERS,
     METRICS,
@@ -81,6 +83,7 @@ __all__ = [
     "ModelError",
     "ModelSource",
     "Noise",
+    "Onnx",
     "OutputError",
     "Preprocess",
     "Progress",
@@ -99,12 +102,14 @@ __all__ = [
     "Selector",
     "Synthesizer",
     "SynthquantError",
+    "TorchProgram",
     "UnknownNameError",
     "UnsupportedModelError",
     "VerificationError",
     "ZeroQ",
     "__version__",
     "evaluate_model",
+    "export_run",
     "import_images",
     "load_checkpoint",
     "open_images",

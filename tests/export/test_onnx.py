@@ -129,14 +129,16 @@ def test_openvino_and_onnxruntime_agree(full_file: Path, full_model: QuantModel)
         assert float((network(x) - expected).abs().mean() / expected.std()) < LOOSE
 
 
-def test_tensorrt_has_int8_with_zero_point_0_and_float_biases(tmp_path: Path) -> None:
-    scheme = {"preset": "W8A8", **SYMMETRIC, "input_activations": {"symmetric": True, "num_bits": 7}, "ends": "same"}
+@pytest.mark.parametrize("deploy", ["papers", "full"])
+def test_tensorrt_has_int8_with_zero_point_0_and_float_biases(tmp_path: Path, deploy: str) -> None:
+    activations = {"symmetric": True, "num_bits": 7}
+    scheme = {"preset": "W8A8", **SYMMETRIC, "input_activations": activations, "ends": "same", "deploy": deploy}
     model = calibrated_model(small_float_model(tmp_path), scheme)
     path = Onnx(preset="tensorrt").export(model, tmp_path / "tensorrt.onnx")
     found = initializers(path)
     assert not any(value.any() for name, value in found.items() if name.endswith("zero_point"))
     assert not any("bias_codes" in name for name in found)
-    assert error(path, model, optimized=False) < LOOSE
+    assert error(path, model, optimized=False) < LOOSE and error(path, model, optimized=True) < LOOSE
 
 
 def test_w4_packs_linear_weights_to_half_a_byte(tmp_path: Path) -> None:

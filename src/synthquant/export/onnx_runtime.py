@@ -74,6 +74,8 @@ def session(
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
+    # Else the runtime rewrites int8 activations to uint8, and trips over its own work where a reshape follows.
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0" if exact else "4")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -82,7 +84,7 @@ def session(
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _RUNTIME_ERRORS as error:
-        raise ModelError(f"ONNX Runtime cannot load {path}: {error}") from error
+        raise ModelError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
 
 def ort_network(loaded: onnxruntime.InferenceSession) -> Network:
@@ -122,7 +124,7 @@ def _openvino_network(path: Path, threads: int | None) -> Network:
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     except RuntimeError as error:
-        raise ModelError(f"OpenVINO cannot load {path}: {error}") from error
+        raise ModelError(f"OpenVINO cannot load {path.name}: {error}") from error
 
     def run(inputs: Tensor) -> Tensor:
         outputs = compiled([inputs.detach().cpu().numpy()])
