@@ -14,7 +14,13 @@ class ConvNormActivation(nn.Sequential):
     """Convolution without bias, batch norm and, if `activation`, ReLU6; the image keeps its size but for `stride`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, activation: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = True,
     ) -> None:
         parts: list[nn.Module] = [
             nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
