@@ -25,6 +25,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "cli",
         "core",
         "data",
+        "diffusion",
         "evaluate",
         "export",
         "methods",

@@ -26,11 +26,9 @@ from torch import Tensor
 
 from cifar import load
 from fid import Classifier, frechet_distance
-from prompts import TEMPLATES
 from synthquant.models.zoo import CIFAR10_CLASSES
-
-BLACK, CONSTANT = 16, 4.0
-"""An image is black if no pixel exceeds the one, constant if its pixels deviate less than the other (of 255)."""
+from synthquant.synthesize.flaws import black, constant
+from synthquant.synthesize.prompts import TEMPLATES
 
 
 def _uint8(images: np.ndarray) -> Tensor:
@@ -84,12 +82,7 @@ def recognised(classifier: Classifier, images: Tensor, labels: Tensor) -> dict[s
 
 def empty_images(images: Tensor) -> dict[str, int]:
     """How many images are black or of one colour."""
-    pixels = images.float()
-    return {
-        "count": len(images),
-        "black": int((images.amax((1, 2, 3)) <= BLACK).sum()),
-        "constant": int((pixels.std((2, 3)).amax(1) < CONSTANT).sum()),
-    }
+    return {"count": len(images), "black": int(black(images).sum()), "constant": int(constant(images).sum())}
 
 
 def distances(classifier: Classifier, samples: Tensor, reference: Tensor, train: Tensor) -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""Prompts that the text-to-image model is trained with, and the tokenizer of its own small vocabulary."""
+"""Words that the text-to-image model is trained with, and the tokenizer of its own small vocabulary.
+
+The prompts are those of `synthquant.synthesize.prompts`. One in ten has the style template, whose token GenQ learns;
+training uses it with the words of `STYLES`, which say something true of the image, so that the place of the style means
+something before a token is learned for it.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +16,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from synthquant.models.zoo import CIFAR10_CLASSES
-
-TEMPLATES = tuple(
-    f"{start} {{}}"
-    for start in (
-        *("photo of a", "rendering of a", "cropped photo of the", "the photo of a", "photo of a clean"),
-        *("photo of a dirty", "dark photo of the", "photo of my", "photo of the cool", "close-up photo of a"),
-        *("bright photo of the", "cropped photo of a", "photo of the", "good photo of the", "photo of one"),
-        *("close-up photo of the", "rendition of the", "photo of the clean", "rendition of a", "photo of a nice"),
-        *("good photo of a", "photo of the nice", "photo of the small", "photo of the weird", "photo of the large"),
-        *("photo of a cool", "photo of a small"),
-    )
-)
-"""The 27 templates of GenQ, appendix B (the object templates of diffusers' textual inversion without the article)."""
-
-STYLE_TEMPLATE = "a photo of a {} in the style of {}"
-"""GenQ, equation 10, where a learned token names the style. Training uses it with the words of `STYLES`, which say
-something true of the image, so that the place of the style means something before a token is learned for it."""
+from synthquant.synthesize.prompts import STYLE_TEMPLATE, TEMPLATES
 
 STYLES = (("dark", "medium", "bright"), ("gray", "plain", "colorful"), ("soft", "normal", "sharp"))
 """Words for the lower, middle and upper third of the training images by brightness, saturation and contrast."""

@@ -30,9 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from autoencoder import LATENT_CHANNELS, AutoencoderTrainer, build_autoencoder, encode_all, restored_psnr, scale_latents
 from cifar import HALVES, ORIGIN, load
 from generators import NOISE, Denoising, count_parameters, save_pipeline
-from prompts import MAX_TOKENS, STYLE_TEMPLATE, STYLES, TEMPLATES, build_tokenizer, encode, style_levels
+from prompts import MAX_TOKENS, STYLES, build_tokenizer, encode, style_levels
 from schedule import Schedule, add_arguments, describe_run, train
 from synthquant.models.zoo import CIFAR10_CLASSES
+from synthquant.synthesize.prompts import STYLE_TEMPLATE, TEMPLATES
 
 NAME = "cifar10-text2image"
 

@@ -23,7 +23,6 @@ from synthquant.core.run_folder import RunFolder, nothing_half_written
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.data.sources import open_images
-from synthquant.data.store import ImageSetWriter
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
@@ -35,6 +34,7 @@ from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.report.figures import require_matplotlib
 from synthquant.report.html import write_report
+from synthquant.synthesize.batches import open_writer
 
 STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
 """The stages of a run in order, as `run.json` names them."""
@@ -63,7 +63,7 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
     if recipe.evaluate is not None:
         real = open_images(recipe.evaluate.data)
         _require_known_classes(real, recipe.evaluate.data, model)
-    with nothing_half_written(folder.path, keep="images/part-*"):
+    with nothing_half_written(folder.path, keep=("images/part-*", "images/token*")):
         write_text(folder.path / "recipe.yaml", recipe.to_yaml())
         _note_model(folder, model)
         images = _get_images(folder, recipe.images, model, recipe.seed, progress)
@@ -96,16 +96,8 @@ def synthesize(
     require_writable(folder)
     method = section.build()
     rng = Rng(seed).child("images")
-    with nothing_half_written(folder, keep="part-*"):
-        writer = ImageSetWriter(
-            folder,
-            method=section.method,
-            settings=section.settings,
-            seed=seed,
-            model_fingerprint=model.fingerprint,
-            image_size=model.preprocess.input_size,
-            target_count=section.count,
-        )
+    with nothing_half_written(folder, keep=("part-*", "token*")):
+        writer = open_writer(folder, section.method, method, section.count, seed, model)
         return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
 
 

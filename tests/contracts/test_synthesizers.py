@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,39 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.store import ImageSetWriter
 from synthquant.methods import SYNTHESIZERS, Synthesizer
 from synthquant.models.float_model import FloatModel
-from synthquant.recipe import build_method, method_settings
+from synthquant.recipe import build_method
+from synthquant.synthesize.batches import open_writer
 
 # The least work that still is the method; a method without these fields gets its defaults.
-SMALL = {"iterations": 2, "batch_size": 4, "latent_size": 8}
+SMALL = {"iterations": 2, "batch_size": 4, "latent_size": 8, "steps": 1, "height": 16, "width": 16}
+NAMES = tuple(name for name in SYNTHESIZERS.names() if name != "text_to_image" or importlib.util.find_spec("diffusers"))
 
 
-def small(name: str) -> Synthesizer:
+@pytest.fixture(scope="session")
+def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Settings that methods do not go without, by method."""
+    if "text_to_image" not in NAMES:
+        return {}
+    from tests.small_pipeline import save_small_pipeline
+
+    folder = save_small_pipeline(tmp_path_factory.mktemp("generator"))
+    names = ["cat", "dog", "frog", "ship", "deer", "bird", "truck"]
+    return {"text_to_image": {"generator": str(folder), "classes": names}}
+
+
+def small(name: str, needs: dict[str, dict[str, Any]]) -> Synthesizer:
     fields: dict[str, Any] = SYNTHESIZERS.get(name).model_fields  # type: ignore[attr-defined]
-    return build_method(SYNTHESIZERS, name, {key: value for key, value in SMALL.items() if key in fields}, name)
+    values = {key: value for key, value in SMALL.items() if key in fields}
+    return build_method(SYNTHESIZERS, name, values | needs.get(name, {}), name)
 
 
 def pixels(images: ImageSet) -> torch.Tensor:
     return torch.stack([images[index].image for index in range(len(images))])
 
 
-@pytest.fixture(params=SYNTHESIZERS.names())
-def method(request: pytest.FixtureRequest) -> Synthesizer:
-    return small(request.param)
+@pytest.fixture(params=NAMES)
+def method(request: pytest.FixtureRequest, needs: dict[str, dict[str, Any]]) -> Synthesizer:
+    return small(request.param, needs)
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
@@ -67,8 +83,10 @@ def test_leaves_the_global_random_state_alone(method: Synthesizer, model: FloatM
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", SYNTHESIZERS.names())
-def test_finished_parts_are_skipped_and_the_rest_is_the_same(name: str, model: FloatModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_finished_parts_are_skipped_and_the_rest_is_the_same(
+    name: str, model: FloatModel, needs: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stop(BaseException):
         pass
 
@@ -78,21 +96,16 @@ def test_finished_parts_are_skipped_and_the_rest_is_the_same(name: str, model: F
             if self.finished_parts == 1:
                 raise Stop
 
-    def writer(folder: str, kind: type[ImageSetWriter] = ImageSetWriter) -> ImageSetWriter:
-        return kind(
-            tmp_path / folder,
-            method=name,
-            settings=method_settings(small(name)),
-            seed=0,
-            model_fingerprint=model.fingerprint,
-            image_size=model.preprocess.input_size,
-            target_count=10,
-        )
+    method = small(name, needs)
 
-    whole = small(name).synthesize(model, 10, Rng(0), writer=writer("whole"))
-    with pytest.raises(Stop):
-        small(name).synthesize(model, 10, Rng(0), writer=writer("killed", Writer))
-    resumed = small(name).synthesize(model, 10, Rng(0), writer=writer("killed"))
+    def writer(folder: str) -> ImageSetWriter:
+        return open_writer(tmp_path / folder, name, method, 10, 0, model)
+
+    whole = method.synthesize(model, 10, Rng(0), writer=writer("whole"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("synthquant.synthesize.batches.ImageSetWriter", Writer)
+        method.synthesize(model, 10, Rng(0), writer=writer("killed"))
+    resumed = method.synthesize(model, 10, Rng(0), writer=writer("killed"))
     assert resumed.manifest == whole.manifest
     assert [part.count for part in whole.manifest.parts] == [4, 4, 2]
-    assert torch.equal(pixels(whole), pixels(small(name).synthesize(model, 10, Rng(0))))
+    assert torch.equal(pixels(whole), pixels(method.synthesize(model, 10, Rng(0))))

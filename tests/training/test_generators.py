@@ -26,6 +26,7 @@ import prompts
 import train_cifar_ddpm as ddpm
 import train_cifar_text2image as text2image
 from synthquant.models.zoo import CIFAR10_CLASSES, NETWORKS
+from synthquant.synthesize.prompts import STYLE_TEMPLATE, TEMPLATES
 
 COMMON = ("--size", "tiny", "--batch-size", 4, "--limit", 16, "--round-steps", 1, "--save-seconds", 0)
 
@@ -52,9 +53,9 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def test_every_word_of_a_prompt_is_one_token() -> None:
     tokenizer = prompts.build_tokenizer()
-    assert len(prompts.TEMPLATES) == 27
+    assert len(TEMPLATES) == 27
     assert all(len(tokenizer.tokenize(word)) == 1 for word in prompts.vocabulary_words())
-    longest = prompts.STYLE_TEMPLATE.format("automobile", "colorful")
+    longest = STYLE_TEMPLATE.format("automobile", "colorful")
     assert len(tokenizer(longest).input_ids) <= prompts.MAX_TOKENS
     assert tokenizer.decode(tokenizer("Photo of a Frog").input_ids, skip_special_tokens=True) == "photo of a frog"
     assert tokenizer.unk_token_id not in tokenizer("zebra", add_special_tokens=False).input_ids
@@ -137,7 +138,7 @@ def test_a_learned_token_finds_its_place(trained: Trained, tmp_path: Path) -> No
     vector = torch.randn(16)
     save_file({"<shots>": vector}, tmp_path / "token.safetensors")
     pipeline.load_textual_inversion(tmp_path / "token.safetensors", token="<shots>")
-    ids = pipeline.tokenizer(prompts.STYLE_TEMPLATE.format("cat", "<shots>")).input_ids
+    ids = pipeline.tokenizer(STYLE_TEMPLATE.format("cat", "<shots>")).input_ids
     assert len(ids) == 12
     torch.testing.assert_close(pipeline.text_encoder.get_input_embeddings().weight[ids[-2]].data, vector)
 

@@ -1,6 +1,6 @@
 """A folder that a flow of stages fills, and that a later call can take up again.
 
-RUN/  recipe.yaml   run.json   images/   model/   report.html   (work/ while it is unfinished)
+RUN/  recipe.yaml   run.json   images/   selected/   model/   report.html   (work/ while it is unfinished)
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class RunFolder:
         return self.path / "images"
 
     @property
+    def selected(self) -> Path:
+        """The images chosen from the run's pool."""
+        return self.path / "selected"
+
+    @property
     def checkpoint(self) -> Path:
         """The quantized network."""
         return self.path / "model"
@@ -98,7 +103,9 @@ class RunFolder:
         before, after = _flat(self.record.recipe), _flat(recipe)
         for setting in sorted({*before, *after} - set(place)):
             section = setting.partition(".")[0]
-            may_change = section in ("images", "quantize", "evaluate") and not self._begun(section)
+            # A stage that a recipe may lack can only be added as long as the stage behind it has not begun.
+            behind = {"images": (), "select": ("quantize",), "quantize": (), "evaluate": ()}
+            may_change = section in behind and not any(map(self._begun, (section, *behind[section])))
             if before.get(setting) != after.get(setting) and not may_change:
                 raise InputError(
                     f"{self.path} holds a run of another recipe ({setting} is {before.get(setting)!r} there, "
@@ -113,12 +120,12 @@ class RunFolder:
 
 
 @contextmanager
-def nothing_half_written(folder: Path, keep: str) -> Iterator[None]:
+def nothing_half_written(folder: Path, keep: str | tuple[str, ...]) -> Iterator[None]:
     """Make `folder`, and take it away again if an error of ours ends the work before it holds anything of value.
 
     Args:
         folder: what is made; a folder that held files before is never touched.
-        keep: glob of the files, relative to `folder`, for which it is kept.
+        keep: globs of the files, relative to `folder`, for which it is kept.
     """
     if folder.is_dir() and any(folder.iterdir()):
         yield
@@ -131,7 +138,8 @@ def nothing_half_written(folder: Path, keep: str) -> Iterator[None]:
     try:
         yield
     except SynthquantError:
-        if not any(folder.glob(keep)):
+        patterns = (keep,) if isinstance(keep, str) else keep
+        if not any(path for pattern in patterns for path in folder.glob(pattern)):
             _empty(folder)
             for parent in made:
                 parent.rmdir()

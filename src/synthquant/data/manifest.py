@@ -80,6 +80,8 @@ class Manifest(Settings):
     """Images that were left out, with reasons."""
     quality: dict[str, Any] = Field(default_factory=dict)
     """Findings of the quality checks: positions of suspicious images by kind."""
+    redrawn: dict[str, int] = Field(default_factory=dict)
+    """How many images the method made and did not take, by reason; each was made again."""
 
 
 def read_manifest(folder: Path) -> Manifest:

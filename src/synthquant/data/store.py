@@ -12,7 +12,7 @@ from torch import Tensor
 from synthquant.core.errors import DataError, InputError, OutputError
 from synthquant.core.files import read_json, require_writable, sha256_file, write_json
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import parse_settings
+from synthquant.core.settings import Settings, parse_settings
 from synthquant.data.image_set import ImageSet, pixels
 from synthquant.data.manifest import MANIFEST_NAME, Framing, ImageDtype, Manifest, Part, read_manifest, write_manifest
 from synthquant.data.part_writer import PartsWriter
@@ -34,6 +34,17 @@ _IDENTITY = {
 }
 
 
+class ImageForm(Settings):
+    """In which form a synthesis method makes its images; its class says so where it differs from this."""
+
+    dtype: ImageDtype = "float16"
+    """Pixel type."""
+    framing: Framing = "cropped"
+    """Whether an image is what the network sees, or to be resized and cropped first."""
+    sized_by_network: bool = True
+    """Whether images have the network's input size; else a size of their own."""
+
+
 class ImageSetWriter:
     """Writes a set of `target_count` images part by part.
 
@@ -49,12 +60,12 @@ class ImageSetWriter:
         settings: Mapping[str, Any],
         seed: int,
         model_fingerprint: str | None,
-        image_size: tuple[int, int],
+        image_size: tuple[int, int] | None,
         target_count: int,
         dtype: ImageDtype = "float16",
         framing: Framing = "cropped",
     ) -> None:
-        """Open a new, an unfinished or a finished folder.
+        """Open a new, an unfinished or a finished folder. Without `image_size` the first images say it.
 
         Raises `DataError` if the folder holds images made in another way or is damaged, `OutputError` if it holds other
         things or cannot be written.
@@ -97,6 +108,8 @@ class ImageSetWriter:
         Raises `DataError` on a wrong shape, or on more images than were promised.
         """
         images = stored_pixels(images, self._manifest.dtype)
+        if self._manifest.image_size is None:
+            self._manifest = self._manifest.model_copy(update={"image_size": tuple(images.shape[2:])})
         if tuple(images.shape[2:]) != self._manifest.image_size:
             raise DataError(f"images are {tuple(images.shape[2:])} high and wide, not {self._manifest.image_size}")
         if self._finished is not None or self.finished_count + len(images) > self.target_count:
@@ -105,15 +118,25 @@ class ImageSetWriter:
         self._writer.write(list(images), checked, checked_columns(columns, len(images)))
         self._write_journal()
 
-    def finish(self, progress: Progress = QUIET) -> ImageSet:
+    def written(self) -> ImageSet | None:
+        """Return the images of the finished parts; none before the first."""
+        parts = self._writer.parts
+        if not parts:
+            return None
+        rows = ParquetRows([PartFile(self.folder / part.name, part.count) for part in parts])
+        return ImageSet(rows, self._manifest.model_copy(update={"count": self.finished_count, "parts": tuple(parts)}))
+
+    def finish(self, progress: Progress = QUIET, redrawn: Mapping[str, int] | None = None) -> ImageSet:
         """Write the manifest, warn about suspicious images and return the set.
 
-        Raises `DataError` if images are missing.
+        `redrawn` is how many images the method made and did not take, by reason. Raises `DataError` if images are
+        missing.
         """
         if self._finished is None:
             if self.finished_count != self.target_count:
                 raise DataError(f"{self.folder} has {self.finished_count} of {self.target_count} images")
-            write_manifest(self.folder, self._manifest.model_copy(update=self._writer.manifest_fields()))
+            fields = {**self._writer.manifest_fields(), "redrawn": dict(redrawn or {})}
+            write_manifest(self.folder, self._manifest.model_copy(update=fields))
             (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
             for warning in self._writer.scan.report().warnings():
                 progress.warn(f"{self.folder}: {warning}")
@@ -150,6 +173,7 @@ class ImageSetWriter:
         except (InputError, TypeError) as error:
             raise DataError(f"{path} is damaged, remove {self.folder} and start again: {error}") from error
         self._require_same(found)
+        self._manifest = self._manifest.model_copy(update={"image_size": found.image_size})
         self._remove_temporary_files()
         for part in found.parts:
             file = self.folder / part.name
@@ -172,6 +196,8 @@ class ImageSetWriter:
     def _require_same(self, found: Manifest) -> None:
         for name, what in _IDENTITY.items():
             there, wanted = getattr(found, name), getattr(self._manifest, name)
+            if name == "image_size" and wanted is None:
+                continue
             if there != wanted:
                 raise DataError(
                     f"{self.folder} holds images made with {what} {there!r}, not {wanted!r}; "

@@ -1,7 +1,8 @@
-"""Making images from a trained network alone; importing this package registers its methods in `SYNTHESIZERS`."""
+"""Making images from a trained network alone, or of its classes; importing this registers the methods."""
 
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.noise import Noise
+from synthquant.synthesize.text_to_image import TextToImage
 from synthquant.synthesize.zeroq import ZeroQ
 
-__all__ = ["GenieD", "Noise", "ZeroQ"]
+__all__ = ["GenieD", "Noise", "TextToImage", "ZeroQ"]

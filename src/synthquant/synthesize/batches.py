@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from synthquant.core.errors import InputError, UnsupportedModelError
+from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import SYNTHESIZERS
+from synthquant.data.store import ImageForm, ImageSetWriter
+from synthquant.methods import SYNTHESIZERS, Synthesizer
 
 if TYPE_CHECKING:
     from synthquant.core.progress import Progress
     from synthquant.core.rng import Rng
-    from synthquant.core.settings import Settings
-    from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel
 
 
@@ -66,6 +67,27 @@ def collect(
         settings=settings.model_dump(mode="json"),
         seed=rng.seed,
         model_fingerprint=model.fingerprint,
+    )
+
+
+def open_writer(
+    folder: Path, name: str, method: Synthesizer, count: int, seed: int, model: FloatModel
+) -> ImageSetWriter:
+    """Return the writer of a new or unfinished image set of `count` images of the method registered as `name`.
+
+    Raises what `ImageSetWriter` raises.
+    """
+    form: ImageForm = getattr(method, "form", ImageForm())
+    return ImageSetWriter(
+        folder,
+        method=name,
+        settings=cast(Settings, method).model_dump(mode="json"),
+        seed=seed,
+        model_fingerprint=model.fingerprint,
+        image_size=model.preprocess.input_size if form.sized_by_network else None,
+        target_count=count,
+        dtype=form.dtype,
+        framing=form.framing,
     )
 
 
