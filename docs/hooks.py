@@ -14,6 +14,7 @@ from synthquant.core.settings import allowed_range
 ROOT = Path(__file__).parents[1]
 KINDS = {
     "Synthesis": sq.SYNTHESIZERS,
+    "Selection": sq.SELECTORS,
     "Quantization": sq.QUANTIZERS,
     "Metrics": sq.METRICS,
     "Exporters": sq.EXPORTERS,

@@ -245,3 +245,85 @@ def test_the_record_is_plain_json(recipe: dict[str, Any], tmp_path: Path) -> Non
     assert content["environment"]["torch"] == torch.__version__
     assert content["recipe"]["quantize"]["method"] == "genie_m"
     assert content["stages"]["quantize"]["peak_memory_bytes"] > 0
+
+
+SELECT = ["energy:0.7", {"method": "bn_sensitivity", "keep": 4, "set_size": 6}]
+
+
+@pytest.fixture
+def choosing(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The quickest recipe that selects."""
+    images, quantize = {"method": "noise", "count": 11, "batch_size": 4}, {"method": "rtn", "scheme": "W8A8"}
+    return recipe | {"images": images, "select": SELECT, "quantize": quantize}
+
+
+def test_a_selection_stands_between_images_and_quantization(
+    choosing: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    apply = Rtn.apply
+    monkeypatch.setattr(Rtn, "apply", lambda self, *args, **rest: seen.append(args[1]) or apply(self, *args, **rest))
+    record = pipeline.run(Recipe.parse(choosing), tmp_path / "run")
+    assert list(record.stages) == ["model", "images", "select", "quantize", "checkpoint", "evaluate", "report"]
+    metrics = record.stages["select"].metrics
+    assert (metrics["pool"], metrics["count"], metrics["rejected"]) == (11, 4, 7)
+    assert [(row["method"], row["entered"], row["kept"]) for row in metrics["filters"]] == [
+        ("energy", 11, 8),
+        ("bn_sensitivity", 8, 4),
+    ]
+    kept = ImageSet.open(tmp_path / "run" / "selected")
+    assert len(ImageSet.open(tmp_path / "run" / "images")) == 11 and len(kept) == 4
+    assert seen[0].fingerprint == kept.fingerprint == metrics["fingerprint"]
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == Recipe.parse(choosing)
+    summary = json.loads((tmp_path / "run" / "selected" / "selection.json").read_text())
+    assert set(summary["pixels"]) == {"pool", "kept", "real"}  # the evaluation images stand beside
+
+
+@pytest.mark.parametrize(("title", "step"), [("score images", 11), ("look at real", 9), ("save selected", 1)])
+def test_a_run_killed_while_selecting_goes_on(choosing: dict[str, Any], tmp_path: Path, title: str, step: int) -> None:
+    pipeline.run(Recipe.parse(choosing), tmp_path / "whole")
+    with pytest.raises(Killed):
+        pipeline.run(Recipe.parse(choosing), tmp_path / "killed", KillAt(title, step))
+    assert not (tmp_path / "killed" / "selected").exists()
+    pipeline.run(Recipe.parse(choosing), tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_a_selection_of_given_images_needs_no_copy_of_them(choosing: dict[str, Any], tmp_path: Path) -> None:
+    given = choosing | {
+        "images": {"source": str(tmp_path / "data"), "count": 20},
+        "select": "energy:5",
+        "evaluate": None,
+    }
+    pipeline.run(Recipe.parse(given), tmp_path / "run")
+    assert not (tmp_path / "run" / "images").exists()
+    assert len(ImageSet.open(tmp_path / "run" / "selected")) == 5
+    with pytest.raises(DataError, match="energy: 21 images are to stay but there are 20"):
+        pipeline.run(Recipe.parse(given | {"select": ["energy:21"]}), tmp_path / "run2")
+    assert not (tmp_path / "run2").exists()
+
+
+def test_a_filter_that_does_not_fit_the_network_is_found_before_any_work(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModelError, match="build has no attention between the patches"):
+        pipeline.run(Recipe.parse(recipe | {"select": ["patch_similarity:0.5"]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_selection_may_be_changed_until_quantization_begins_and_not_after(
+    choosing: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = choosing | {"select": None}
+    with pytest.raises(Killed):
+        pipeline.run(Recipe.parse(plain), tmp_path / "run", KillAt("noise", 8))
+    with pytest.raises(Killed):
+        pipeline.run(Recipe.parse(choosing | {"select": ["energy:6"]}), tmp_path / "run", KillAt("evaluate float", 8))
+    assert len(ImageSet.open(tmp_path / "run" / "selected")) == 6
+    for other in (None, ["energy:7"]):
+        with pytest.raises(InputError, match="holds a run of another recipe"):
+            pipeline.run(Recipe.parse(choosing | {"select": other}), tmp_path / "run")
+    with pytest.raises(Killed):
+        pipeline.run(Recipe.parse(plain), tmp_path / "run2", KillAt("evaluate float", 8))
+    with pytest.raises(InputError, match="holds a run of another recipe"):
+        pipeline.run(Recipe.parse(choosing | {"select": ["energy:6"]}), tmp_path / "run2")

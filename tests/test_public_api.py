@@ -35,7 +35,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "quantize",
         "recipe",
     }
-    packages |= {"report", "synthesize", "annotations", "package_version"}
+    packages |= {"report", "select", "synthesize", "annotations", "package_version"}
     assert {name for name in vars(synthquant) if not name.startswith("_")} - announced <= packages
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from synthquant.core.errors import RecipeError, SchemeError, SynthquantError, UnknownNameError
-from synthquant.methods import QUANTIZERS, SYNTHESIZERS
+from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.quantize import GenieM
 from synthquant.recipe import Recipe, SourceSection, SynthesizeSection, apply_overrides
+from synthquant.select import BatchNormSensitivity, Energy
 from synthquant.synthesize import GenieD
 
 
@@ -49,6 +50,32 @@ def test_every_quantization_method_can_be_named_and_survives_writing_and_reading
     assert Recipe.load(tmp_path / "recipe.yaml") == recipe
 
 
+@pytest.mark.parametrize("method", SELECTORS.names())
+def test_every_selection_method_can_be_named_and_survives_writing_and_reading(method: str, tmp_path: Path) -> None:
+    recipe = Recipe.parse(values(select=[f"{method}:0.5", {"method": method, "keep": 7, "per_class": True}]))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_filters_are_written_as_text_as_mapping_or_with_the_settings_of_the_pass() -> None:
+    first = Recipe.parse(values(select=["energy:0.5", "bn_sensitivity:12"])).select
+    second = Recipe.parse(values(select={"by": [{"method": "energy", "keep": 0.5}, "bn_sensitivity:12"]})).select
+    assert first is not None and first == second
+    assert first.build() == [Energy(keep=0.5), BatchNormSensitivity(keep=12)]
+    assert Recipe.parse(values(select="energy:3")).select == Recipe.parse(values(select=["energy:3"])).select
+    other = Recipe.parse(values(select={"by": ["energy"], "batch_size": 5})).select
+    assert other is not None and other.batch_size == 5 and other.build() == [Energy()]
+    assert Recipe.parse(values(select=None)) == Recipe.parse(values())
+
+
+def test_a_setting_of_one_filter_is_reached_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(Recipe.parse(values(select=["energy:0.5", "bn_distance:9"])).to_yaml())
+    changes = ["select.by.1.spread=std", "select.by.0.keep=4", "select.batch_size=3"]
+    section = Recipe.load(tmp_path / "recipe.yaml", changes).select
+    assert section is not None and section.batch_size == 3
+    assert section.by[1].settings["spread"] == "std" and section.by[0].settings["keep"] == 4
+
+
 def test_the_resolved_recipe_holds_every_field_of_the_method() -> None:
     written = Recipe.parse(values()).resolved()
     assert set(GenieM.model_fields) <= set(written["quantize"])
@@ -75,6 +102,12 @@ def test_images_that_exist_are_named_by_their_source() -> None:
         ({"model": {"source": "zoo/x", "wieghts": "f"}}, r"unknown setting 'model.wieghts'; did you mean 'weights'\?"),
         ({"model": {}}, r"recipe: setting 'model.source' is missing"),
         ({"evaluate": {"batch_size": 4}}, r"setting 'evaluate.data' is missing"),
+        ({"select": ["energy:half"]}, r"select 'energy:half': write METHOD:KEEP"),
+        ({"select": []}, r"recipe: select: by = .*at least 1"),
+        ({"select": {"batch_size": 3}}, r"select.by must be a list of filters such as energy:0.7, not None"),
+        ({"select": [3]}, r"recipe: select.by.0 must be a mapping of settings, not int"),
+        ({"select": [{"method": "energy", "kep": 1}]}, r"'select.by.0.kep'; did you mean 'select.by.0.keep'\?"),
+        ({"select": {"by": ["energy"], "bach_size": 1}}, r"unknown setting 'bach_size'; did you mean 'batch_size'"),
         ({"images": {"count": 3}}, r"images.method is missing; available: .*genie_d"),
         ({"images": {"method": "noise", "source": "x"}}, r"images has both 'method' and 'source'"),
         ({"images": {"method": "genie_d", "count": 0}}, r"images: count = 0: .*allowed: >= 1"),
@@ -128,11 +161,13 @@ def test_overrides_leave_what_they_are_given_as_it_was() -> None:
         ("=3", "write it as FIELD=VALUE"),
         ("seed.x=3", "seed is 0, it has no fields"),
         ("seed=[1", "is not a YAML value"),
+        ("by.2=1", "by is a list with entries 0 to 1, not '2'"),
+        ("by.first.x=1", "by is a list with entries 0 to 1, not 'first'"),
     ],
 )
 def test_an_override_that_cannot_be_read_is_quoted(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
-        apply_overrides({"seed": 0}, [text])
+        apply_overrides({"seed": 0, "by": [1, 2]}, [text])
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ from synthquant.pipeline import run
 from synthquant.quantize import AdaRound, Brecq, GenieM, QDrop, Rtn
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
+from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
 from synthquant.synthesize import GenieD, Noise, ZeroQ
 
 __version__ = package_version()
@@ -68,9 +69,12 @@ __all__ = [
     "SELECTORS",
     "SYNTHESIZERS",
     "AdaRound",
+    "BatchNormDistance",
+    "BatchNormSensitivity",
     "Brecq",
     "ConsoleProgress",
     "DataError",
+    "Energy",
     "Evaluation",
     "FloatModel",
     "GenieD",
@@ -85,6 +89,7 @@ __all__ = [
     "Noise",
     "Onnx",
     "OutputError",
+    "PatchSimilarity",
     "Preprocess",
     "Progress",
     "QDrop",
@@ -99,6 +104,7 @@ __all__ = [
     "Rtn",
     "RunRecord",
     "SchemeError",
+    "Selection",
     "Selector",
     "Synthesizer",
     "SynthquantError",
@@ -115,6 +121,7 @@ __all__ = [
     "open_images",
     "open_model",
     "run",
+    "run_filters",
     "save_checkpoint",
     "write_report",
 ]

@@ -18,8 +18,9 @@ Recipe keys, `synthquant list` and `show`, `--set` and the contract tests follow
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -29,6 +30,8 @@ from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel
@@ -114,11 +117,68 @@ class Synthesizer(Protocol):
         ...
 
 
-class Selector(Protocol):
-    """Keeps the images that resemble what the network was trained on."""
+class Probe(Protocol):
+    """Watches forward passes of a network and sums up what it saw in a row of numbers for every image."""
 
-    def select(self, images: ImageSet, model: FloatModel, rng: Rng, *, progress: Progress = QUIET) -> ImageSet:
-        """Return a subset of `images`, with the scores kept as columns."""
+    @property
+    def name(self) -> str:
+        """What the rows are; probes of equal names give equal rows, so that one of them serves all their filters."""
+        ...
+
+    def watch(self, count: int) -> AbstractContextManager[object]:
+        """Watch the forward pass of `count` images that runs inside; nothing of it stays in the network."""
+        ...
+
+    def rows(self, logits: Tensor) -> Tensor:
+        """Return float32 `[B, K]` for the pass that was watched last, which gave `logits` `[B, classes]`.
+
+        Raises `UnsupportedModelError` if the network did not show what the probe looks for.
+        """
+        ...
+
+
+class Selector(Protocol):
+    """Gives every image a score, and keeps the images that resemble what the network was trained on.
+
+    Its fields `keep` and `per_class` say how many. Several of them in sequence share one forward pass over the pool.
+    """
+
+    keeps_highest: ClassVar[bool]
+    """Whether a high score is a good one."""
+
+    @property
+    def keep(self) -> int | float:
+        """How many images stay: a count, or a share above 0 and up to 1."""
+        ...
+
+    @property
+    def per_class(self) -> bool:
+        """Whether `keep` is meant for each class."""
+        ...
+
+    def supports(self, model: FloatModel) -> bool:
+        """Return whether the network has what the scores are made from; may run it on a few images of noise."""
+        ...
+
+    def probe(self, model: FloatModel) -> Probe:
+        """Return what watches the forward pass. Raises `UnsupportedModelError` if the network is seen to be unfit."""
+        ...
+
+    def scores(self, probe: Any, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
+        """Return the scores, float64 `[n]`, of the images whose rows are `table[chosen]`.
+
+        Args:
+            probe: what `probe` returned, after the pass.
+            table: `[M, K]`, on the CPU, perhaps larger than memory: read `chosen` rows in pieces.
+            chosen: int64 `[n]`, what earlier filters left of the pool.
+            rng: for scores that depend on a random partition.
+        """
+        ...
+
+    def select(
+        self, images: ImageSet, model: FloatModel, rng: Rng, *, batch_size: int = 64, progress: Progress = QUIET
+    ) -> ImageSet:
+        """Return a subset of `images` in their order, with the scores kept as a column."""
         ...
 
 

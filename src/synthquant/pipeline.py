@@ -1,4 +1,4 @@
-"""The whole flow: open the network, get images, quantize, measure, write everything down.
+"""The whole flow: open the network, get images, choose from them, quantize, measure, write everything down.
 
 A run is a folder. Each finished stage is marked in its `run.json`, and the same call on the same folder goes on after
 the last finished part, unit or stage.
@@ -31,13 +31,15 @@ from synthquant.export.onnx import open_onnx
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
-from synthquant.recipe import EvaluateSection, Recipe, SourceSection, SynthesizeSection
+from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 from synthquant.report.figures import require_matplotlib
 from synthquant.report.html import write_report
+from synthquant.select.sequence import require_supported
+from synthquant.select.write import selection_counts, write_selection
 from synthquant.synthesize.batches import open_writer
 
 STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
-"""The stages of a run in order, as `run.json` names them."""
+"""The stages of every run in order, as `run.json` names them; `select` comes after `images` where a recipe has it."""
 
 # Settings that say where a run is computed, not what it computes.
 _PLACE = ("device", "memory.device_gib", "memory.host_gib")
@@ -54,7 +56,7 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
     """
     device = resolve_device(recipe.device)
     folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
-    if folder.is_done(*STAGES):
+    if folder.is_done(*STAGES, *(["select"] if recipe.select else [])):
         progress.say(f"{out}: this run is finished; its results are read from there")
         return folder.record
     require_matplotlib()
@@ -63,10 +65,13 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
     if recipe.evaluate is not None:
         real = open_images(recipe.evaluate.data)
         _require_known_classes(real, recipe.evaluate.data, model)
+    if recipe.select is not None:
+        require_supported(recipe.select.build(), model)
     with nothing_half_written(folder.path, keep=("images/part-*", "images/token*")):
         write_text(folder.path / "recipe.yaml", recipe.to_yaml())
         _note_model(folder, model)
         images = _get_images(folder, recipe.images, model, recipe.seed, progress)
+        images = _select(folder, recipe, model, images, real, progress)
         quant_model = _quantize(folder, recipe, model, images, progress)
         _evaluate(folder, recipe.evaluate, model, quant_model, images if real is None else real, progress)
         if not folder.is_done("report"):
@@ -99,6 +104,38 @@ def synthesize(
     with nothing_half_written(folder, keep=("part-*", "token*")):
         writer = open_writer(folder, section.method, method, section.count, seed, model)
         return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
+
+
+def select(
+    images: ImageSet,
+    model: FloatModel,
+    section: SelectSection,
+    seed: int,
+    folder: Path,
+    progress: Progress = QUIET,
+    *,
+    real: ImageSet | None = None,
+) -> ImageSet:
+    """Choose from `images` as `section` says and leave the choice in `folder`; called again, read it from there.
+
+    `real` images change nothing; they stand beside pool and choice in the report.
+
+    Raises:
+        UnsupportedModelError: a filter does not work for this network.
+        DataError: there are fewer images than are to stay, none can be used, or labels are missing.
+        OutputError: `folder` cannot be written or holds something else. In all cases nothing is left behind.
+    """
+    return write_selection(
+        folder,
+        images,
+        model,
+        section.build(),
+        Rng(seed).child("select"),
+        real=real,
+        batch_size=section.batch_size,
+        table_gib=section.table_gib,
+        progress=progress,
+    )
 
 
 def evaluate(
@@ -217,6 +254,20 @@ def _draw(images: ImageSet, section: SourceSection, seed: int) -> ImageSet:
         )
     order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
     return images.subset(order[: section.count])
+
+
+def _select(
+    folder: RunFolder, recipe: Recipe, model: FloatModel, images: ImageSet, real: ImageSet | None, progress: Progress
+) -> ImageSet:
+    if recipe.select is None:
+        return images
+    if folder.is_done("select"):
+        return ImageSet.open(folder.selected)
+    with folder.stage("select") as metrics:
+        kept = select(images, model, recipe.select, recipe.seed, folder.selected, progress, real=real)
+        metrics |= {"pool": len(images), "rejected": len(images) - len(kept)}
+        metrics |= {"count": len(kept), "fingerprint": kept.fingerprint, "filters": selection_counts(folder.selected)}
+    return kept
 
 
 def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: ImageSet, progress: Progress) -> QuantModel:

@@ -3,11 +3,13 @@
     version: 1
     model: {source: timm/resnet18.a1_in1k}
     images: {method: genie_d, count: 1024, iterations: 4000}
+    select: [energy:0.7, bn_sensitivity:0.7]
     quantize: {method: genie_m, scheme: W4A4, iterations: 20000}
     evaluate: {data: path/to/labelled/images}
     seed: 0
 
 The fields of the chosen method stand in its section beside `method`. `images: {source: PATH}` uses images that exist.
+`select` may be left out; each of its filters is `METHOD:KEEP` or a mapping `{method: METHOD, keep: KEEP, ...}`.
 Paths are relative to the working directory.
 """
 
@@ -22,11 +24,12 @@ from pydantic import Field
 
 # The methods register themselves when their packages are imported.
 import synthquant.quantize
+import synthquant.select
 import synthquant.synthesize  # noqa: F401
 from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
 from synthquant.core.registry import Registry
 from synthquant.core.settings import Settings, parse_settings
-from synthquant.methods import QUANTIZERS, SYNTHESIZERS, MemoryBudget, QuantStep, Synthesizer
+from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS, MemoryBudget, QuantStep, Selector, Synthesizer
 from synthquant.models.float_model import ModelSource
 from synthquant.nn.scheme import QuantScheme
 
@@ -61,6 +64,51 @@ class SourceSection(Settings):
     """An image set folder, a folder of class folders, a Parquet file or folder, or a `datasets` name."""
     count: int | None = Field(default=None, ge=1)
     """How many of them to use, drawn at random; none: all."""
+
+
+class FilterSection(Settings):
+    """One filter of images."""
+
+    method: str
+    """Registered name of a selection method."""
+    settings: dict[str, Any]
+    """All fields of the method; written beside `method` in a recipe."""
+
+    @classmethod
+    def parse(cls, values: object, where: str, name: str = "select") -> FilterSection:
+        """Return the filter that `METHOD:KEEP`, or `method` and its fields make; raises as `Recipe.parse`."""
+        place = f"{where}: {name}"
+        known = expand_filter(values, place) if isinstance(values, str) else _mapping(values, place)
+        own, settings = _split(known, cls, SELECTORS, name, where)
+        return parse_settings(cls, {**own, "settings": settings}, f"{where}: {name}")
+
+    def build(self) -> Selector:
+        """Return the filter with its settings."""
+        return build_method(SELECTORS, self.method, self.settings, "select")
+
+
+class SelectSection(Settings):
+    """Which of the images are used; a plain list is its `by`."""
+
+    by: tuple[FilterSection, ...] = Field(min_length=1)
+    """Filters, each of which chooses from what those before it kept; all share one forward pass."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images per forward pass; does not change the result beyond rounding."""
+    table_gib: float = Field(default=4.0, ge=0)
+    """GiB of main memory for the sums that filters need of each image; larger ones go to a temporary file."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> SelectSection:
+        """Return the section that `by` and its own fields make; raises as `Recipe.parse`."""
+        filters = values.get("by")
+        if not isinstance(filters, list | tuple):
+            raise RecipeError(f"{where}: select.by must be a list of filters such as energy:0.7, not {filters!r}")
+        read = [FilterSection.parse(one, where, f"select.by.{index}") for index, one in enumerate(filters)]
+        return parse_settings(cls, {**values, "by": read}, f"{where}: select")
+
+    def build(self) -> list[Selector]:
+        """Return the filters with their settings."""
+        return [section.build() for section in self.by]
 
 
 class QuantizeSection(Settings):
@@ -109,6 +157,8 @@ class Recipe(Settings):
     """The trained network; a plain string is its `source`."""
     images: SynthesizeSection | SourceSection
     """Where the images to quantize with come from."""
+    select: SelectSection | None = None
+    """Which of these images are used; a plain list is its `by`; none: all."""
     quantize: QuantizeSection
     """How the network is quantized."""
     evaluate: EvaluateSection | None = None
@@ -130,7 +180,10 @@ class Recipe(Settings):
             SchemeError: a scheme that makes no sense.
         """
         known = _expand(values)
-        for section, read in (("images", _read_images), ("quantize", QuantizeSection.parse)):
+        if known.get("select") is None:
+            known.pop("select", None)
+        sections = (("images", _read_images), ("select", SelectSection.parse), ("quantize", QuantizeSection.parse))
+        for section, read in sections:
             if section in known:
                 known[section] = read(_mapping(known[section], f"{where}: {section}"), where)
         return parse_settings(cls, known, where)
@@ -155,6 +208,8 @@ class Recipe(Settings):
         values = self.model_dump(mode="json")
         for section in ("images", "quantize"):
             values[section] |= values[section].pop("settings", {})
+        if self.select is not None:
+            values["select"]["by"] = [{"method": one.method, **one.settings} for one in self.select.by]
         return values
 
     def to_yaml(self) -> str:
@@ -189,24 +244,33 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str], prefix:
     Raises:
         RecipeError: a text without `=`, a value that is not YAML, or a path through something that is not a mapping.
     """
-    changed = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    changed = dict(values)
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():
             raise RecipeError(f"--set {text!r}: write it as FIELD=VALUE, for example --set {prefix}iterations=500")
-        *parents, last = f"{prefix}{path.strip()}".split(".")
-        target: dict[str, Any] = changed
-        for index, parent in enumerate(parents):
-            inner = target.get(parent)
-            if inner is not None and not isinstance(inner, Mapping):
-                raise RecipeError(f"--set {text!r}: {'.'.join(parents[: index + 1])} is {inner!r}, it has no fields")
-            target[parent] = dict(inner or {})
-            target = target[parent]
         try:
-            target[last] = yaml.safe_load(value)
+            read = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value") from error
+        changed = _with(changed, f"{prefix}{path.strip()}".split("."), read, f"--set {text!r}", "")
     return changed
+
+
+def _with(values: Any, path: Sequence[str], value: Any, where: str, name: str) -> Any:
+    """Return a copy of nested mappings and lists with `value` at `path`; `name` is how we came to `values`."""
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    inner_name = f"{name}.{key}".lstrip(".")
+    if isinstance(values, list):
+        if not key.isdecimal() or int(key) >= len(values):
+            raise RecipeError(f"{where}: {name} is a list with entries 0 to {len(values) - 1}, not {key!r}")
+        position = int(key)
+        return [*values[:position], _with(values[position], rest, value, where, inner_name), *values[position + 1 :]]
+    if values is not None and not isinstance(values, Mapping):
+        raise RecipeError(f"{where}: {name} is {values!r}, it has no fields")
+    return {**(values or {}), key: _with((values or {}).get(key), rest, value, where, inner_name)}
 
 
 def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +279,24 @@ def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, field in (("model", "source"), ("evaluate", "data")):
         if isinstance(expanded.get(section), str):
             expanded[section] = {field: expanded[section]}
+    if isinstance(expanded.get("select"), list | tuple | str):
+        filters = [expanded["select"]] if isinstance(expanded["select"], str) else expanded["select"]
+        filters = [expand_filter(one, "select") if isinstance(one, str) else one for one in filters]
+        expanded["select"] = {"by": filters}
     return expanded
+
+
+def expand_filter(text: str, where: str) -> dict[str, Any]:
+    """Return the filter that a text like `energy:0.7` means, as a mapping; raises `RecipeError` if it means none."""
+    method, colon, keep = text.partition(":")
+    if not colon:
+        return {"method": method}
+    try:
+        return {"method": method, "keep": int(keep) if keep.strip().isdecimal() else float(keep)}
+    except ValueError:
+        raise RecipeError(
+            f"{where} {text!r}: write METHOD:KEEP with a share or a count, for example energy:0.7 or energy:500"
+        ) from None
 
 
 def _read_images(values: Mapping[str, Any], where: str) -> SynthesizeSection | SourceSection:

@@ -9,7 +9,7 @@ import torch
 import typer
 from typer.exceptions import TyperException
 
-from synthquant.cli import export, run, show, stages
+from synthquant.cli import export, run, select, show, stages, tune_prompt
 from synthquant.core.errors import SynthquantError
 
 app = typer.Typer(
@@ -21,11 +21,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(run.demo, run.run, stages.synthesize, stages.quantize, stages.evaluate),
+    *(run.demo, run.run, stages.synthesize, select.select, stages.quantize, stages.evaluate),
     *(export.export, export.benchmark, show.report, show.show),
 ):
     app.command()(command)
 app.command("list")(show.list_methods)
+app.command("tune-prompt")(tune_prompt.tune_prompt)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

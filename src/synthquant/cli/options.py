@@ -11,36 +11,38 @@ from synthquant.core.errors import RecipeError
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.methods import QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource
-from synthquant.recipe import EvaluateSection, Recipe, SourceSection, SynthesizeSection
+from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 
 
-def _help(settings: type[Settings], field: str) -> str:
+def setting_help(settings: type[Settings], field: str) -> str:
+    """Return the docstring of a setting as the help of an option."""
     return " ".join((settings.model_fields[field].description or "").split()).replace("`", "")
 
 
 # Defaults have one source, the settings; here they only get names.
 COUNT: int = SynthesizeSection.model_fields["count"].default
+SELECT_BATCH_SIZE: int = SelectSection.model_fields["batch_size"].default
 DEVICE: str = Recipe.model_fields["device"].default
 SEED: int = Recipe.model_fields["seed"].default
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_help(ModelSource, "source"), show_default=False)]
-Weights = Annotated[str | None, typer.Option(metavar="FILE", help=_help(ModelSource, "weights"))]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=setting_help(ModelSource, "source"), show_default=False)]
+Weights = Annotated[str | None, typer.Option(metavar="FILE", help=setting_help(ModelSource, "weights"))]
 InputSize = Annotated[
-    str | None, typer.Option(metavar="H,W", help=f"{_help(ModelSource, 'input_size')} One number for a square.")
+    str | None, typer.Option(metavar="H,W", help=f"{setting_help(ModelSource, 'input_size')} One number for a square.")
 ]
-Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help=_help(ModelSource, "mean"))]
-Std = Annotated[str | None, typer.Option(metavar="R,G,B", help=_help(ModelSource, "std"))]
-NumClasses = Annotated[int | None, typer.Option(help=_help(ModelSource, "num_classes"))]
+Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help=setting_help(ModelSource, "mean"))]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help=setting_help(ModelSource, "std"))]
+NumClasses = Annotated[int | None, typer.Option(help=setting_help(ModelSource, "num_classes"))]
 
-Images = Annotated[str, typer.Option(metavar="IMAGES", help=_help(SourceSection, "source"), show_default=False)]
-Data = Annotated[str, typer.Option(metavar="DATA", help=_help(EvaluateSection, "data"), show_default=False)]
-OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=_help(EvaluateSection, "data"))]
+Images = Annotated[str, typer.Option(metavar="IMAGES", help=setting_help(SourceSection, "source"), show_default=False)]
+Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
+OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
 QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
 
-Count = Annotated[int, typer.Option(min=1, help=_help(SynthesizeSection, "count"))]
-Device = Annotated[str, typer.Option(help=_help(Recipe, "device"))]
-Seed = Annotated[int, typer.Option(min=0, help=_help(Recipe, "seed"))]
+Count = Annotated[int, typer.Option(min=1, help=setting_help(SynthesizeSection, "count"))]
+Device = Annotated[str, typer.Option(help=setting_help(Recipe, "device"))]
+Seed = Annotated[int, typer.Option(min=0, help=setting_help(Recipe, "seed"))]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")
 ]

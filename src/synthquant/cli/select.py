@@ -1,0 +1,96 @@
+"""`select`: keep what resembles the training data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from synthquant import pipeline
+from synthquant.cli import options
+from synthquant.cli.output import print_json
+from synthquant.core.errors import RecipeError
+from synthquant.core.progress import ConsoleProgress
+from synthquant.data.sources import open_images
+from synthquant.methods import SELECTORS
+from synthquant.models.float_model import ModelSource
+from synthquant.models.open import open_model
+from synthquant.recipe import SelectSection, SourceSection, apply_overrides, expand_filter
+from synthquant.select.write import selection_counts
+
+Pool = Annotated[
+    str, typer.Argument(metavar="IMAGES", help=options.setting_help(SourceSection, "source"), show_default=False)
+]
+By = Annotated[
+    list[str],
+    typer.Option(
+        metavar="METHOD:KEEP",
+        help=f"One of {', '.join(SELECTORS.names())}, with a share (energy:0.7) or a count (energy:500) to keep; "
+        "may be given several times, each chooses from what those before it kept.",
+        show_default=False,
+    ),
+]
+Network = Annotated[
+    str,
+    typer.Option("--model", metavar="MODEL", help=options.setting_help(ModelSource, "source"), show_default=False),
+]
+Real = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Real images that the report puts beside the pool; they do not change the choice."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help=options.setting_help(SelectSection, "batch_size"))]
+
+
+def select(
+    images: Pool,
+    model: Network,
+    by: By,
+    out: options.ImagesOut,
+    per_class: Annotated[bool, typer.Option("--per-class", help="KEEP is meant for each class by itself.")] = False,
+    data: Real = None,
+    batch_size: BatchSize = options.SELECT_BATCH_SIZE,
+    weights: options.Weights = None,
+    input_size: options.InputSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    num_classes: options.NumClasses = None,
+    device: options.Device = options.DEVICE,
+    seed: options.Seed = options.SEED,
+    settings: options.Set = None,
+    json: options.Json = False,
+) -> None:
+    """Keep the images that resemble what a network was trained on; the same command again reads what is there.
+
+    --set takes any field of a filter, for example --set energy.temperature=2; `synthquant show METHOD` lists them.
+    """
+    values = {"by": _filters(by, per_class, settings or []), "batch_size": batch_size}
+    section = SelectSection.parse(values, "command line")
+    pool = open_images(images)
+    real = None if data is None else open_images(data)
+    source = options.model_source(model, weights, input_size, mean, std, num_classes)
+    float_model = open_model(source, device=pipeline.resolve_device(device))
+    kept = pipeline.select(pool, float_model, section, seed, out, ConsoleProgress(), real=real)
+    steps = selection_counts(out)
+    if json:
+        counts = {"count": len(kept), "pool": len(pool), "rejected": len(pool) - len(kept)}
+        print_json({"out": str(out), **counts, "fingerprint": kept.fingerprint, "filters": steps})
+        return
+    for step in steps:
+        print(f"{step['method']:<18}{step['kept']:>8} of {step['entered']}")
+    print(f"{len(kept)} of {len(pool)} images in {out}")
+
+
+def _filters(by: list[str], per_class: bool, settings: list[str]) -> list[dict[str, Any]]:
+    """The filters as a recipe writes them; a setting goes to the filter it names, or to all if it names none."""
+    filters = [{**expand_filter(text, "--by"), **({"per_class": True} if per_class else {})} for text in by]
+    for text in settings:
+        path = text.partition("=")[0].strip()
+        method, dot, _ = path.partition(".")
+        places = [place for place, values in enumerate(filters) if not dot or values["method"] == method]
+        if not places:
+            raise RecipeError(f"--set {text!r}: no --by names {method!r}; write --set METHOD.FIELD=VALUE")
+        for place in places:
+            filters[place] = apply_overrides(filters[place], [text[len(method) + 1 :] if dot else text])
+    return filters

@@ -1,0 +1,191 @@
+"""Filters one after another over the rows of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from synthquant.core.errors import DataError, InputError
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import SELECTORS, Probe, Selector
+from synthquant.models.float_model import FloatModel
+from synthquant.select.keep import keep_best
+from synthquant.select.scan import TABLE_GIB, Scan, scan
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one filter did."""
+
+    method: str
+    """Registered name of the filter."""
+    column: str
+    """Name of the column that holds its scores."""
+    filter: Selector
+    """The filter with its settings."""
+    entered: Tensor
+    """int64 `[n]`, places in the pool of the images it scored."""
+    scores: Tensor
+    """float64 `[n]`."""
+    stayed: Tensor
+    """bool `[n]`, which of them it kept."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Images chosen from a pool, with all that is known of the choice."""
+
+    pool: ImageSet
+    """The whole pool, with a column of scores for each filter; none where an image was not scored."""
+    positions: Tensor
+    """int64 `[k]`, places in the pool of the images that stay, ascending."""
+    steps: tuple[Step, ...]
+    """What each filter did, in order."""
+    scan: Scan
+    """The rows of the one forward pass."""
+    probes: Mapping[str, Probe]
+    """What made the rows, by name."""
+
+    @property
+    def kept(self) -> ImageSet:
+        """The images that stay, in the order of the pool, with their scores."""
+        return self.pool.subset(self.positions)
+
+    def worst(self, count: int) -> Tensor:
+        """Return places in the pool, int64, of up to `count` images that were taken out: the worst of each filter."""
+        share = -(-count // len(self.steps))
+        gone = []
+        for step in self.steps:
+            order = torch.argsort(step.scores, descending=not step.filter.keeps_highest, stable=True)
+            gone.append(step.entered[order[~step.stayed[order]][:share]])
+        return torch.cat(gone)[:count]
+
+    @property
+    def unusable(self) -> int:
+        """Images that could not be read, or gave numbers that are not finite."""
+        return len(self.pool) - int(self.scan.finite.sum())
+
+
+def run_filters(
+    filters: Sequence[Selector],
+    images: ImageSet,
+    model: FloatModel,
+    rng: Rng,
+    *,
+    also: Sequence[Probe] = (),
+    batch_size: int = 64,
+    table_gib: float = TABLE_GIB,
+    progress: Progress = QUIET,
+) -> Selection:
+    """Let each filter choose from what those before it kept; the network sees every image once.
+
+    Args:
+        filters: at least one.
+        images: the pool, of any size and made for any network; images are brought to this one's input size.
+        model: the network that scores.
+        rng: filter `i` draws from its child `i` only.
+        also: further probes for the pass.
+        batch_size: images in a forward pass; scores do not depend on it beyond rounding.
+        table_gib: larger tables than this are kept in a temporary file.
+        progress: told how far the pass is, and what had to be left out.
+
+    Raises:
+        UnsupportedModelError: the network lacks what a filter scores by; before the first image is read.
+        DataError: no image can be used, a filter is to keep more than there are, or labels are missing.
+        OutputError: a temporary file cannot be made.
+    """
+    if not filters:
+        raise InputError("no filter to select with; name at least one")
+    labels = _labels(filters, images)
+    # Filters that ask for the same probe share one; its rows are made once.
+    probes: dict[str, Probe] = {}
+    names = []
+    for filter_ in filters:
+        probe = filter_.probe(model)
+        names.append(probe.name)
+        probes.setdefault(probe.name, probe)
+    for probe in also:
+        probes.setdefault(probe.name, probe)
+    seen = scan(images, model, list(probes.values()), batch_size=batch_size, table_gib=table_gib, progress=progress)
+    rows = _usable(seen, images, progress)
+    steps: list[Step] = []
+    for index, (filter_, name) in enumerate(zip(filters, names, strict=True)):
+        method = registered_name(filter_)
+        scores = filter_.scores(probes[name], seen.tables[name], rows, rng.child(str(index)))
+        places = seen.positions[rows]
+        try:
+            groups = None if labels is None or not filter_.per_class else labels[places]
+            stayed = keep_best(scores, filter_.keep, highest=filter_.keeps_highest, labels=groups)
+        except DataError as error:
+            raise DataError(f"{method}: {error}") from error
+        column = _column(method, [step.method for step in steps], model)
+        steps.append(Step(method, column, filter_, places, scores, stayed))
+        rows = rows[stayed]
+    pool = images.with_columns(**{step.column: _spread(step, len(images)) for step in steps})
+    return Selection(pool, seen.positions[rows], tuple(steps), seen, probes)
+
+
+def require_supported(filters: Sequence[Selector], model: FloatModel) -> None:
+    """Raise `UnsupportedModelError` for the first filter that lacks in the network what it scores by."""
+    for filter_ in filters:
+        filter_.probe(model)
+
+
+def registered_name(filter_: Selector) -> str:
+    """Return the name a filter is registered under; raises `InputError` if it is not."""
+    for name, cls in SELECTORS.items():
+        if cls is type(filter_):
+            return name
+    raise InputError(f"{type(filter_).__name__} is not registered; put @SELECTORS.register(NAME) above it")
+
+
+def _labels(filters: Sequence[Selector], images: ImageSet) -> Tensor | None:
+    """The labels, if they are needed."""
+    asking = next((filter_ for filter_ in filters if filter_.per_class), None)
+    if asking is None:
+        return None
+    without = len(images) if images.labels is None else int((images.labels < 0).sum())
+    if without:
+        raise DataError(
+            f"{without} of {len(images)} images have no label, which {registered_name(asking)} needs to keep images of"
+            " each class; leave per_class out or give labelled images"
+        )
+    return images.labels
+
+
+def _usable(seen: Scan, images: ImageSet, progress: Progress) -> Tensor:
+    """Rows of the images whose numbers are all finite, int64; others would spoil every sum they are part of."""
+    rows = seen.finite.nonzero().flatten()
+    if len(seen.positions) < len(images):
+        told = images.set_aside[-1]
+        missing = len(images) - len(seen.positions)
+        progress.warn(f"{missing} of {len(images)} images cannot be read, for example {told.name}: {told.reason}")
+    if len(rows) < len(seen.finite):
+        where = ", ".join(str(place) for place in seen.positions[~seen.finite][:5].tolist())
+        progress.warn(
+            f"{len(seen.finite) - len(rows)} images give numbers that are not finite and are left out: {where}"
+        )
+    if not len(rows):
+        raise DataError(
+            f"none of the {len(images)} images gives finite numbers in the network; check its preprocessing"
+        )
+    return rows
+
+
+def _column(method: str, before: Sequence[str], model: FloatModel) -> str:
+    """A column's name says which network gave the scores, so that several can score one pool."""
+    again = before.count(method)
+    numbered = f"{method}.{again + 1}" if again else method
+    return f"{numbered}@{model.name}-{model.fingerprint[:8]}"
+
+
+def _spread(step: Step, count: int) -> list[float | None]:
+    """A step's scores as a column of the pool."""
+    column = torch.full((count,), torch.nan, dtype=torch.float64)
+    column[step.entered] = step.scores
+    return [None if score != score else score for score in column.tolist()]

@@ -1,0 +1,146 @@
+"""A selection as a folder: the images that stay, what was done, and a few of those that went.
+
+IMAGES/  part-*.parquet + manifest.json (the image set)   selection.json   rejected/ (a small image set)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from synthquant.core.errors import OutputError
+from synthquant.core.files import atomic_folder, read_json, require_writable, write_json
+from synthquant.core.progress import QUIET, Bar, Progress
+from synthquant.core.rng import Rng
+from synthquant.core.settings import Settings
+from synthquant.data.image_set import ImageSet
+from synthquant.methods import Selector
+from synthquant.models.batch_norm import batch_norm_targets
+from synthquant.models.float_model import FloatModel
+from synthquant.select.batch_norm import BatchNormProbe
+from synthquant.select.scan import TABLE_GIB, scan
+from synthquant.select.sequence import registered_name, run_filters
+from synthquant.select.summary import summarize
+
+SELECTION_NAME = "selection.json"
+REJECTED_NAME = "rejected"
+
+_REJECTED_SHOWN = 30
+_REAL_COMPARED = 1024
+
+
+def write_selection(
+    folder: Path,
+    images: ImageSet,
+    model: FloatModel,
+    filters: Sequence[Selector],
+    rng: Rng,
+    *,
+    real: ImageSet | None = None,
+    batch_size: int = 64,
+    table_gib: float = TABLE_GIB,
+    progress: Progress = QUIET,
+) -> ImageSet:
+    """Choose from `images` with `filters`, leave the result in `folder`, and return the image set there.
+
+    Everything appears at once when it is done; the same call again reads it. `real` images change nothing but stand
+    beside pool and selection in `selection.json` (pixel and batch-norm statistics, over up to 1,024 of them).
+
+    Raises:
+        OutputError: `folder` cannot be written, or holds something else.
+        UnsupportedModelError, DataError: as `run_filters`; then nothing is left behind.
+    """
+    identity = _identity(images, model, filters, rng, real)
+    if _is_finished(folder, identity):
+        progress.say(f"{folder}: this selection is finished; it is read from there")
+        return ImageSet.open(folder)
+    compare_norms = real is not None and bool(batch_norm_targets(model.module))
+    selection = run_filters(
+        filters,
+        images,
+        model,
+        rng,
+        also=[BatchNormProbe(model.module)] if compare_norms else [],
+        batch_size=batch_size,
+        table_gib=table_gib,
+        progress=progress,
+    )
+    beside = None
+    if real is not None:
+        chosen = torch.randperm(len(real), generator=rng.generator("real"))[:_REAL_COMPARED].sort().values
+        probes = [probe for name, probe in selection.probes.items() if name == BatchNormProbe.name]
+        beside = scan(
+            real.subset(chosen), model, probes, batch_size=batch_size, title="look at real images", progress=progress
+        )
+    summary = summarize(selection, model, beside)
+    with atomic_folder(folder) as temporary:
+        selection.kept.save(temporary, _Renamed(progress, temporary, folder))
+        if len(worst := selection.worst(_REJECTED_SHOWN)):
+            selection.pool.subset(worst).save(temporary / REJECTED_NAME, _Silent())
+        write_json(temporary / SELECTION_NAME, {"version": 1, "identity": identity, **summary})
+    return ImageSet.open(folder)
+
+
+def selection_counts(folder: Path) -> list[dict[str, Any]]:
+    """Return for each filter of a selection its name, how many images it scored and how many it kept."""
+    steps = read_json(folder / SELECTION_NAME)["steps"]
+    return [{key: step[key] for key in ("method", "column", "entered", "kept")} for step in steps]
+
+
+def _identity(
+    images: ImageSet, model: FloatModel, filters: Sequence[Selector], rng: Rng, real: ImageSet | None
+) -> dict[str, Any]:
+    """All that the result depends on."""
+    return {
+        "images": images.fingerprint,
+        "model": model.fingerprint,
+        "preprocess": model.preprocess.model_dump(mode="json"),
+        "filters": [{"method": registered_name(one), **cast(Settings, one).model_dump(mode="json")} for one in filters],
+        "seed": rng.seed,
+        "real": None if real is None else real.fingerprint,
+    }
+
+
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds this very selection; raises `OutputError` if it holds anything else."""
+    require_writable(folder)
+    if (folder / SELECTION_NAME).is_file():
+        content = read_json(folder / SELECTION_NAME)
+        there = content.get("identity", {}) if isinstance(content, dict) else {}
+        if there == identity:
+            return True
+        different = [key for key in identity if there.get(key) != identity[key]]
+        raise OutputError(
+            f"{folder} holds another selection (its {', '.join(different)} differ); choose another --out or remove it"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"{folder} already exists and is not empty; choose another folder or remove it")
+    return False
+
+
+class _Silent(Progress):
+    """Says nothing, for a sample of images that nobody asked to check."""
+
+    def warn(self, text: str) -> None:
+        del text
+
+
+class _Renamed(Progress):
+    """Speaks of a temporary folder by the name it will have."""
+
+    def __init__(self, progress: Progress, temporary: Path, folder: Path) -> None:
+        self._progress = progress
+        self._temporary = temporary
+        self._folder = folder
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        with self._progress.bar(title.replace(self._temporary.name, self._folder.name), total) as bar:
+            yield bar
+
+    def warn(self, text: str) -> None:
+        self._progress.warn(text.replace(str(self._temporary), str(self._folder)))

@@ -1,0 +1,146 @@
+"""Filters one after another: what each sees, what it costs, and what is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.select.networks import Plain, Tokens, float_model
+from tests.small_networks import CLASSES, small_float_model, small_images
+
+from synthquant.core.errors import DataError, InputError, UnsupportedModelError
+from synthquant.core.progress import Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.models.float_model import FloatModel
+from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, run_filters
+from synthquant.select.batch_norm import BatchNormProbe, set_sensitivity
+from synthquant.select.filter import Filter
+from synthquant.select.scan import scan
+from synthquant.select.sequence import require_supported
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> FloatModel:
+    return small_float_model(tmp_path)
+
+
+class Listen(Progress):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
+
+
+def test_each_filter_chooses_from_what_the_one_before_kept_in_one_pass(model: FloatModel) -> None:
+    images = small_images(30)
+    calls: list[int] = []
+    handle = model.module.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    filters = [Energy(keep=0.5), BatchNormSensitivity(keep=6), BatchNormDistance(keep=3)]
+    selection = run_filters(filters, images, model, Rng(0), batch_size=8)
+    handle.remove()
+    assert sum(calls) == 30
+    assert [(len(step.entered), int(step.stayed.sum())) for step in selection.steps] == [(30, 15), (15, 6), (6, 3)]
+    first, second, third = selection.steps
+    assert second.entered.tolist() == first.entered[first.stayed].tolist()
+    assert third.entered.tolist() == second.entered[second.stayed].tolist()
+    assert len(selection.kept) == 3 and selection.unusable == 0
+    # The sensitivity is that of the set that energy kept, not of the whole pool.
+    probe = BatchNormProbe(model.module)
+    table = scan(images, model, [probe]).tables[probe.name]
+    within, of_all = set_sensitivity(table[second.entered], probe.norms), set_sensitivity(table, probe.norms)
+    assert torch.allclose(second.scores, within, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(second.scores, of_all[second.entered], rtol=1e-3, atol=1e-5)
+
+
+def test_scores_are_columns_that_name_the_network(model: FloatModel) -> None:
+    selection = run_filters([Energy(keep=0.5), Energy(keep=4, temperature=3.0)], small_images(12), model, Rng(0))
+    tag = f"build-{model.fingerprint[:8]}"
+    assert selection.kept.column_names == (f"energy.2@{tag}", f"energy@{tag}")
+    first, second = selection.pool.column(f"energy@{tag}"), selection.pool.column(f"energy.2@{tag}")
+    assert all(score is not None for score in first)
+    assert sum(score is None for score in second) == 6
+    assert selection.kept.column(f"energy.2@{tag}") == [second[place] for place in selection.positions.tolist()]
+
+
+def test_one_pool_is_scored_by_networks_of_other_sizes_and_kinds(model: FloatModel, tmp_path: Path) -> None:
+    pool = small_images(10)
+    for_a = run_filters([Energy(keep=8)], pool, model, Rng(0)).kept
+    other = float_model(Tokens("fused"), "tokens")
+    for_b = run_filters([PatchSimilarity(keep=5)], for_a, other, Rng(0)).kept
+    larger = float_model(Plain(), "plain", size=24)
+    for_c = run_filters([Energy(keep=2)], for_b, larger, Rng(0)).kept
+    assert [name.partition("@")[2].rpartition("-")[0] for name in for_c.column_names] == ["build", "plain", "tokens"]
+    saved = for_c.save(tmp_path / "set")
+    for name in for_c.column_names:
+        assert saved.column(name) == for_c.column(name)
+    assert torch.equal(saved[0].image, for_c[0].image)
+
+
+def test_filters_of_high_scores_keep_the_highest() -> None:
+    model = float_model(Tokens("fused"), "tokens")
+    step = run_filters([PatchSimilarity(keep=3)], small_images(9), model, Rng(0)).steps[0]
+    assert step.scores[step.stayed].min() >= step.scores[~step.stayed].max()
+
+
+def test_per_class_keeps_as_many_of_each(model: FloatModel) -> None:
+    images = small_images(4 * CLASSES)
+    kept = run_filters([Energy(keep=2, per_class=True)], images, model, Rng(0)).kept
+    assert kept.labels is not None
+    assert torch.bincount(kept.labels).tolist() == [2] * CLASSES
+    everywhere = run_filters([Energy(keep=2 * CLASSES)], images, model, Rng(0)).kept
+    assert everywhere.labels is not None and torch.bincount(everywhere.labels).tolist() != [2] * CLASSES
+
+
+def test_per_class_without_labels_is_said_before_the_pass(model: FloatModel) -> None:
+    images = ImageSet.from_tensors(torch.rand(5, 3, 16, 16))
+    with pytest.raises(DataError, match="5 of 5 images have no label, which energy needs to keep images of each class"):
+        run_filters([Energy(per_class=True)], images, model, Rng(0))
+    some = ImageSet.from_tensors(torch.rand(5, 3, 16, 16), labels=torch.tensor([0, 1, -1, 1, 0]))
+    with pytest.raises(DataError, match="1 of 5 images have no label"):
+        run_filters([Energy(per_class=True)], some, model, Rng(0))
+
+
+def test_a_filter_that_is_to_keep_too_many_is_named(model: FloatModel) -> None:
+    with pytest.raises(DataError, match="bn_sensitivity: 5 images are to stay but there are 4"):
+        run_filters([Energy(keep=4), BatchNormSensitivity(keep=5)], small_images(9), model, Rng(0))
+
+
+def test_images_that_are_not_finite_are_left_out_and_told(model: FloatModel) -> None:
+    pixels = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels[2, 0, 0, 0] = torch.nan
+    listen = Listen()
+    images = ImageSet.from_tensors(pixels, dtype="float16")
+    selection = run_filters([BatchNormSensitivity(keep=1.0)], images, model, Rng(0), progress=listen)
+    assert selection.positions.tolist() == [0, 1, 3, 4, 5] and selection.unusable == 1
+    assert listen.told == ["1 images give numbers that are not finite and are left out: 2"]
+    with pytest.raises(DataError, match="none of the 1 images gives finite numbers"):
+        run_filters([Energy()], images.subset([2]), model, Rng(0))
+
+
+def test_the_worst_are_taken_from_every_filter(model: FloatModel) -> None:
+    selection = run_filters([Energy(keep=10), BatchNormDistance(keep=5)], small_images(20), model, Rng(0))
+    worst = selection.worst(6).tolist()
+    assert len(set(worst)) == 6 and not set(worst) & set(selection.positions.tolist())
+    first, second = selection.steps
+    assert worst[0] == first.entered[first.scores.argmax()] and worst[3] == second.entered[second.scores.argmax()]
+
+
+def test_networks_that_lack_what_a_filter_needs_are_told_what_works() -> None:
+    tokens = float_model(Tokens("manual"), "tokens")
+    for filter_ in (BatchNormDistance(), BatchNormSensitivity()):
+        with pytest.raises(UnsupportedModelError, match=r"tokens has no batch norm .*: energy, patch_similarity$"):
+            require_supported([Energy(), filter_], tokens)
+
+
+def test_filters_must_be_there_and_be_registered(model: FloatModel) -> None:
+    class Mine(Energy):
+        """Not registered."""
+
+    with pytest.raises(InputError, match="no filter to select with"):
+        run_filters([], small_images(3), model, Rng(0))
+    with pytest.raises(InputError, match="Mine is not registered"):
+        run_filters([Mine()], small_images(3), model, Rng(0))
+    assert issubclass(Mine, Filter)
