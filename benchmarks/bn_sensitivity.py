@@ -30,6 +30,7 @@ from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.select.batch_norm import BatchNormProbe, set_sensitivity
+from synthquant.synthesize.losses import moments as batch_moments
 
 
 def wall(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
@@ -52,8 +53,7 @@ def moments(model: FloatModel, found: dict[str, list[tuple[Tensor, Tensor, int]]
         def hook(_: torch.nn.Module, args: tuple[Tensor]) -> None:
             inputs = args[0]
             count = inputs.numel() // inputs.shape[1]
-            variance, mean = torch.var_mean(inputs, [0, *range(2, inputs.ndim)], correction=0)
-            mean, variance = mean.double(), variance.double()
+            mean, variance = (moment.double() for moment in batch_moments(inputs, per_image=False))
             found.setdefault(name, []).append((mean * count, (variance + mean.square()) * count, count))
 
         return hook

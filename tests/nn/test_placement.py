@@ -112,14 +112,15 @@ def test_gates_and_activations_that_are_not_fused() -> None:
     assert list(model.quantizers) == [
         "stem.input_quantizer",
         "stem.output_quantizer",  # Conv -> Q/DQ -> SiLU
-        "silu_0",
+        "sigmoid_0",  # SiLU is a product with a sigmoid
+        "mul_0",
         "mean_0",
         "squeeze.output_quantizer",
-        "sigmoid_0",
-        "mul_0",  # pooled, flattened and read by the classifier on the same grid
+        "sigmoid_1",
+        "mul_1",  # pooled, flattened and read by the classifier on the same grid
         "fc.output_quantizer",
     ]
-    assert input_quantizer_name(model, "fc") == "mul_0"
+    assert input_quantizer_name(model, "fc") == "mul_1"
 
 
 class TokenBlock(nn.Module):

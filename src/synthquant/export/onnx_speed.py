@@ -18,6 +18,8 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 
 _WARM_UP = 3
+# Seconds of a turn.
+_TURN = 0.25
 
 
 def benchmark_onnx(
@@ -84,17 +86,25 @@ def export_float(model: FloatModel, path: Path) -> Path:
 
 
 def in_turns(networks: dict[str, Network], inputs: torch.Tensor, seconds: float) -> dict[str, list[float]]:
-    """Return the times of single calls [s] of each network, called one after the other for `seconds` each."""
-    for network in networks.values():
-        for _ in range(_WARM_UP):
-            network(inputs)
+    """Return the times of single calls [s] of each network, in turns of a fraction of a second, `seconds` each in all.
+
+    A turn begins with calls that are not counted: the threads of the network before it still wait for work, busily,
+    and the caches hold its weights.
+    """
     times: dict[str, list[float]] = {name: [] for name in networks}
     end = time.perf_counter() + seconds * len(networks)
     while time.perf_counter() < end or not all(times.values()):
         for name, network in networks.items():
-            start = time.perf_counter()
-            network(inputs)
-            times[name].append(time.perf_counter() - start)
+            for _ in range(_WARM_UP):
+                network(inputs)
+            turn = time.perf_counter() + _TURN
+            while True:
+                start = time.perf_counter()
+                network(inputs)
+                now = time.perf_counter()
+                times[name].append(now - start)
+                if now >= turn:
+                    break
     return times
 
 

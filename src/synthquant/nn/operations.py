@@ -28,10 +28,8 @@ from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import get_module
 from synthquant.models.trace import Trace, operation_name
 from synthquant.nn.activation_quantizers import ActivationQuantizer, hand_on
-from synthquant.nn.attention import visible_attention
 from synthquant.nn.derived import derived_class
-
-_ATTENTION = "scaled_dot_product_attention"
+from synthquant.nn.visible import VISIBLE
 
 
 class QuantScope(nn.Module):
@@ -83,7 +81,7 @@ class QuantScope(nn.Module):
 def watch_operations(root: nn.Module, seen: Trace, layers: Collection[str]) -> dict[str, QuantScope]:
     """Let the modules of a network watch their own operations, in place.
 
-    There are no quantizers yet, but attention is made visible.
+    There are no quantizers yet, but attention and SiLU are made visible.
 
     Args:
         root: the network.
@@ -174,9 +172,9 @@ class _Watch(TorchFunctionMode):
         if frame is None:
             return func(*args, **(kwargs or {}))
         name = operation_name(func)
-        if name == _ATTENTION:
+        if name in VISIBLE:
             with self:  # its steps are operations of the same module
-                return visible_attention(*args, **(kwargs or {}))
+                return VISIBLE[name](*args, **(kwargs or {}))
         return frame.run(name, func, args, kwargs or {})
 
 

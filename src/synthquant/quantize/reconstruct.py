@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from synthquant.core.modules import get_module, hooked
+from synthquant.core.modules import get_module
 from synthquant.core.progress import Bar, Progress
 from synthquant.core.rng import Rng
 from synthquant.methods import MemoryBudget, UnitReport
@@ -31,6 +28,7 @@ from synthquant.nn.operations import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.cache import CacheStore, RowCache
 from synthquant.quantize.calibrate import CalibrationImages, observe
+from synthquant.quantize.fisher import fisher_weight
 from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
 from synthquant.quantize.replay import NETWORK_INPUT, Leaves, Replay
 from synthquant.quantize.unit_files import UnitFiles, finite, snapshot
@@ -316,51 +314,19 @@ class Reconstruction:
         return error_of
 
     def _fisher(self, index: int, phase: Phase, stream: _Stream) -> RowCache | None:
-        """`|gradient| + 1` of the output error with respect to the unit's (first) output (BRECQ, arXiv:2102.05426).
-
-        The gradient is that of `KL(float softmax || quantized softmax)`, batch mean, with the network quantized up to
-        and including the unit. This is the one place that runs the rest of the network for every unit.
-        """
+        """Weights of the error of the unit's (first) output, if the phase asks for them."""
         if phase.fisher is None:
             return None
         kind = self._replay.outputs[index].varying[0]
         cache = self.store.allocate(kind.rows(self.count), kind.dtype)
-        caught: list[torch.Tensor] = []
-
-        def catch(_: nn.Module, args: object, output: object) -> object:
-            leaves, spec = pytree.tree_flatten(output)
-            caught.append(leaves[0].detach().requires_grad_())
-            return pytree.tree_unflatten([caught[-1].clone(), *leaves[1:]], spec)
-
         module = get_module(self.model.module, self.units[index].name)
+        later = [self._parts(other) for other in range(index + 1, len(self.units))]
         for start, stop in self._chunks():
             images = self._images.read(start, stop)
-            with torch.no_grad(), self.model.mode(weights=False, activations=False):
-                wanted = F.softmax(self.model(images), 1)
-            with hooked([(module, catch)]), self._later_in_float(index), torch.enable_grad():
-                logits = self._replay.run_from(index, images, partial(self._stored, stream, start, stop))
-                error = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="batchmean")
-                (gradient,) = torch.autograd.grad(error, caught.pop())
-            cache.write(start, kind.to_rows(gradient.abs() + 1))
+            stored = partial(self._stored, stream, start, stop)
+            run = partial(self._replay.run_from, index, images, stored)
+            cache.write(start, kind.to_rows(fisher_weight(self.model, module, later, images, run)))
         return cache
-
-    @contextmanager
-    def _later_in_float(self, index: int) -> Iterator[None]:
-        """Leave the units after `index` in floating point for a while."""
-        later = [self._parts(other) for other in range(index + 1, len(self.units))]
-        layers = [(layer, layer.weights_enabled) for part, _ in later for layer in part]
-        quantizers = [(quantizer, quantizer.enabled) for _, part in later for quantizer in part]
-        try:
-            for layer, _ in layers:
-                layer.weights_enabled = False
-            for quantizer, _ in quantizers:
-                quantizer.enabled = False
-            yield
-        finally:
-            for layer, enabled in layers:
-                layer.weights_enabled = enabled
-            for quantizer, enabled in quantizers:
-                quantizer.enabled = enabled
 
 
 @dataclass

@@ -1,0 +1,28 @@
+"""Functions that hide several operations, as those operations, so that each of them can be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from synthquant.nn.attention import visible_attention
+
+
+def visible_silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # noqa: A002 (torch's own name)
+    """What `torch.nn.functional.silu` computes: a product with a sigmoid, for which runtimes have integer kernels.
+
+    Args:
+        input: of any shape.
+        inplace: overwrite `input`.
+    """
+    gate = torch.sigmoid(input)
+    return input.mul_(gate) if inplace else input * gate
+
+
+VISIBLE: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": visible_attention,
+    "silu": visible_silu,
+}
+"""Step by step forms by the name of the function."""
