@@ -29,11 +29,14 @@ _METHODS: dict[str, Registry[Any]] = {
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or one that `select` made.", show_default=False),
+    ],
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("report.html"),
     json: options.Json = False,
 ) -> None:
-    """Write one self-contained HTML page about one or several runs, side by side."""
+    """Write one self-contained HTML page about one or several runs side by side, or about a selection of images."""
     page = write_report(runs, out)
     print_json({"report": str(page)}) if json else print(page)
 

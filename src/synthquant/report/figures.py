@@ -7,6 +7,7 @@ the font of the page. The same data gives the same bytes: fixed hash salt, no da
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,57 @@ def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> str:
         return _svg(figure, figure_id, "Bits of weights and input activations per layer")
 
 
-def _layer_lines(names: Sequence[str], series: Mapping[str, Sequence[float | None]], figure_id: str, title: str) -> str:
+def batch_norm_gaps(names: Sequence[str], series: Mapping[str, Sequence[float]], figure_id: str) -> str:
+    """Draw how far sets of images are from the statistics of each batch norm, on a logarithmic axis; low is close."""
+    positive = {label: [value if value > 0 else None for value in values] for label, values in series.items()}
+    return _layer_lines(names, positive, figure_id, "Distance to each batch norm", "distance", log=True)
+
+
+def score_histogram(
+    edges: Sequence[float], kept: Sequence[int], rejected: Sequence[int], score: str, figure_id: str
+) -> str:
+    """Draw how many images have which score, those that stay below those that go.
+
+    Args:
+        edges: of the bins, one more than there are bins.
+        kept: images of each bin that stay.
+        rejected: images of each bin that go.
+        score: name of the score, for the axis.
+        figure_id: what the ids of the figure begin with.
+    """
+    with _style():
+        figure, (axes,) = _figure(2.4, 1)
+        widths = [right - left for left, right in itertools.pairwise(edges)]
+        axes.bar(edges[:-1], kept, widths, align="edge", color=_SERIES[0], label="kept")
+        axes.bar(edges[:-1], rejected, widths, bottom=kept, align="edge", color=_SERIES[1], label="rejected")
+        axes.set_xlabel(score)
+        axes.set_ylabel("images")
+        axes.margins(x=0.01)
+        _legend(axes)
+        return _svg(figure, figure_id, f"Histogram of {score}")
+
+
+def class_balance(names: Sequence[str], pool: Sequence[int], kept: Sequence[int], figure_id: str) -> str:
+    """Draw how many images of each class the pool had, and how many of these stayed."""
+    with _style():
+        figure, (axes,) = _figure(1.9 + _label_inches(names), 1)
+        axes.bar(range(len(names)), pool, 0.72, facecolor="none", edgecolor=_MUTED, linewidth=0.9, label="pool")
+        axes.bar(range(len(names)), kept, 0.72, color=_SERIES[0], label="kept")
+        axes.set_ylabel("images")
+        _name_layers(axes, names)
+        _legend(axes)
+        return _svg(figure, figure_id, "Images of each class in the pool and among those that stayed")
+
+
+def _layer_lines(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    figure_id: str,
+    title: str,
+    unit: str = "SQNR [dB]",
+    *,
+    log: bool = False,
+) -> str:
     if not any(value is not None for values in series.values() for value in values):
         return ""
     with _style():
@@ -136,7 +187,11 @@ def _layer_lines(names: Sequence[str], series: Mapping[str, Sequence[float | Non
             axes.plot(
                 range(len(names)), points, style, color=colour, marker="o", markersize=3.2, linewidth=1.3, label=label
             )
-        axes.set_ylabel("SQNR [dB]")
+        axes.set_ylabel(unit)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain_ticks())
+            axes.yaxis.set_minor_formatter(_plain_ticks())
         _name_layers(axes, names)
         _legend(axes)
         return _svg(figure, figure_id, title)

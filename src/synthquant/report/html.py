@@ -1,8 +1,8 @@
-"""Write one self-contained HTML page about one or several run folders.
+"""Write one self-contained HTML page about one or several run folders, or about a selection of images.
 
 The page is made from the files of the run folders alone: `run.json` (a `RunRecord`), `recipe.yaml`,
-`model/quant_config.json` and `images/` (an `ImageSet`). Everything else is optional: a part of the record that a run
-did not write is left out of the page and named there as missing.
+`model/quant_config.json`, `images/` (an `ImageSet`) and `selected/` (another, with its `selection.json`). Everything
+else is optional: a part of the record that a run did not write is left out of the page and named there as missing.
 
 Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key may be absent; units in brackets):
 
@@ -47,6 +47,7 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
 from synthquant.report import figures, formatting
 from synthquant.report.run_files import CoverageRow, RunFiles, SqnrRow, differing_settings, open_runs
+from synthquant.report.selection import SelectionSection, is_selection, selection_section
 from synthquant.report.sheet import Sheet, make_sheet
 
 _WORST_LAYERS = 3
@@ -75,6 +76,7 @@ class RunSection:
     run: RunFiles
     anchor: str
     synthetic: Sheet | None = None
+    selection: SelectionSection | None = None
     real: Sheet | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     problems: list[tuple[str, int]] = field(default_factory=list)
@@ -87,16 +89,23 @@ class RunSection:
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page about `runs` to the file `out`, atomically, and return `out`.
+    """Write the page about `runs`, or about one folder of selected images, to the file `out`, and return `out`.
 
     Reads only files of the run folders and, for the sheet of real images, the evaluation data named there; what cannot
     be read of the latter is said on the page.
 
     Raises:
-        InputError: no run folder, not a run folder, or a table of `run.json` with a wrong value.
+        InputError: no run folder, not a run folder, a selection beside something else, or a table of `run.json` or
+            `selection.json` with a wrong value.
         MissingExtraError: matplotlib is not installed.
         OutputError: `out` cannot be written.
     """
+    selections = [folder for folder in runs if is_selection(folder) and not (folder / "run.json").is_file()]
+    if selections:
+        if len(runs) > 1:
+            raise InputError(f"{selections[0]} is a selection of images; a report shows runs, or one selection alone")
+        write_text(out, render_selection(selection_section(runs[0], (), "selection"), runs[0].name))
+        return out
     opened = open_runs(runs)
     write_text(out, render_report([_section(run, f"run-{index + 1}") for index, run in enumerate(opened)]))
     return out
@@ -104,16 +113,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def render_report(sections: Sequence[RunSection]) -> str:
     """Return the page as HTML text; the same sections give the same text."""
-    environment = Environment(
-        loader=PackageLoader("synthquant.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("percent", "signed_percent", "number", "significant", "count", "size", "quantity", "duration"):
-        environment.filters[name] = getattr(formatting, name)
-    environment.globals["span"] = _interval_geometry
+    environment = _environment()
     runs = [section.run for section in sections]
     comparison = ""
     if len(runs) > 1:
@@ -126,9 +126,30 @@ def render_report(sections: Sequence[RunSection]) -> str:
     )
 
 
+def render_selection(section: SelectionSection, title: str) -> str:
+    """Return the page about a selection alone as HTML text."""
+    return _environment().get_template("selection_page.html.jinja").render(section=section, title=title)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("synthquant.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("percent", "signed_percent", "number", "significant", "count", "size", "quantity", "duration"):
+        environment.filters[name] = getattr(formatting, name)
+    environment.globals["span"] = _interval_geometry
+    return environment
+
+
 def _section(run: RunFiles, anchor: str) -> RunSection:
     section = RunSection(run, anchor)
     _add_images(section)
+    if run.selected_folder is not None:
+        section.selection = selection_section(run.selected_folder, run.class_names, f"{anchor}-selection")
     section.loss_figure = figures.loss_curves(run.units, f"{anchor}-loss")
     section.sqnr_figure = figures.layer_sqnr(run.sqnr, f"{anchor}-sqnr")
     section.bits_figure = figures.layer_bits(run.coverage, f"{anchor}-bits")

@@ -14,7 +14,7 @@ from synthquant.core.files import read_json
 from synthquant.core.record import RunRecord, StageRecord
 
 _Row = TypeVar("_Row", bound="Row")
-_STAGES = ("model", "images", "quantize", "checkpoint", "evaluate")
+_STAGES = ("model", "images", "select", "quantize", "checkpoint", "evaluate")
 
 
 class Row(BaseModel):
@@ -126,6 +126,12 @@ class RunFiles:
         """The image set of the run, if it has one."""
         folder = self.folder / "images"
         return folder if (folder / "manifest.json").is_file() else None
+
+    @property
+    def selected_folder(self) -> Path | None:
+        """The images chosen from the pool, if the run chose."""
+        folder = self.folder / "selected"
+        return folder if (folder / "selection.json").is_file() else None
 
     @property
     def scheme(self) -> str | None:

@@ -40,6 +40,7 @@ def summarize(selection: Selection, model: FloatModel, real: Scan | None) -> dic
         "pool": len(selection.pool),
         "unusable": selection.unusable,
         "kept": len(selection.positions),
+        "real": None if real is None else int(real.finite.sum()),
         "steps": [describe_step(step) for step in selection.steps],
         "classes": _classes(selection.pool, selection.positions),
         "pixels": {name: _pixels(seen.pixels[rows]) for name, (seen, rows) in sets.items()},
