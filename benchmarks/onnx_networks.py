@@ -6,9 +6,9 @@
 Writes results/onnx/NETWORK.json. Networks without weights at hand are random: batch norms then take their statistics
 and the last layer is fitted to the images, so that logits differ between images; their agreement is a check of
 arithmetic, not of accuracy. The quantized network in double precision is the control: rounding to a grid turns a
-difference in the last digit of a sum into a whole step, and each layer makes more of them. With --timed, latency at batch 1 is measured beside the float export and beside ONNX
-Runtime's own `quantize_static` (same images, uint8 activations, int8 weights per channel), the three called in turns in
-one process.
+difference in the last digit of a sum into a whole step, and each layer makes more of them. With --timed, latency at
+batch 1 is measured beside the float export and beside ONNX Runtime's own `quantize_static` (same images, uint8
+activations, int8 weights per channel), the three in turns in one process.
 """
 
 from __future__ import annotations
