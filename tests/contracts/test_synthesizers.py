@@ -25,16 +25,13 @@ SMALL = {"iterations": 2, "batch_size": 4, "latent_size": 8, "steps": 1, "height
 NAMES = tuple(name for name in SYNTHESIZERS.names() if name != "text_to_image" or importlib.util.find_spec("diffusers"))
 
 
-@pytest.fixture(scope="session")
-def needs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+@pytest.fixture
+def needs(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """Settings that methods do not go without, by method."""
     if "text_to_image" not in NAMES:
         return {}
-    from tests.small_pipeline import save_small_pipeline
-
-    folder = save_small_pipeline(tmp_path_factory.mktemp("generator"))
     names = ["cat", "dog", "frog", "ship", "deer", "bird", "truck"]
-    return {"text_to_image": {"generator": str(folder), "classes": names}}
+    return {"text_to_image": {"generator": str(request.getfixturevalue("generator_folder")), "classes": names}}
 
 
 def small(name: str, needs: dict[str, dict[str, Any]]) -> Synthesizer:

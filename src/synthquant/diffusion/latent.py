@@ -100,11 +100,12 @@ class LatentDiffusion:
         Scaled as the U-Net wants them. The autoencoder runs in float32.
         """
         dtype = self._vae.dtype
-        self._vae.to(torch.float32)
-        try:
-            posterior = self._vae.encode(images.to(self.device, torch.float32)).latent_dist
-        finally:
-            self._vae.to(dtype)
+        with quiet():
+            self._vae.to(torch.float32)
+            try:
+                posterior = self._vae.encode(images.to(self.device, torch.float32)).latent_dist
+            finally:
+                self._vae.to(dtype)
         factor, shift = self._vae.config.scaling_factor, self._vae.config.get("shift_factor") or 0.0
         return torch.cat([(posterior.mean - shift) * factor, posterior.std * factor], 1)
 

@@ -124,6 +124,8 @@ def tune_prompt(
         _require_same(embedding.origin, origin, path)
         progress.say(f"{path}: this token is finished")
         return embedding
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if settings.save_memory:
         networks.save_memory()
     state = TuningState.start(networks.word_vector(settings.initial_word), settings.lr)
@@ -139,7 +141,7 @@ def tune_prompt(
             bar.advance(steps, loss=loss)
             if not math.isfinite(loss):
                 raise InputError(
-                    f"the loss is {loss} before step {until}; lower lr (now {settings.lr:g}) or use float32"
+                    f"the loss is {loss} before step {until}; lower lr (now {settings.lr:g}) or use dtype float32"
                 )
             if checkpoint is not None:
                 state.save(checkpoint, origin)

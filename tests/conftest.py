@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# No test may wait for, or depend on, what a hub answers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text-to-image pipeline with random weights, as a folder."""
+    pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
+    from tests.small_pipeline import save_small_pipeline
+
+    return save_small_pipeline(tmp_path_factory.mktemp("generator") / "small")
