@@ -271,6 +271,7 @@ def test_a_selection_stands_between_images_and_quantization(
         ("energy", 11, 8),
         ("bn_sensitivity", 8, 4),
     ]
+    assert set(metrics["bn_distance"]) == {"pool", "kept", "real"} and min(metrics["bn_distance"].values()) > 0
     kept = ImageSet.open(tmp_path / "run" / "selected")
     assert len(ImageSet.open(tmp_path / "run" / "images")) == 11 and len(kept) == 4
     assert seen[0].fingerprint == kept.fingerprint == metrics["fingerprint"]

@@ -35,7 +35,7 @@ from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSect
 from synthquant.report.figures import require_matplotlib
 from synthquant.report.html import write_report
 from synthquant.select.sequence import require_supported
-from synthquant.select.write import selection_counts, write_selection
+from synthquant.select.write import selection_metrics, write_selection
 from synthquant.synthesize.batches import open_writer
 
 STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
@@ -266,7 +266,7 @@ def _select(
     with folder.stage("select") as metrics:
         kept = select(images, model, recipe.select, recipe.seed, folder.selected, progress, real=real)
         metrics |= {"pool": len(images), "rejected": len(images) - len(kept)}
-        metrics |= {"count": len(kept), "fingerprint": kept.fingerprint, "filters": selection_counts(folder.selected)}
+        metrics |= {"count": len(kept), "fingerprint": kept.fingerprint, **selection_metrics(folder.selected)}
     return kept
 
 

@@ -29,11 +29,9 @@ def test_select_keeps_what_two_filters_keep_and_says_so(
     by = ["--by", "energy:0.5", "--by", "bn_sensitivity:4"]
     outcome = synthquant("select", data, *network, *by, "--out", out, "--batch-size", 8, "--device", "cpu")
     assert outcome.status == 0, outcome.err
-    assert outcome.out.splitlines() == [
-        "energy                  11 of 21",
-        "bn_sensitivity           4 of 11",
-        f"4 of 21 images in {out}",
-    ]
+    lines = outcome.out.splitlines()
+    assert lines[:2] == ["energy                  11 of 21", "bn_sensitivity           4 of 11"]
+    assert lines[2].startswith("distance to the batch norms: pool ") and lines[3:] == [f"4 of 21 images in {out}"]
     assert "score images: 21/21" in outcome.err and "save chosen: 4/4" in outcome.err
     chosen = ImageSet.open(out)
     assert len(chosen) == 4
@@ -50,6 +48,7 @@ def test_json_is_all_there_is_on_standard_output(
     outcome = synthquant("select", data, *network, "--by", "energy:5", "--out", tmp_path / "chosen", "--json")
     result = json.loads(outcome.out)
     assert (result["count"], result["pool"], result["rejected"]) == (5, 21, 16)
+    assert result["bn_distance"] is None  # nothing read the batch norms
     assert result["filters"][0]["method"] == "energy" and result["filters"][0]["kept"] == 5
     assert result["fingerprint"] == ImageSet.open(tmp_path / "chosen").fingerprint
 

@@ -16,7 +16,7 @@ from synthquant.methods import SELECTORS
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import SelectSection, SourceSection, apply_overrides, expand_filter
-from synthquant.select.write import selection_counts
+from synthquant.select.write import selection_metrics
 
 Pool = Annotated[
     str, typer.Argument(metavar="IMAGES", help=options.setting_help(SourceSection, "source"), show_default=False)
@@ -72,13 +72,16 @@ def select(
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
     float_model = open_model(source, device=pipeline.resolve_device(device))
     kept = pipeline.select(pool, float_model, section, seed, out, ConsoleProgress(), real=real)
-    steps = selection_counts(out)
+    metrics = selection_metrics(out)
     if json:
         counts = {"count": len(kept), "pool": len(pool), "rejected": len(pool) - len(kept)}
-        print_json({"out": str(out), **counts, "fingerprint": kept.fingerprint, "filters": steps})
+        print_json({"out": str(out), **counts, "fingerprint": kept.fingerprint, **metrics})
         return
-    for step in steps:
+    for step in metrics["filters"]:
         print(f"{step['method']:<18}{step['kept']:>8} of {step['entered']}")
+    if metrics["bn_distance"]:
+        distances = ", ".join(f"{name} {value:.4g}" for name, value in metrics["bn_distance"].items())
+        print(f"distance to the batch norms: {distances}")
     print(f"{len(kept)} of {len(pool)} images in {out}")
 
 

@@ -217,7 +217,8 @@ class BatchNormSensitivity(_BatchNormFilter):
     filters before kept is divided at random into sets of nearly `set_size` images, `partitions` times, and an image's
     score is the mean over the partitions. All sets come from the sums of one forward pass. Sets are drawn across
     classes; with `per_class` only the ranking is within a class. One shot, as in GenQ: sums are not updated while
-    images are removed.
+    images are removed, so a strong filter can overshoot and leave a set that is off to the other side; the report says
+    how far pool and rest are from the batch norms.
     """
 
     set_size: int | None = Field(default=256, ge=2)

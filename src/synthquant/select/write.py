@@ -85,10 +85,18 @@ def write_selection(
     return ImageSet.open(folder)
 
 
-def selection_counts(folder: Path) -> list[dict[str, Any]]:
-    """Return for each filter of a selection its name, how many images it scored and how many it kept."""
-    steps = read_json(folder / SELECTION_NAME)["steps"]
-    return [{key: step[key] for key in ("method", "column", "entered", "kept")} for step in steps]
+def selection_metrics(folder: Path) -> dict[str, Any]:
+    """Return what a selection did in a few numbers.
+
+    `filters`: for each its `method`, the `column` of its scores, how many images `entered` and how many it `kept`.
+    `bn_distance`: of the sets `pool`, `kept` and perhaps `real`, summed over batch norms; none if not measured.
+    """
+    content = read_json(folder / SELECTION_NAME)
+    gaps = content["batch_norm"]
+    return {
+        "filters": [{key: step[key] for key in ("method", "column", "entered", "kept")} for step in content["steps"]],
+        "bn_distance": gaps and {name: sum(gaps[name]) for name in ("pool", "kept", "real") if name in gaps},
+    }
 
 
 def _identity(
