@@ -33,6 +33,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
+from synthquant.diffusion.pipelines import open_text_to_image
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
@@ -58,7 +59,7 @@ from synthquant.quantize import AdaRound, Brecq, GenieM, QDrop, Rtn
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
-from synthquant.synthesize import GenieD, Noise, ZeroQ
+from synthquant.synthesize import GenieD, Noise, PromptTuning, TextToImage, ZeroQ, tune_prompt
 
 __version__ = package_version()
 
@@ -92,6 +93,7 @@ __all__ = [
     "PatchSimilarity",
     "Preprocess",
     "Progress",
+    "PromptTuning",
     "QDrop",
     "QuantArgs",
     "QuantModel",
@@ -108,6 +110,7 @@ __all__ = [
     "Selector",
     "Synthesizer",
     "SynthquantError",
+    "TextToImage",
     "TorchProgram",
     "UnknownNameError",
     "UnsupportedModelError",
@@ -120,8 +123,10 @@ __all__ = [
     "load_checkpoint",
     "open_images",
     "open_model",
+    "open_text_to_image",
     "run",
     "run_filters",
     "save_checkpoint",
+    "tune_prompt",
     "write_report",
 ]

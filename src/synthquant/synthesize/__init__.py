@@ -2,7 +2,8 @@
 
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.noise import Noise
+from synthquant.synthesize.prompt_tuning import PromptTuning, tune_prompt
 from synthquant.synthesize.text_to_image import TextToImage
 from synthquant.synthesize.zeroq import ZeroQ
 
-__all__ = ["GenieD", "Noise", "TextToImage", "ZeroQ"]
+__all__ = ["GenieD", "Noise", "PromptTuning", "TextToImage", "ZeroQ", "tune_prompt"]

@@ -91,7 +91,8 @@ class TextToImage(Sampling):
     """File of a learned token (textual inversion, safetensors)."""
 
     tuning: FewShotTuning | None = None
-    """Learn a token from real images first; it is kept beside the images."""
+    """Learn a token from real images first; it is kept beside the images. Its settings are `images` and those of
+    `synthquant tune-prompt`."""
 
     scheduler: str | None = None
     """Sampler: ddim, ddpm, dpm++, euler, euler_ancestral, lcm, pndm, unipc, or a scheduler of diffusers; none: the
