@@ -8,7 +8,7 @@ from tests.cli.conftest import Command
 
 from synthquant.core.record import RunRecord
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, SYNTHESIZERS
+from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.quantize import GenieM
 
 
@@ -103,7 +103,7 @@ def test_list_names_every_method_and_every_bundled_network(synthquant: Command) 
     assert synthquant("list", "quantize").out.count("\n") == len(QUANTIZERS.names())
 
 
-@pytest.mark.parametrize("method", [*SYNTHESIZERS.names(), *QUANTIZERS.names()])
+@pytest.mark.parametrize("method", [*SYNTHESIZERS.names(), *SELECTORS.names(), *QUANTIZERS.names()])
 def test_show_explains_every_setting(synthquant: Command, method: str) -> None:
     shown = json.loads(synthquant("show", method, "--json").out)
     assert all(entry["description"] for entry in shown["settings"])
@@ -116,7 +116,7 @@ def test_show_tells_range_and_default(synthquant: Command) -> None:
     assert f"iterations (int, >= 0) = {iterations}" in synthquant("show", "genie_m").out
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "synthesize", "quantize", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "run", "synthesize", "select", "quantize", "evaluate"])
 def test_commands_that_compute_take_the_common_options(synthquant: Command, command: str) -> None:
     outcome = synthquant(command, "--help")
     assert outcome.status == 0
@@ -125,5 +125,5 @@ def test_commands_that_compute_take_the_common_options(synthquant: Command, comm
 
 def test_help_and_version_of_the_whole(synthquant: Command) -> None:
     outcome = synthquant("--help")
-    commands = ("demo", "run", "synthesize", "quantize", "evaluate", "report", "list", "show")
+    commands = ("demo", "run", "synthesize", "select", "quantize", "evaluate", "report", "list", "show")
     assert outcome.status == 0 and all(f"\n  {command} " in outcome.out for command in commands)

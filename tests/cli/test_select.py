@@ -93,6 +93,7 @@ def test_per_class_and_settings_of_one_filter(
 ) -> None:
     by = ["--by", "energy:2", "--by", "bn_sensitivity:1"]
     settings = ["--per-class", "--set", "energy.temperature=2.5", "--set", "bn_sensitivity.set_size=5"]
+    settings += ["--set", "table_gib=0"]
     outcome = synthquant("select", data, *network, *by, *settings, "--out", tmp_path / "chosen")
     assert outcome.status == 0, outcome.err
     chosen = ImageSet.open(tmp_path / "chosen")
@@ -116,6 +117,7 @@ def test_per_class_and_settings_of_one_filter(
         (["--by", "energy:2", "--set", "temprature=2"], "did you mean 'select.by.0.temperature'?"),
         (["--by", "energy:2", "--set", "bn_distance.spread=std"], "no --by names 'bn_distance'"),
         (["--by", "energy:2", "--set", "temperature=0"], "temperature = 0"),
+        (["--by", "energy:2", "--set", "table_gib=-1"], "select: table_gib = -1"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(

@@ -13,7 +13,9 @@ from synthquant.core.errors import DataError, InputError, UnsupportedModelError
 from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
+from synthquant.data.sources import open_images
 from synthquant.models.float_model import FloatModel
+from synthquant.models.open import open_model
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, run_filters
 from synthquant.select.batch_norm import BatchNormProbe, set_sensitivity
 from synthquant.select.filter import Filter
@@ -144,3 +146,19 @@ def test_filters_must_be_there_and_be_registered(model: FloatModel) -> None:
     with pytest.raises(InputError, match="Mine is not registered"):
         run_filters([Mine()], small_images(3), model, Rng(0))
     assert issubclass(Mine, Filter)
+
+
+@pytest.mark.parametrize(
+    ("filter_", "most"),
+    [(Energy(keep=80), 0.3), (BatchNormDistance(keep=80), 0.1), (BatchNormSensitivity(keep=80), 0.05)],
+    ids=["energy", "bn_distance", "bn_sensitivity"],
+)
+def test_noise_among_photographs_is_taken_out(filter_: Filter, most: float) -> None:
+    """By chance two thirds of the noise would stay."""
+    photographs = open_images("bundled/cifar10-test").subset(range(80))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (40, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    pixels = torch.cat([torch.stack([photographs[index].image for index in range(80)]), noise])
+    pool = ImageSet.from_tensors(pixels, labels=(torch.arange(120) >= 80).long())
+    kept = run_filters([filter_], pool, open_model("zoo/cifar10-resnet20"), Rng(0)).kept
+    assert kept.labels is not None and int(kept.labels.sum()) <= most * 40

@@ -63,9 +63,12 @@ def select(
 ) -> None:
     """Keep the images that resemble what a network was trained on; the same command again reads what is there.
 
-    --set takes any field of a filter, for example --set energy.temperature=2; `synthquant show METHOD` lists them.
+    --set takes any field of a filter, for example --set energy.temperature=2; `synthquant show METHOD` lists them. It
+    also takes table_gib, the GiB of memory for sums of all images, beyond which they go to a temporary file.
     """
-    values = {"by": _filters(by, per_class, settings or []), "batch_size": batch_size}
+    of_pass = [text for text in settings or [] if text.partition("=")[0].strip() in ("batch_size", "table_gib")]
+    filters = _filters(by, per_class, [text for text in settings or [] if text not in of_pass])
+    values = apply_overrides({"by": filters, "batch_size": batch_size}, of_pass)
     section = SelectSection.parse(values, "command line")
     pool = open_images(images)
     real = None if data is None else open_images(data)

@@ -48,7 +48,8 @@ def write_selection(
     """Choose from `images` with `filters`, leave the result in `folder`, and return the image set there.
 
     Everything appears at once when it is done; the same call again reads it. `real` images change nothing but stand
-    beside pool and selection in `selection.json` (pixel and batch-norm statistics, over up to 1,024 of them).
+    beside pool and selection in `selection.json`: pixel statistics, over up to 1,024 of them, and batch-norm statistics
+    if a filter reads these or the pool's fit into `table_gib`.
 
     Raises:
         OutputError: `folder` cannot be written, or holds something else.
@@ -58,7 +59,9 @@ def write_selection(
     if _is_finished(folder, identity):
         progress.say(f"{folder}: this selection is finished; it is read from there")
         return ImageSet.open(folder)
-    compare_norms = real is not None and bool(batch_norm_targets(model.module))
+    # Sums that no filter asked for are only taken where they cost little.
+    channels = sum(len(target.mean) for target in batch_norm_targets(model.module).values())
+    compare_norms = real is not None and 0 < 8 * channels * len(images) <= table_gib * 2**30
     selection = run_filters(
         filters,
         images,

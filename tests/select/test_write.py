@@ -1,0 +1,92 @@
+"""What a selection leaves in its folder, from Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.select.networks import Tokens, float_model
+from tests.small_networks import small_float_model, small_images
+
+from synthquant.core.errors import DataError, OutputError
+from synthquant.core.progress import Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.models.float_model import FloatModel
+from synthquant.select import BatchNormSensitivity, Energy, PatchSimilarity, write_selection
+from synthquant.select.write import selection_metrics
+
+
+class Listen(Progress):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> FloatModel:
+    return small_float_model(tmp_path)
+
+
+def test_the_set_keeps_where_its_images_come_from(model: FloatModel, tmp_path: Path) -> None:
+    pixels = small_images(9)
+    pool = ImageSet.from_tensors(torch.stack([pixels[index].image for index in range(9)]), method="noise", seed=4)
+    kept = write_selection(tmp_path / "out", pool, model, [Energy(keep=4)], Rng(0))
+    assert (kept.manifest.method, kept.manifest.seed, kept.manifest.framing) == ("noise", 4, "cropped")
+    assert len(kept) == kept.manifest.count == 4
+    kept.verify()
+
+
+def test_it_is_read_again_only_if_everything_is_the_same(model: FloatModel, tmp_path: Path) -> None:
+    listen = Listen()
+    arguments = (small_images(9), model, [BatchNormSensitivity(keep=4)])
+    first = write_selection(tmp_path / "out", *arguments, Rng(0))
+    again = write_selection(tmp_path / "out", *arguments, Rng(0), batch_size=2, progress=listen)
+    assert again.fingerprint == first.fingerprint
+    assert listen.told == [f"{tmp_path / 'out'}: this selection is finished; it is read from there"]
+    other = float_model(Tokens("fused"), "tokens")
+    for changed, differs in (
+        ((small_images(10), *arguments[1:], Rng(0)), "images"),
+        ((arguments[0], other, [PatchSimilarity(keep=4)], Rng(0)), "model, preprocess, filters|model, filters"),
+        ((*arguments, Rng(1)), "seed"),
+    ):
+        with pytest.raises(OutputError, match=rf"holds another selection \(its ({differs}) differ\)"):
+            write_selection(tmp_path / "out", *changed)
+
+
+def test_warnings_speak_of_the_folder_that_was_asked_for(model: FloatModel, tmp_path: Path) -> None:
+    listen = Listen()
+    twice = small_images(9).subset([0, 1, 2, 0, 1, 2])
+    write_selection(tmp_path / "out", twice, model, [Energy(keep=1.0)], Rng(0), progress=listen)
+    assert listen.told == [f"{tmp_path / 'out'}: 3 of 6 images are duplicates of earlier ones: 3, 4, 5"]
+
+
+def test_batch_norms_are_compared_where_it_is_asked_for_and_cheap(model: FloatModel, tmp_path: Path) -> None:
+    pool, real = small_images(9), small_images(5, seed=1)
+
+    def distances(name: str, **options: object) -> list[str] | None:
+        filters = [BatchNormSensitivity(keep=4)] if "bn" in name else [Energy(keep=4)]
+        write_selection(tmp_path / name, pool, model, filters, Rng(0), **options)  # type: ignore[arg-type]
+        found = selection_metrics(tmp_path / name)["bn_distance"]
+        return found and list(found)
+
+    assert distances("energy") is None
+    assert distances("bn") == ["pool", "kept"]
+    assert distances("energy beside real", real=real) == ["pool", "kept", "real"]
+    assert distances("energy of a large pool", real=real, table_gib=0.0) is None
+    assert distances("bn of a large pool", real=real, table_gib=0.0) == ["pool", "kept", "real"]
+    pixels = json.loads((tmp_path / "energy of a large pool" / "selection.json").read_text())["pixels"]
+    assert set(pixels) == {"pool", "kept", "real"}
+
+
+def test_nothing_is_left_when_something_fails(model: FloatModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        write_selection(tmp_path / "a" / "out", small_images(3), model, [Energy(keep=4)], Rng(0))
+    assert not (tmp_path / "a").exists()
