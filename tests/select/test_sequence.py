@@ -105,9 +105,31 @@ def test_per_class_without_labels_is_said_before_the_pass(model: FloatModel) -> 
         run_filters([Energy(per_class=True)], some, model, Rng(0))
 
 
-def test_a_filter_that_is_to_keep_too_many_is_named(model: FloatModel) -> None:
-    with pytest.raises(DataError, match="bn_sensitivity: 5 images are to stay but there are 4"):
-        run_filters([Energy(keep=4), BatchNormSensitivity(keep=5)], small_images(9), model, Rng(0))
+def test_a_filter_that_is_to_keep_too_many_is_named_before_the_pass(model: FloatModel) -> None:
+    model.module.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    pool = small_images(9)
+    for filters, message in (
+        ([Energy(keep=10)], "energy: 10 images are to stay but there are 9"),
+        ([Energy(keep=4), BatchNormSensitivity(keep=5)], "bn_sensitivity: 5 images are to stay but there are 4"),
+        ([Energy(keep=0.5), BatchNormDistance(keep=6)], "bn_distance: 6 images are to stay but there are 5"),
+        ([Energy(keep=2, per_class=True)], "energy: 2 images of class 2 are to stay but there are 1"),
+    ):
+        with pytest.raises(DataError, match=message):
+            run_filters(filters, pool, model, Rng(0))
+
+
+def test_what_is_too_few_after_the_pass_is_named(model: FloatModel) -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    pool = ImageSet.from_tensors(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), labels=labels)
+    # Three images are not two of both classes, whichever they are; one is not even one of both.
+    for left, message in ((3, r"2 images of class [01] .* there are [01];"), (1, r"2 images of class [01] .* are 0;")):
+        filters = [Energy(keep=left), BatchNormDistance(keep=2, per_class=True)]
+        with pytest.raises(DataError, match=f"bn_distance: {message}"):
+            run_filters(filters, pool, model, Rng(0))
+    share = run_filters([Energy(keep=1), BatchNormDistance(keep=0.5, per_class=True)], pool, model, Rng(0))
+    assert len(share.kept) == 1  # a share of none is none
+    with pytest.raises(DataError, match="1 is too few"):
+        run_filters([Energy(keep=1), BatchNormSensitivity(keep=1)], pool, model, Rng(0))
 
 
 def test_images_that_are_not_finite_are_left_out_and_told(model: FloatModel) -> None:

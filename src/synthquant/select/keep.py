@@ -35,12 +35,21 @@ def keep_best(scores: Tensor, keep: int | float, *, highest: bool, labels: Tenso
     classes, group, sizes = torch.unique_consecutive(groups[order], return_inverse=True, return_counts=True)
     rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[group]
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[order] = rank < _quotas(keep, sizes, None if labels is None else classes)[group]
+    mask[order] = rank < quotas(keep, sizes, None if labels is None else classes)[group]
     return mask
 
 
-def _quotas(keep: int | float, sizes: Tensor, classes: Tensor | None) -> Tensor:
-    """How many images of each group stay."""
+def quotas(keep: int | float, sizes: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Return how many images of each group stay, int64 `[G]`.
+
+    Args:
+        keep: a count, or a share that is rounded to whole images, at least 1.
+        sizes: int64 `[G]`, images in each group.
+        classes: int64 `[G]`, their class numbers, for the error.
+
+    Raises:
+        DataError: a group has fewer images than the count to keep.
+    """
     if isinstance(keep, float):
         return (sizes.double() * keep + 0.5).floor().clamp(min=1).long()
     if len(sizes) and int(sizes.min()) < keep:

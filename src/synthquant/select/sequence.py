@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import SELECTORS, Probe, Selector
 from synthquant.models.float_model import FloatModel
-from synthquant.select.keep import keep_best
+from synthquant.select.keep import keep_best, quotas
 from synthquant.select.scan import TABLE_GIB, Scan, scan
 
 
@@ -102,27 +103,22 @@ def run_filters(
     if not filters:
         raise InputError("no filter to select with; name at least one")
     labels = _labels(filters, images)
+    _require_enough(filters, len(images), labels)
+    own = [filter_.probe(model) for filter_ in filters]
     # Filters that ask for the same probe share one; its rows are made once.
-    probes: dict[str, Probe] = {}
-    names = []
-    for filter_ in filters:
-        probe = filter_.probe(model)
-        names.append(probe.name)
-        probes.setdefault(probe.name, probe)
-    for probe in also:
-        probes.setdefault(probe.name, probe)
+    probes = {probe.name: probe for probe in (*own, *also)}
     seen = scan(images, model, list(probes.values()), batch_size=batch_size, table_gib=table_gib, progress=progress)
     rows = _usable(seen, images, progress)
     steps: list[Step] = []
-    for index, (filter_, name) in enumerate(zip(filters, names, strict=True)):
-        method = registered_name(filter_)
+    for index, filter_ in enumerate(filters):
+        method, name = registered_name(filter_), own[index].name
         scores = filter_.scores(probes[name], seen.tables[name], rows, rng.child(str(index)))
         places = seen.positions[rows]
-        try:
-            groups = None if labels is None or not filter_.per_class else labels[places]
+        groups = None if labels is None or not filter_.per_class else labels[places]
+        with _named(method):
+            if groups is not None and labels is not None:
+                _require_classes(filter_, labels, places)
             stayed = keep_best(scores, filter_.keep, highest=filter_.keeps_highest, labels=groups)
-        except DataError as error:
-            raise DataError(f"{method}: {error}") from error
         column = _column(method, [step.method for step in steps], model)
         steps.append(Step(method, column, filter_, places, scores, stayed))
         rows = rows[stayed]
@@ -156,6 +152,33 @@ def _labels(filters: Sequence[Selector], images: ImageSet) -> Tensor | None:
             " each class; leave per_class out or give labelled images"
         )
     return images.labels
+
+
+def _require_enough(filters: Sequence[Selector], count: int, labels: Tensor | None) -> None:
+    """Raise `DataError` for a count that cannot be met whatever the scores are, before the pass that makes them."""
+    left = torch.tensor([count])
+    for filter_ in filters:
+        with _named(registered_name(filter_)):
+            if filter_.per_class and labels is not None:
+                _require_classes(filter_, labels, torch.arange(count))
+                return  # which classes are left behind earlier filters is not known yet
+            left = quotas(filter_.keep, left)
+
+
+def _require_classes(filter_: Selector, labels: Tensor, places: Tensor) -> None:
+    """Raise `DataError` if a class of the pool has fewer images at `places` than the count to keep, or none."""
+    if isinstance(filter_.keep, int):
+        classes, members = torch.unique(labels, return_inverse=True)
+        quotas(filter_.keep, torch.bincount(members[places], minlength=len(classes)), classes)
+
+
+@contextmanager
+def _named(method: str) -> Iterator[None]:
+    """Say which filter an error is about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{method}: {error}") from error
 
 
 def _usable(seen: Scan, images: ImageSet, progress: Progress) -> Tensor:
