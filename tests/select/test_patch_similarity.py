@@ -51,6 +51,14 @@ def test_equal_patches_have_no_entropy() -> None:
     assert similarity_entropy(torch.ones(2, 50)).abs().max() < 1e-6
 
 
+def test_what_is_not_finite_has_no_entropy_and_spoils_nothing_else() -> None:
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    expected = similarity_entropy(rows)
+    rows[0, 7], rows[2, 0] = torch.nan, torch.inf
+    found = similarity_entropy(rows)
+    assert found.isnan().tolist() == [True, False, True] and found[1] == expected[1]
+
+
 def test_what_is_diverse_has_more_entropy() -> None:
     values = torch.linspace(-1, 1, 500)
     wide, narrow = similarity_entropy(torch.stack([values, values * 0.1])).tolist()
@@ -103,6 +111,7 @@ def test_watching_changes_nothing_that_the_network_returns(form: str) -> None:
         (99, (224, 448), 98),
         (577, (384, 384), 576),
         (65, (32, 32), 64),
+        (50, (30, 30), 49),  # patches of 4 leave a rest
     ],
 )
 def test_tokens_before_the_patches_are_dropped(tokens: int, size: tuple[int, int], patches: int) -> None:
@@ -115,6 +124,20 @@ def test_tokens_before_the_patches_are_dropped(tokens: int, size: tuple[int, int
 def test_windows_keep_all_their_tokens() -> None:
     found = patch_tokens(torch.randn(2 * 64, 3, 49, 4), 2, (224, 224))
     assert found is not None and found.shape == (128, 49, 4)
+    apart = torch.randn(2, 64, 3, 49, 4)
+    found, joined = patch_tokens(apart, 2, (224, 224)), patch_tokens(apart.flatten(0, 1), 2, (224, 224))
+    assert found is not None and joined is not None and torch.equal(found, joined)
+
+
+def test_one_head_needs_no_dimension() -> None:
+    output = torch.randn(2, 17, 4)
+    found = patch_tokens(output, 2, (16, 16))
+    assert found is not None and torch.equal(found, output[:, 1:])
+
+
+@pytest.mark.parametrize("channels", [32, 48, 96])
+def test_attention_over_channels_is_not_taken_for_one_over_patches(channels: int) -> None:
+    assert patch_tokens(torch.randn(2, 4, channels, 196), 2, (224, 224)) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 4), (3, 3, 16, 4), (4, 16, 4), (2, 3, 45, 4), (2, 4)])

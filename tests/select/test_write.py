@@ -86,6 +86,14 @@ def test_batch_norms_are_compared_where_it_is_asked_for_and_cheap(model: FloatMo
     assert set(pixels) == {"pool", "kept", "real"}
 
 
+def test_what_a_killed_process_left_beside_is_removed(model: FloatModel, tmp_path: Path) -> None:
+    (tmp_path / ".out.0123456789ab.tmp").mkdir()
+    (tmp_path / ".out.0123456789ab.tmp" / "part-00000.parquet").touch()
+    (tmp_path / ".other.0123456789ab.tmp").mkdir()
+    write_selection(tmp_path / "out", small_images(5), model, [Energy(keep=4)], Rng(0))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".other.0123456789ab.tmp"]
+
+
 def test_nothing_is_left_when_something_fails(model: FloatModel, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         write_selection(tmp_path / "a" / "out", small_images(3), model, [Energy(keep=4)], Rng(0))

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 _BANDWIDTH = 0.01
 _DENSITY_FLOOR = 1e-4
-# Class, distillation and register tokens together; where more are left over, tokens are no patches of the image.
+# Class, distillation and register tokens together: with patches that cut the image evenly, and with a rest at its edge.
+# Where more are left over, tokens are no patches: attention may also run over channels.
 _MOST_PREFIX_TOKENS = 8
+_MOST_PREFIX_TOKENS_UNEVEN = 2
 # What attention weights may go through between the softmax and the product with the values.
 _UNCHANGED = frozenset(("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous"))
 _PRODUCTS = frozenset(("matmul", "bmm", "einsum"))
@@ -39,11 +41,11 @@ def similarity_entropy(similarities: Tensor, points: int = 512) -> Tensor:
     `H = -int f ln f` with a Gaussian kernel density estimate `f` (bandwidth 0.01, plus 1e-4) on `points` grid points
     between the row's own smallest and largest value, by the trapezoidal rule: PSAQ-ViT (arXiv:2203.02250) with its
     constants. Values are rounded to the grid first, and the kernel is applied to their histogram: the cost is that of
-    one pass over the values, where the direct sum costs `points` times as much.
+    one pass over the values, where the direct sum costs `points` times as much. A row that is not finite gets NaN.
     """
     low, high = similarities.amin(1, keepdim=True), similarities.amax(1, keepdim=True)
     step = ((high - low) / (points - 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    places = ((similarities - low) / step).round_().clamp_(0, points - 1).long()
+    places = ((similarities - low) / step).nan_to_num_().round_().clamp_(0, points - 1).long()
     counts = torch.zeros(len(places), points, device=places.device)
     counts.scatter_add_(1, places, torch.ones_like(similarities))
     # Circular convolution on twice the points: what wraps around falls outside.
@@ -62,26 +64,37 @@ def patch_tokens(output: Tensor, images: int, input_size: tuple[int, int]) -> Te
     """Return the patches `[B * windows, N, d]` of what an attention puts out, averaged over heads; none if it has none.
 
     Args:
-        output: `[B, heads, tokens, d]`, or `[B * windows, heads, tokens, d]` with an image's windows one after another.
+        output: `[B, heads, tokens, d]`, `[B, tokens, d]`, `[B, windows, heads, tokens, d]`, or `[B * windows, heads,
+            tokens, d]` with an image's windows one after another.
         images: `B`.
         input_size: height and width of the network's input [pixels].
 
     Without windows, the tokens that lead a grid of patches (class, distillation, registers) are dropped. Their number
     follows from that of all tokens: the largest grid of square patches that the image can be cut into is the patches.
     """
-    if output.ndim == 3 and len(output) == images:
+    if output.ndim == 3 and len(output) == images:  # one head
         output = output[:, None]
+    if output.ndim == 5 and len(output) == images:  # windows in a dimension of their own
+        output = output.flatten(0, 1)
     if output.ndim != 4 or len(output) % images:
         return None
     tokens = output.float().mean(1)
     if len(tokens) == images:
-        height, width = input_size
-        grids = {(height // patch) * (width // patch) for patch in range(1, min(input_size) + 1)}
-        patches = max((grid for grid in grids if grid <= tokens.shape[1]), default=0)
-        if tokens.shape[1] - patches > _MOST_PREFIX_TOKENS:
-            return None
+        patches = _patches_among(tokens.shape[1], input_size)
         tokens = tokens[:, tokens.shape[1] - patches :]
     return tokens if tokens.shape[1] > 1 else None
+
+
+def _patches_among(tokens: int, input_size: tuple[int, int]) -> int:
+    """How many of the tokens are the patches of an image, 0 if none."""
+    height, width = input_size
+    found = 0
+    for patch in range(1, min(input_size) + 1):
+        grid = (height // patch) * (width // patch)
+        most = _MOST_PREFIX_TOKENS_UNEVEN if height % patch or width % patch else _MOST_PREFIX_TOKENS
+        if 0 <= tokens - grid <= most:
+            found = max(found, grid)
+    return found
 
 
 @SELECTORS.register("patch_similarity")
@@ -95,7 +108,8 @@ class PatchSimilarity(Filter):
     instead of 10 between the batch's, and with windows (Swin) no patch is dropped for a class token.
 
     Attention is found by what the network computes, whatever its modules are called: `scaled_dot_product_attention`, a
-    product of matrices with a softmax on its left, or `multi_head_attention_forward`.
+    product of matrices with a softmax on its left, or `multi_head_attention_forward`. Attention that mixes its heads
+    after the softmax (CaiT) is not found.
     """
 
     keeps_highest: ClassVar[bool] = True

@@ -5,8 +5,10 @@ IMAGES/  part-*.parquet + manifest.json (the image set)   selection.json   rejec
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +61,7 @@ def write_selection(
     if _is_finished(folder, identity):
         progress.say(f"{folder}: this selection is finished; it is read from there")
         return ImageSet.open(folder)
+    _remove_leftovers(folder)
     # Sums that no filter asked for are only taken where they cost little.
     channels = sum(len(target.mean) for target in batch_norm_targets(model.module).values())
     compare_norms = real is not None and 0 < 8 * channels * len(images) <= table_gib * 2**30
@@ -131,6 +134,13 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     if folder.is_dir() and any(folder.iterdir()):
         raise OutputError(f"{folder} already exists and is not empty; choose another folder or remove it")
     return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left beside the folder."""
+    if folder.parent.is_dir():
+        for leftover in folder.parent.glob(f".{escape(folder.name)}.*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 class _Silent(Progress):
