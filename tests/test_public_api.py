@@ -26,6 +26,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "core",
         "data",
         "diffusion",
+        "distributed",
         "evaluate",
         "export",
         "methods",

@@ -23,6 +23,7 @@ from synthquant.core.run_folder import RunFolder, nothing_half_written
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.data.sources import open_images
+from synthquant.distributed.ray_synthesis import RayWorkers
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
@@ -89,9 +90,17 @@ def resolve_device(name: str) -> str:
 
 
 def synthesize(
-    model: FloatModel, section: SynthesizeSection, seed: int, folder: Path, progress: Progress = QUIET
+    model: FloatModel,
+    section: SynthesizeSection,
+    seed: int,
+    folder: Path,
+    progress: Progress = QUIET,
+    *,
+    ray: RayWorkers | None = None,
 ) -> ImageSet:
     """Make the images of `section` in `folder`, part by part; called again, make the parts that are missing.
+
+    With `ray` the workers of a cluster make them (`text_to_image` only); the images are the same.
 
     Raises:
         DataError: `folder` holds images of another method, setting, seed or network.
@@ -103,6 +112,8 @@ def synthesize(
     rng = Rng(seed).child("images")
     with nothing_half_written(folder, keep=("part-*", "token*")):
         writer = open_writer(folder, section.method, method, section.count, seed, model)
+        if ray is not None:
+            return ray.synthesize(method, model, section.count, rng, writer, progress)
         return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
 
 

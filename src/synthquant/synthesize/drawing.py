@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from synthquant.core.errors import InputError
+from synthquant.core.errors import DataError, InputError
+from synthquant.data.image_set import ImageSet
 from synthquant.diffusion.pipelines import Drawn, Sampling, TextToImagePipeline
 from synthquant.synthesize.flaws import SeenImages, black, constant, thumbnails
 from synthquant.synthesize.prompts import Prompt, PromptPlan, Slot
+
+if TYPE_CHECKING:
+    from synthquant.core.progress import Progress
+    from synthquant.core.rng import Rng
+    from synthquant.core.settings import Settings
+    from synthquant.data.store import ImageForm, ImageSetWriter
+    from synthquant.models.float_model import FloatModel
 
 
 @dataclass
@@ -51,6 +60,26 @@ class Batch:
         }
 
 
+class BatchSource(Protocol):
+    """Draws batches: a generator in this process, or several elsewhere."""
+
+    cut: list[str]
+    """Prompts whose end the text encoder does not see."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The generator's, its token included."""
+        ...
+
+    def batches(self, places: Sequence[range]) -> Iterator[Batch]:
+        """Draw the images at these places of the set, a batch for each range, in order."""
+        ...
+
+    def redraw(self, batch: Batch, places: Sequence[int]) -> None:
+        """Draw these images of a batch with their next seed."""
+        ...
+
+
 @dataclass
 class Drawing:
     """A generator and what it is to draw."""
@@ -62,6 +91,15 @@ class Drawing:
     """Prompts whose end the text encoder does not see."""
     usable: int = 0
     """Images without a flaw so far."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The generator's, its token included."""
+        return self.generator.fingerprint
+
+    def batches(self, places: Sequence[range]) -> Iterator[Batch]:
+        """Draw the images at these places, one batch after another."""
+        return map(self.draw, places)
 
     def draw(self, numbers: Iterable[int]) -> Batch:
         """Draw the images at these places of the set, each with the first seed that gives one without a flaw.
@@ -118,7 +156,7 @@ class Drawing:
                 self.cut.append(prompt.text)
 
 
-def settle(batch: Batch, drawing: Drawing, seen: SeenImages) -> Batch:
+def settle(batch: Batch, source: BatchSource, seen: SeenImages) -> Batch:
     """Draw again what is nearly the same as an earlier image of its class, until nothing is; remember the rest.
 
     Raises `InputError` if the generator repeats itself whatever the seed.
@@ -133,7 +171,8 @@ def settle(batch: Batch, drawing: Drawing, seen: SeenImages) -> Batch:
                 repeated.append(place)
             else:
                 seen.add(label, thumbnail)
-        drawing.redraw(batch, repeated)
+        if repeated:
+            source.redraw(batch, repeated)
         waiting = repeated
     return batch
 
@@ -150,3 +189,83 @@ def find_flaws(drawn: Drawn) -> list[str | None]:
         }
         found.append(next((name for name, is_so in flaws.items() if is_so), None))
     return found
+
+
+def collect_drawn(
+    source: BatchSource,
+    method: Settings,
+    form: ImageForm,
+    model: FloatModel,
+    sizes: Sequence[int],
+    rng: Rng,
+    writer: ImageSetWriter | None,
+    progress: Progress,
+) -> ImageSet:
+    """Draw every batch that is not on disk yet, one part each, and return the image set.
+
+    Raises `DataError` if the parts on disk are of another generator, `InputError` as `Drawing.draw` does.
+    """
+    seen, batches = SeenImages(), []
+    done = 0 if writer is None else writer.finished_parts
+    if writer is not None:
+        _take_up(writer, source.fingerprint, seen)
+    places = [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    with progress.bar("text_to_image", sum(sizes)) as bar:
+        bar.advance(sum(sizes[:done]))
+        for drawn in source.batches(places[done:]):
+            batch = settle(drawn, source, seen)
+            if writer is None:
+                batches.append(batch)
+            else:
+                writer.append(batch.pixels, batch.labels, batch.columns(source.fingerprint))
+            bar.advance(len(batch.slots))
+    if source.cut:
+        progress.warn(f"{len(source.cut)} prompts are longer than the text encoder reads: {source.cut[0]!r}")
+    images = _in_memory(source.fingerprint, method, form, batches, rng, model) if writer is None else writer.written()
+    redrawn = count_redrawn(images)
+    if redrawn:
+        listed = ", ".join(f"{number} {reason}" for reason, number in redrawn.items())
+        progress.warn(f"{sum(redrawn.values())} images were drawn again: {listed}")
+    if writer is not None:
+        return writer.finish(progress, redrawn=redrawn)
+    assert images is not None
+    images.manifest = images.manifest.model_copy(update={"redrawn": redrawn})
+    return images
+
+
+def count_redrawn(images: ImageSet | None) -> dict[str, int]:
+    """How many images were drawn and not taken, by reason."""
+    texts = [] if images is None else images.column("rejected")
+    return dict(sorted(Counter(reason for text in texts for reason in text.split(", ") if reason).items()))
+
+
+def _take_up(writer: ImageSetWriter, generator: str, seen: SeenImages) -> None:
+    """Remember the images of finished parts."""
+    images = writer.written()
+    if images is None:
+        return
+    if images.column("generator")[0] != generator:
+        raise DataError(
+            f"{writer.folder} holds images of another generator or token; choose another folder or remove it"
+        )
+    for batch in images.batches(256):
+        assert batch.labels is not None
+        for label, image in zip(batch.labels.tolist(), batch.images, strict=True):
+            seen.add(label, thumbnails(image[None])[0])
+
+
+def _in_memory(
+    generator: str, method: Settings, form: ImageForm, batches: Sequence[Batch], rng: Rng, model: FloatModel
+) -> ImageSet:
+    columns = [batch.columns(generator) for batch in batches]
+    return ImageSet.from_tensors(
+        torch.cat([batch.pixels for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        dtype=form.dtype,
+        columns={name: [value for part in columns for value in part[name]] for name in columns[0]},
+        framing=form.framing,
+        method="text_to_image",
+        settings=method.model_dump(mode="json"),
+        seed=rng.seed,
+        model_fingerprint=model.fingerprint,
+    )

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 
-from synthquant.core.errors import DataError
 from synthquant.core.progress import QUIET, Progress
-from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.data.store import ImageForm
-from synthquant.diffusion.pipelines import DEFAULT_GENERATOR, Precision, Sampling, open_text_to_image
+from synthquant.diffusion.embedding import Embedding, read_embedding
+from synthquant.diffusion.pipelines import (
+    DEFAULT_GENERATOR,
+    Precision,
+    Sampling,
+    TextToImagePipeline,
+    open_text_to_image,
+)
 from synthquant.methods import SYNTHESIZERS
 from synthquant.synthesize.batches import batch_sizes
 from synthquant.synthesize.class_names import ClassName, class_names, class_positions, prompt_names
-from synthquant.synthesize.drawing import Batch, Drawing, settle
-from synthquant.synthesize.flaws import SeenImages, thumbnails
+from synthquant.synthesize.drawing import Drawing, collect_drawn, count_redrawn
 from synthquant.synthesize.prompt_tuning import PromptTuning, tune_prompt
 from synthquant.synthesize.prompts import (
     STYLE_TEMPLATE,
@@ -33,6 +36,7 @@ from synthquant.synthesize.prompts import (
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
+    from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel
 
@@ -139,65 +143,30 @@ class TextToImage(Sampling):
         """
         sizes = batch_sizes(count, self.batch_size)
         if writer is not None and writer.finished_count == count:
-            return writer.finish(progress, redrawn=_redrawn(writer.written()))
+            return writer.finish(progress, redrawn=count_redrawn(writer.written()))
+        task = self.task(model, rng)
+        given = None if self.embedding is None else read_embedding(Path(self.embedding))
+        generator = self.open_generator(model.device)
+        folder = None if writer is None else writer.folder
+        embedding = given if self.tuning is None else self.tune(generator, task, folder, progress)
+        drawing = task.drawing(generator, embedding)
+        return collect_drawn(drawing, self, self.form, model, sizes, rng, writer, progress)
+
+    def task(self, model: FloatModel, rng: Rng) -> DrawingTask:
+        """Return what is to be drawn; raises `InputError` for classes and prompts that do not fit."""
         classes = class_names(self.classes, model)
-        only = class_positions(self.only, classes, "only")
-        drawing = self.prepare(model.device, classes, only, rng, None if writer is None else writer.folder, progress)
-        seen = SeenImages()
-        batches: list[Batch] = []
-        if writer is not None:
-            _take_up(writer, drawing.generator.fingerprint, seen)
-        done = 0 if writer is None else writer.finished_parts
-        with progress.bar("text_to_image", count) as bar:
-            bar.advance(sum(sizes[:done]))
-            for index in range(done, len(sizes)):
-                first = sum(sizes[:index])
-                batch = settle(drawing.draw(range(first, first + sizes[index])), drawing, seen)
-                bar.advance(sizes[index])
-                if writer is None:
-                    batches.append(batch)
-                else:
-                    writer.append(batch.pixels, batch.labels, batch.columns(drawing.generator.fingerprint))
-        if drawing.cut:
-            progress.warn(f"{len(drawing.cut)} prompts are longer than the text encoder reads: {drawing.cut[0]!r}")
-        images = _in_memory(self, batches, drawing, rng, model) if writer is None else None
-        redrawn = _redrawn(images if writer is None else writer.written())
-        if redrawn:
-            listed = ", ".join(f"{number} {reason}" for reason, number in redrawn.items())
-            progress.warn(f"{sum(redrawn.values())} images were drawn again: {listed}")
-        if writer is not None:
-            return writer.finish(progress, redrawn=redrawn)
-        assert images is not None
-        return images
+        task = DrawingTask(self, classes, class_positions(self.only, classes, "only"), rng)
+        task.plan("<token>" if self.uses_token else None)  # finds what is wrong before the generator is loaded
+        return task
 
-    def prepare(
-        self,
-        device: torch.device,
-        classes: Sequence[ClassName],
-        only: Sequence[int],
-        rng: Rng,
-        folder: Path | None,
-        progress: Progress,
-    ) -> Drawing:
-        """Open the generator, learn or load its token, and plan the prompts."""
-        tuned = self.tuning is not None or self.embedding is not None
-        templates = self.templates or ((STYLE_TEMPLATE,) if tuned else TEMPLATES)
+    @property
+    def uses_token(self) -> bool:
+        """Whether prompts hold a learned token."""
+        return self.tuning is not None or self.embedding is not None
 
-        def plan(token: str | None) -> PromptPlan:
-            return PromptPlan(
-                classes,
-                rng.child("prompts"),
-                templates=templates,
-                token=token,
-                only=only,
-                order=self.order,
-                wording=self.wording,
-                classes_per_prompt=self.classes_per_prompt,
-                redraws=self.redraws,
-            )
-
-        plan("<token>" if tuned else None)  # finds what is wrong before the generator is loaded
-        generator = open_text_to_image(
+    def open_generator(self, device: torch.device | str) -> TextToImagePipeline:
+        """Open the generator as the settings say; raises as `open_text_to_image`."""
+        return open_text_to_image(
             self.generator,
             device=device,
             dtype=self.dtype,
@@ -205,54 +174,50 @@ class TextToImage(Sampling):
             safety_checker=self.safety_checker,
             compiled=self.compiled,
         )
-        token = None
-        if self.embedding is not None:
-            token = generator.load_embedding(Path(self.embedding))
-        elif self.tuning is not None:
-            names = [names[0] for names in prompt_names(classes)]
-            path = None if folder is None else folder / TOKEN_FILE
-            source = rng.child("tuning")
-            real = open_images(self.tuning.images)
-            embedding = tune_prompt(generator, real, names, self.tuning, source, path=path, progress=progress)
-            token = generator.add_embedding(embedding, "the tuned token")
-        return Drawing(generator, plan(token), Sampling(**{key: getattr(self, key) for key in Sampling.model_fields}))
+
+    def tune(
+        self, generator: TextToImagePipeline, task: DrawingTask, folder: Path | None, progress: Progress
+    ) -> Embedding:
+        """Learn the token of `tuning`; it is kept in `folder`. Raises as `tune_prompt`."""
+        assert self.tuning is not None
+        names = [names[0] for names in prompt_names(task.classes)]
+        path = None if folder is None else folder / TOKEN_FILE
+        real = open_images(self.tuning.images)
+        return tune_prompt(generator, real, names, self.tuning, task.rng.child("tuning"), path=path, progress=progress)
 
 
-def _take_up(writer: ImageSetWriter, generator: str, seen: SeenImages) -> None:
-    """Remember the images of finished parts; raises `DataError` if another generator drew them."""
-    images = writer.written()
-    if images is None:
-        return
-    if images.column("generator")[0] != generator:
-        raise DataError(
-            f"{writer.folder} holds images of another generator or token; choose another folder or remove it"
+@dataclass(frozen=True)
+class DrawingTask:
+    """A method's prompts for one network: all that a worker needs to know."""
+
+    method: TextToImage
+    """How to draw."""
+    classes: tuple[ClassName, ...]
+    """The network's classes in the order of its labels."""
+    only: tuple[int, ...]
+    """Labels that are drawn; empty: all."""
+    rng: Rng
+    """Source of all draws."""
+
+    def plan(self, token: str | None) -> PromptPlan:
+        """Return the prompts; raises `InputError` if they cannot be made."""
+        method = self.method
+        return PromptPlan(
+            self.classes,
+            self.rng.child("prompts"),
+            templates=method.templates or ((STYLE_TEMPLATE,) if method.uses_token else TEMPLATES),
+            token=token,
+            only=self.only,
+            order=method.order,
+            wording=method.wording,
+            classes_per_prompt=method.classes_per_prompt,
+            redraws=method.redraws,
         )
-    for batch in images.batches(256):
-        assert batch.labels is not None
-        for label, image in zip(batch.labels.tolist(), batch.images, strict=True):
-            seen.add(label, thumbnails(image[None])[0])
 
-
-def _redrawn(images: ImageSet | None) -> dict[str, int]:
-    """How many images were drawn and not taken, by reason."""
-    texts = [] if images is None else images.column("rejected")
-    return dict(sorted(Counter(reason for text in texts for reason in text.split(", ") if reason).items()))
-
-
-def _in_memory(
-    method: TextToImage, batches: Sequence[Batch], drawing: Drawing, rng: Rng, model: FloatModel
-) -> ImageSet:
-    columns = [batch.columns(drawing.generator.fingerprint) for batch in batches]
-    images = ImageSet.from_tensors(
-        torch.cat([batch.pixels for batch in batches]),
-        torch.cat([batch.labels for batch in batches]),
-        dtype=method.form.dtype,
-        columns={name: [value for part in columns for value in part[name]] for name in columns[0]},
-        framing=method.form.framing,
-        method="text_to_image",
-        settings=method.model_dump(mode="json"),
-        seed=rng.seed,
-        model_fingerprint=model.fingerprint,
-    )
-    images.manifest = images.manifest.model_copy(update={"redrawn": _redrawn(images)})
-    return images
+    def drawing(self, generator: TextToImagePipeline, embedding: Embedding | None) -> Drawing:
+        """Return the drawing of these prompts; raises `ModelError` if the token does not fit the generator."""
+        token = None
+        if embedding is not None:
+            token = generator.add_embedding(embedding, self.method.embedding or "the tuned token")
+        sampling = Sampling(**{key: getattr(self.method, key) for key in Sampling.model_fields})
+        return Drawing(generator, self.plan(token), sampling)
