@@ -64,7 +64,7 @@ def test_the_same_command_again_reads_what_is_there_and_another_is_refused(
     assert "this selection is finished" in again.err and "score images" not in again.err
     assert everything(tmp_path / "chosen") == before
     refused = synthquant(*command, "--set", "spread=std")
-    assert "holds another selection (its filters differ); choose another --out" in refused.error
+    assert "holds another selection (other filters); choose another --out" in refused.error
     assert everything(tmp_path / "chosen") == before
 
 

@@ -14,7 +14,9 @@ from synthquant.core.errors import DataError, OutputError
 from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
+from synthquant.data.sources import open_images
 from synthquant.models.float_model import FloatModel
+from synthquant.models.open import open_model
 from synthquant.select import BatchNormSensitivity, Energy, PatchSimilarity, write_selection
 from synthquant.select.write import selection_metrics
 
@@ -57,7 +59,7 @@ def test_it_is_read_again_only_if_everything_is_the_same(model: FloatModel, tmp_
         ((arguments[0], other, [PatchSimilarity(keep=4)], Rng(0)), "model, preprocess, filters|model, filters"),
         ((*arguments, Rng(1)), "seed"),
     ):
-        with pytest.raises(OutputError, match=rf"holds another selection \(its ({differs}) differ\)"):
+        with pytest.raises(OutputError, match=rf"holds another selection \(other ({differs})\)"):
             write_selection(tmp_path / "out", *changed)
 
 
@@ -84,6 +86,16 @@ def test_batch_norms_are_compared_where_it_is_asked_for_and_cheap(model: FloatMo
     assert distances("bn of a large pool", real=real, table_gib=0.0) == ["pool", "kept", "real"]
     pixels = json.loads((tmp_path / "energy of a large pool" / "selection.json").read_text())["pixels"]
     assert set(pixels) == {"pool", "kept", "real"}
+
+
+def test_a_filter_that_leads_away_from_the_batch_norms_is_told(tmp_path: Path) -> None:
+    pool, model = open_images("bundled/cifar10-test").subset(range(150)), open_model("zoo/cifar10-resnet20")
+    for keep, told in ((0.95, False), (0.3, True)):
+        listen = Listen()
+        write_selection(tmp_path / str(keep), pool, model, [BatchNormSensitivity(keep=keep)], Rng(0), progress=listen)
+        distances = selection_metrics(tmp_path / str(keep))["bn_distance"]
+        assert (distances["kept"] > 1.5 * distances["pool"]) is told
+        assert any("farther from the batch norms than the pool" in text for text in listen.told) is told
 
 
 def test_what_a_killed_process_left_beside_is_removed(model: FloatModel, tmp_path: Path) -> None:

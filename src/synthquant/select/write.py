@@ -33,6 +33,8 @@ REJECTED_NAME = "rejected"
 
 _REJECTED_SHOWN = 30
 _REAL_COMPARED = 1024
+# Fewer images are a little farther by chance alone.
+_FARTHER = 1.5
 
 
 def write_selection(
@@ -88,6 +90,7 @@ def write_selection(
         if len(worst := selection.worst(_REJECTED_SHOWN)):
             selection.pool.subset(worst).save(temporary / REJECTED_NAME, _Silent())
         write_json(temporary / SELECTION_NAME, {"version": 1, "identity": identity, **summary})
+    _warn_if_farther(folder, progress)
     return ImageSet.open(folder)
 
 
@@ -103,6 +106,16 @@ def selection_metrics(folder: Path) -> dict[str, Any]:
         "filters": [{key: step[key] for key in ("method", "column", "entered", "kept")} for step in content["steps"]],
         "bn_distance": gaps and {name: sum(gaps[name]) for name in ("pool", "kept", "real") if name in gaps},
     }
+
+
+def _warn_if_farther(folder: Path, progress: Progress) -> None:
+    """Say so if the filters, one image at a time, led the set as a whole away from the batch norms."""
+    distances = selection_metrics(folder)["bn_distance"]
+    if distances and distances["kept"] > _FARTHER * distances["pool"]:
+        progress.warn(
+            f"{folder}: as a set, the kept images are farther from the batch norms than the pool"
+            f" ({distances['kept']:.3g} against {distances['pool']:.3g}): more went than helps; keep more"
+        )
 
 
 def _identity(
@@ -129,7 +142,7 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
             return True
         different = [key for key in identity if there.get(key) != identity[key]]
         raise OutputError(
-            f"{folder} holds another selection (its {', '.join(different)} differ); choose another --out or remove it"
+            f"{folder} holds another selection (other {', '.join(different)}); choose another --out or remove it"
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise OutputError(f"{folder} already exists and is not empty; choose another folder or remove it")
