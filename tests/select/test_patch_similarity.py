@@ -152,7 +152,7 @@ def test_what_are_no_patches_is_not_taken_for_them(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("fused", [True, False])
 def test_networks_of_timm(name: str, fused: bool) -> None:
     pytest.importorskip("timm")
-    size = 224 if "swin" in name else 32
+    size = 112 if "swin" in name else 32
     model = open_model(f"timm/{name}", pretrained=False, input_size=size)
     for part in model.module.modules():
         if hasattr(part, "fused_attn"):
