@@ -168,3 +168,12 @@ def test_limits_are_black_and_white_of_the_widest_channel() -> None:
     preprocess = Preprocess(input_size=(4, 4), mean=(0.5, 0.4, 0.5), std=(0.5, 0.2, 0.25))
     black, white = preprocess.normalize(torch.zeros(3, 1, 1)), preprocess.normalize(torch.ones(3, 1, 1))
     assert preprocess.limits == pytest.approx((float(black.min()), float(white.max())))
+
+
+def test_what_no_picture_holds_is_cut_off_channel_by_channel() -> None:
+    preprocess = Preprocess(input_size=(1, 3), mean=MEAN, std=STD)
+    pixels = torch.tensor([-0.5, 0.3, 1.5]).expand(2, 3, 1, 3)
+    found = preprocess.cut_off(preprocess.normalize(pixels))
+    assert torch.allclose(found, preprocess.normalize(pixels.clamp(0, 1)), atol=1e-6)
+    picture = preprocess.normalize(torch.tensor([0.0, 77 / 255, 1.0]).expand(2, 3, 1, 3))
+    assert torch.equal(preprocess.cut_off(picture), picture)

@@ -37,6 +37,12 @@ def test_images_come_normalised_and_limited() -> None:
     assert sum(len(batch) for batch in images.batches(limit=1000)) == 20
 
 
+def test_images_end_at_black_and_white() -> None:
+    images = CalibrationImages(network(), ImageSet.from_tensors(pixels() * 3 - 1, dtype="float16"))
+    (batch,) = images.batches()
+    assert torch.allclose(batch, ((pixels() * 3 - 1).clamp(0, 1) - 0.5) / 0.25, atol=1e-2)
+
+
 def test_no_images() -> None:
     with pytest.raises(DataError, match="0 images to quantize with"):
         CalibrationImages(network(), ImageSet.from_tensors(pixels(0)))

@@ -41,6 +41,19 @@ def test_weight_scales_are_learned_unless_their_rate_is_zero() -> None:
     assert all(torch.equal(a, b) for a, b in zip(start, qdrop, strict=True)), "QDrop leaves them alone"
 
 
+def test_a_step_is_a_share_of_the_scale_and_smaller_on_finer_grids() -> None:
+    start, once = quantize(GenieM, iterations=0), quantize(GenieM, iterations=1, rounding_lr=1e-9)
+    found = set()
+    for before, after in zip(start.layers.values(), once.layers.values(), strict=True):
+        assert before.weight_quantizer is not None and after.weight_quantizer is not None
+        change = (after.weight_quantizer.scale / before.weight_quantizer.scale - 1).abs().max()
+        if change > 0:  # a unit that got worse was put back
+            bits = before.weight_quantizer.num_bits
+            found.add(bits)
+            assert torch.isclose(change, torch.tensor(3e-3 * min(1, 15 / (2**bits - 1))), rtol=1e-2)
+    assert found == {2, 8}
+
+
 def test_ranges_come_from_the_network_quantized_so_far() -> None:
     model = quantize(GenieM, iterations=0)
     plain = QuantModel.build(model.float_model, model.scheme)

@@ -86,20 +86,20 @@ def test_ties_are_rounded_up() -> None:
     assert torch.equal(quantizer.codes.float(), torch.floor(weight / 0.5) + 1 + 8)
 
 
-def test_gradient_of_the_weight_scale_is_the_clipped_code_less_its_zero_point() -> None:
+def test_gradient_of_the_weight_scale_s_factor_is_the_clipped_code_less_its_zero_point() -> None:
     layer = layer_of("grouped")
     quantizer = quantizer_of(layer)
     soft = SoftRounding(layer, learn_scale=True)
     with torch.no_grad():
         soft.logit.add_(torch.randn(soft.logit.shape, generator=torch.Generator().manual_seed(1)))
-        soft.scale.mul_(1.3)  # the integer part does not move with it
+        soft.factor.mul_(1.3)  # the integer part does not move with it
     share = soft.apply()
     outer = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2))
     (layer.weight * outer).sum().backward()
     ratio = quantizer.grouped(layer.float_weight) / quantizer.scale
     codes = torch.clamp(ratio.floor() + share + quantizer.zero_point, 0, quantizer.args.top)
-    wanted = ((codes - quantizer.zero_point) * quantizer.grouped(outer)).sum(2, keepdim=True)
-    assert soft.scale.grad is not None and torch.allclose(soft.scale.grad, wanted, rtol=1e-5, atol=1e-5)
+    wanted = quantizer.scale * ((codes - quantizer.zero_point) * quantizer.grouped(outer)).sum(2, keepdim=True)
+    assert soft.factor.grad is not None and torch.allclose(soft.factor.grad, wanted, rtol=1e-5, atol=1e-5)
     inside = (ratio.floor() + share + quantizer.zero_point - codes).detach() == 0
     assert soft.logit.grad is not None and bool((soft.logit.grad[~inside] == 0).all())
 
@@ -109,7 +109,7 @@ def test_a_fixed_scale_takes_no_gradient_and_undecided_leaves_clipped_weights_ou
     soft = SoftRounding(layer, learn_scale=False)
     soft.apply()
     layer.weight.sum().backward()
-    assert soft.scale.grad is None and soft.logit.grad is not None
+    assert soft.factor.grad is None and soft.logit.grad is not None
     quantizer = quantizer_of(layer)
     base = torch.floor(quantizer.grouped(layer.float_weight) / quantizer.scale) + quantizer.zero_point
     assert len(soft.undecided()) == int(((base >= 0) & (base < 3)).sum()) < layer.float_weight.numel()

@@ -76,6 +76,12 @@ class Preprocess(Settings):
         mean, std = _channel_constants(self.mean, self.std, normalized.dtype, normalized.device)
         return normalized * std + mean
 
+    def cut_off(self, normalized: Tensor) -> Tensor:
+        """Return network input `[B,3,H,W]` with what is darker than black and brighter than white cut off."""
+        ends = torch.stack((torch.zeros(3, 1, 1), torch.ones(3, 1, 1))).to(normalized)
+        black, white = self.normalize(ends)
+        return torch.clamp(normalized, black, white)
+
     def fit(self, image: Tensor, framing: Framing) -> Tensor:
         """Return one image `[3,h,w]` in the size the network sees, `[3,H,W]`, same pixel type; no normalisation."""
         if framing == "cropped":

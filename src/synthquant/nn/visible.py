@@ -10,7 +10,7 @@ import torch
 from synthquant.nn.attention import visible_attention
 
 
-def visible_silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # noqa: A002 (torch's own name)
+def visible_silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     """What `torch.nn.functional.silu` computes: a product with a sigmoid, for which runtimes have integer kernels.
 
     Args:

@@ -17,7 +17,12 @@ from synthquant.nn.quant_model import QuantModel
 
 
 class CalibrationImages:
-    """The images a network is quantized with, as the network sees them."""
+    """The images a network is quantized with, as the network sees them.
+
+    Synthesis may leave the range of pixels; no picture does. Values beyond black and white are cut off, for the float
+    network too: the grid of the image ends there, and what it cuts off would be learned as an error of the quantized
+    network, to be made up for by wrong roundings.
+    """
 
     def __init__(self, model: QuantModel, images: ImageSet) -> None:
         """Take a set in pixel space.
@@ -44,13 +49,15 @@ class CalibrationImages:
         """Normalised images `[B, 3, H, W]` on the model's device, the first `limit` of them.
 
         Raises:
-            DataError: not one image can be read.
+            DataError: not one image can be read, or one has values that are not finite.
         """
         chosen = range(len(self) if limit is None else min(limit, len(self)))
         found = False
         for batch in input_batches(self._images, self._preprocess, size, chosen):
             found = True
-            yield batch.inputs.to(self._device)
+            if not torch.isfinite(batch.inputs).all():
+                raise DataError("an image to quantize with has values that are not finite; make the images anew")
+            yield self._preprocess.cut_off(batch.inputs.to(self._device))
         if not found:
             raise DataError(f"none of the {len(chosen)} images to quantize with can be read")
 

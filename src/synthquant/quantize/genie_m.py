@@ -21,14 +21,16 @@ class GenieM(LearnedRounding):
 
     As QDrop, and the step sizes of weights are learned too: the integer part of each weight is fixed from the first
     step size, so that scale and rounding do not work against each other. Departures from the authors' code: batch norms
-    are folded; batches have `batch_size` images for any count of images; a block's quantized input has one drop mask
-    for all its readers; step sizes stay above zero; a unit that got worse is put back.
+    are folded, and the learning rate of weight step sizes is therefore relative (theirs: 1e-4, absolute); batches have
+    `batch_size` images for any count of images; a block's quantized input has one drop mask for all its readers; step
+    sizes stay above zero; a unit that got worse is put back.
     """
 
     rounding_weight: float = Field(default=1.0, ge=0)
     """Factor of the regulariser that pushes roundings to 0 or 1, relative to an error summed over channels."""
-    weight_scale_lr: float = Field(default=1e-4, ge=0)
-    """Adam learning rate of weight step sizes, cosine to 0; 0: fixed, as in AdaRound."""
+    weight_scale_lr: float = Field(default=3e-3, ge=0)
+    """Adam learning rate of weight step sizes as a share of themselves, at up to 4 bits, cosine to 0; above, as much
+    smaller as the grid is finer. 0: fixed, as in AdaRound."""
     activation_lr: float = Field(default=4e-5, gt=0)
     """Adam learning rate of activation step sizes, cosine to 0."""
     keep: float = Field(default=0.5, gt=0, le=1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from synthquant.nn.functional import (
 from synthquant.nn.layers import QuantLayer
 
 Sampling = Literal["epoch", "permutation", "replacement"]
+# Up to so many bits a weight's scale changes at the full rate.
+_COARSE_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Phase:
         rounding_weight: factor of the rounding regulariser.
         warm_up: share of the steps before the regulariser sets in.
         beta: exponent of the regulariser when it sets in and at the last step; linear in between.
-        weight_scale_lr: learning rate of weight scales, cosine to 0; 0: fixed (AdaRound, BRECQ, QDrop).
+        weight_scale_lr: learning rate of the factors of weight scales at up to 4 bits, cosine to 0; at more bits
+            as much smaller as the grid is finer. 0: fixed (AdaRound, BRECQ, QDrop).
         activation_scale_lr: learning rate of activation scales, cosine to 0; 0: fixed.
         keep: probability that a quantized activation, or a student input, is used (QDrop: 0.5).
         lsq_gradient_scale: scale the gradient of activation steps as LSQ does.
@@ -79,11 +82,13 @@ class SoftRounding:
     """The weights of one layer while their rounding is learned: `s (clip(B + h(V) + z, 0, top) - z)`.
 
     `B = floor(W / s)` is fixed from the calibrated scale, so that learning `s` as well does not move it: AdaRound
-    (arXiv:2004.10568, eq. 22) with `s` fixed, Genie-M (arXiv:2212.04780, section 3.2) with `s` learned.
+    (arXiv:2004.10568, eq. 22) with `s` fixed, Genie-M (arXiv:2212.04780, section 3.2) with `s` learned. What is learned
+    is the factor `s / s0` by which the calibrated scale `s0` changes, because folded batch norms make the scales of
+    channels differ by orders of magnitude.
 
     Attributes:
         logit: `V`, `[C, G, K]`.
-        scale: `s`, `[C, G, 1]`.
+        factor: `s / s0`, `[C, G, 1]`.
     """
 
     def __init__(self, layer: QuantLayer, learn_scale: bool) -> None:
@@ -93,16 +98,24 @@ class SoftRounding:
         ratio = self._quantizer.grouped(layer.float_weight.float()) / self._quantizer.scale
         base = ratio.floor()
         self.logit = nn.Parameter(rectified_sigmoid_inverse(ratio - base))
-        self.scale = nn.Parameter(self._quantizer.scale.clone(), requires_grad=learn_scale)
+        self._scale = self._quantizer.scale.clone()
+        self.factor = nn.Parameter(torch.ones_like(self._scale), requires_grad=learn_scale)
         self._zero_point = self._quantizer.zero_point
         self._offset = base + self._zero_point
         self._top = self._quantizer.args.top
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a code."""
+        return self._quantizer.num_bits
 
     def apply(self) -> torch.Tensor:
         """Let the layer use the soft weights; returns `h(V)`."""
         soft = rectified_sigmoid(self.logit)
         codes = torch.clamp(self._offset + soft, 0, self._top)
-        self._layer.weight_override = self._quantizer.ungrouped((codes - self._zero_point) * self.scale)
+        self._layer.weight_override = self._quantizer.ungrouped(
+            (codes - self._zero_point) * (self._scale * self.factor)
+        )
         return soft
 
     @torch.no_grad()
@@ -110,7 +123,7 @@ class SoftRounding:
         """Write the decided codes and scales back into the layer."""
         self._layer.weight_override = None
         codes = torch.clamp(self._offset + (self.logit >= 0), 0, self._top)
-        self._quantizer.set_codes(codes, self.scale)
+        self._quantizer.set_codes(codes, self._scale * self.factor)
 
     def release(self) -> None:
         """Let the layer use its codes again."""
@@ -223,12 +236,14 @@ def learn_unit(
         [SoftRounding(x, phase.weight_scale_lr > 0) for x in layers if x.weight_quantizer] if phase.rounding_lr else []
     )
     scales = [quantizer.scale for quantizer in quantizers] if phase.activation_scale_lr else []
-    weight_scales = [soft.scale for soft in rounding if soft.scale.requires_grad]
-    groups = [
+    factors = [soft.factor for soft in rounding if soft.factor.requires_grad]
+    groups: list[dict[str, Any]] = [
         {"params": [soft.logit for soft in rounding], "lr": phase.rounding_lr, "base": 0.0},
-        {"params": weight_scales, "lr": phase.weight_scale_lr, "base": phase.weight_scale_lr},
         {"params": scales, "lr": phase.activation_scale_lr, "base": phase.activation_scale_lr},
     ]
+    for bits in sorted({soft.num_bits for soft in rounding} if factors else ()):
+        rate = phase.weight_scale_lr * min(1.0, _top(_COARSE_BITS) / _top(bits))
+        groups.append({"params": [s.factor for s in rounding if s.num_bits == bits], "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]
     if not groups or not phase.iterations:
         return Learned(None, (), ())
@@ -248,7 +263,7 @@ def learn_unit(
                 loss.backward()  # type: ignore[no-untyped-call]
                 _cosine(optimizer, step - 1, phase.iterations)
                 optimizer.step()
-                _keep_positive([*weight_scales, *scales])
+                _keep_positive([*factors, *scales])
                 sampled = None
                 if step % every == 0 or step in (1, phase.iterations):
                     sampled = float(error.detach())
@@ -263,6 +278,11 @@ def learn_unit(
     for weights in rounding:
         weights.harden()
     return Learned(undecided, tuple(steps), tuple(losses))
+
+
+def _top(bits: int) -> int:
+    """The largest code."""
+    return int(2**bits - 1)
 
 
 def _cosine(optimizer: torch.optim.Optimizer, step: int, iterations: int) -> None:
