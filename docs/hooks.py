@@ -23,10 +23,11 @@ KINDS = {
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files."""
-    readme = (ROOT / "README.md").read_text()
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
-        files.append(File.generated(config, name, content=(ROOT / name).read_text()))
-    files.append(File.generated(config, "index.md", content=readme))
+    pages = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+    for page, name in pages.items():
+        # These stand one folder above the documentation.
+        content = (ROOT / name).read_text().replace("](docs/", "](")
+        files.append(File.generated(config, page, content=content))
     files.append(File.generated(config, "methods.md", content=methods()))
     return files
 
