@@ -17,7 +17,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.diffusion.latent import LatentDiffusion
 from synthquant.diffusion.pipelines import TextToImagePipeline
 from synthquant.models.open import open_model
-from synthquant.synthesize.prompt_tuning import PromptTuning, draw_shots, tune_prompt
+from synthquant.synthesize.prompt_tuning import PromptTuning, TuningState, draw_shots, tune_prompt
 from synthquant.synthesize.text_to_image import TextToImage
 
 NAMES = ("cat", "dog", "ship")
@@ -75,6 +75,23 @@ def test_it_is_written_as_a_textual_inversion(generator: TextToImagePipeline, re
     row = pipeline.tokenizer.convert_tokens_to_ids("<real>")
     assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[row], embedding.vectors[0])
     assert TextToImagePipeline(pipeline, "small", torch.device("cpu")).draw is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_the_same_gradient_and_nearly_the_same_token(real: ImageSet, dtype: torch.dtype) -> None:
+    def tuned(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        states: list[TuningState] = []
+        generator = TextToImagePipeline(build_small_pipeline().to(precision), "small", torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            start = TuningState.start
+            patch.setattr(TuningState, "start", lambda *args: (states.append(start(*args)), states[0])[1])
+            embedding = tune_prompt(generator, real, NAMES, SMALL, Rng(0))
+        assert states[0].vector.dtype == torch.float32 and states[0].vector.grad is not None
+        return embedding.vectors, states[0].vector.grad
+
+    (token, gradient), (half_token, half_gradient) = tuned(torch.float32), tuned(dtype)
+    torch.testing.assert_close(half_gradient, gradient, rtol=0, atol=0.1 * gradient.abs().max().item())
+    assert torch.nn.functional.cosine_similarity(half_token, token).item() > 0.99
 
 
 @pytest.mark.parametrize("killed_after", [2, 4])
