@@ -32,8 +32,10 @@ COUNT = 21
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     pytest.importorskip("ray", reason="needs the extra 'ray'")
-    with ray_session("local"):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # two workers on the CPU, whatever else the machine has
+        with ray_session("local"):
+            yield
 
 
 @pytest.fixture(scope="module")

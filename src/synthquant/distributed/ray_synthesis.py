@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import torch
+
 from synthquant.core.errors import InputError, MissingExtraError, SynthquantError
 from synthquant.diffusion.embedding import Embedding, read_embedding
 from synthquant.synthesize.batches import batch_sizes
@@ -65,6 +67,8 @@ class RayWorkers:
         with ray_session(self.address) as ray:
             if method.tuning is not None:
                 embedding = method.tune(method.open_generator(model.device), task, writer.folder, progress)
+                if model.device.type == "cuda":
+                    torch.cuda.empty_cache()  # a worker may sit on the same device
             pool = WorkerPool(ray, task, embedding, self.count, most=len(sizes) - writer.finished_parts)
             progress.say(f"{len(pool.workers)} workers on Ray")
             return collect_drawn(pool, method, method.form, model, sizes, rng, writer, progress)
