@@ -78,14 +78,8 @@ def build(folder: Path) -> dict[str, int]:
     )
     with torch.no_grad():
         autoencoder.decoder.conv_out.weight.mul_(4)  # else random weights draw gray, which is drawn again
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = PNDMScheduler(**noise, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     networks = {"unet": unet, "vae": autoencoder, "text_encoder": text_encoder}
     pipeline = StableDiffusionPipeline(
         **{name: network.eval().half() for name, network in networks.items()},

@@ -111,14 +111,7 @@ def tune_prompt(
     networks = LatentDiffusion(generator)
     tokens = networks.tokenize([settings.template.format(name, settings.token) for name in names], settings.token)
     shots = _encode_shots(networks, images, names, settings, rng, progress)
-    origin = {
-        "method": "prompt tuning (arXiv:2312.05272)",
-        "settings": json.dumps(settings.model_dump(mode="json", exclude={"checkpoint_every", "save_memory"})),
-        "seed": str(rng.seed),
-        "generator": generator.fingerprint,
-        "images": shots.fingerprint,
-        "classes": json.dumps(list(names)),
-    }
+    origin = _origin(settings, rng.seed, generator.fingerprint, shots.fingerprint, names)
     if path is not None and path.exists():
         embedding = read_embedding(path)
         _require_same(embedding.origin, origin, path)
@@ -285,6 +278,18 @@ def _encode_shots(
         broken = images.set_aside[-1]
         raise DataError(f"{len(chosen) - len(found)} of the real images cannot be read: {broken.name}: {broken.reason}")
     return Shots(torch.cat(moments), found, digest.hexdigest())
+
+
+def _origin(settings: PromptTuning, seed: int, generator: str, images: str, names: Sequence[str]) -> dict[str, str]:
+    """What an embedding's result depends on, as a file's metadata."""
+    return {
+        "method": "prompt tuning (arXiv:2312.05272)",
+        "settings": json.dumps(settings.model_dump(mode="json", exclude={"checkpoint_every", "save_memory"})),
+        "seed": str(seed),
+        "generator": generator,
+        "images": images,
+        "classes": json.dumps(list(names)),
+    }
 
 
 def _require_same(found: Any, origin: dict[str, str], path: Path) -> None:
