@@ -207,15 +207,19 @@ def _modules_with(
     if operator is None:
         return ""
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-    missing = operator[1].rpartition(".")[2].strip("_")
-    found: dict[str, None] = {}
-    for node in program.graph.nodes:
-        # The exporter breaks operators down: what it calls prims.bessel_j0 was called as aten.special_bessel_j0.
-        name = str(node.target).removesuffix(".default").rpartition(".")[2]
-        if node.op == "call_function" and (name == missing or name.endswith(f"_{missing}")):
-            *_, (path, _) = node.meta.get("nn_module_stack", {"": ("", None)}).values()
-            found[repr(path.removeprefix("network").lstrip("."))] = None
-    return f"module {', '.join(found)}: " if found else ""
+    missing = operator[1].rpartition(".")[2]
+    # The exporter breaks operators down, more than torch does by itself: what it names as prims.bessel_j0 was called as
+    # aten.special_bessel_j0, and what it names as aten._linalg_svd was aten.linalg_svdvals.
+    for graph, ending in ((program.run_decompositions().graph, ()), (program.graph, (f"_{missing}",))):
+        found: dict[str, None] = {}
+        for node in graph.nodes:
+            name = str(node.target).rpartition(".")[0].rpartition(".")[2]
+            if node.op == "call_function" and (name == missing or name.endswith(ending)):
+                *_, (path, _) = node.meta.get("nn_module_stack", {"": ("", None)}).values()
+                found[repr(path.removeprefix("network").lstrip("."))] = None
+        if found:
+            return f"module {', '.join(found)}: "
+    return ""
 
 
 @contextmanager
