@@ -4,7 +4,7 @@
         --data bundled/cifar10-test --work FOLDER
 
 For each case of `CASES` it types what a user would: `quantize`, `export`, `evaluate` of the run and of the file in both
-runtimes, and writes results/onnx_accuracy/NAME.json. IMAGES is what is quantized with; `--count` of them are used.
+runtimes, and writes results/onnx_accuracy/NAME.json. IMAGES is what is quantized with.
 """
 
 from __future__ import annotations
@@ -78,10 +78,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    out = ROOT / "results" / "onnx_accuracy"
+    out.mkdir(parents=True, exist_ok=True)
     rows = [row_of(name, arguments) for name in arguments.cases]
     budget = {"method": arguments.method, "iterations": arguments.iterations}
     result = {"network": arguments.name, "model": arguments.model, **budget, "rows": rows, "environment": environment()}
-    write_json(ROOT / "results" / "onnx_accuracy" / f"{arguments.name}.json", result)
+    write_json(out / f"{arguments.name}.json", result)
     for row in rows:
         print(row["case"], row["top1"], row["bytes"])
 

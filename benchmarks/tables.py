@@ -159,17 +159,29 @@ def onnx_files() -> str:
                 f"{times['float'] / times['peer']:.2f}" if times else "-",
             ]
         )
-    header = [
-        "network",
-        "weights",
-        "layers on integers",
-        "agreement ORT %",
-        "ties aside %",
-        "OpenVINO %",
-        "control %",
-        "images",
+    header = ["network", "weights", "layers on integers", "agreement ORT %", "ties aside %", "OpenVINO %", "control %"]
+    rows = table([*header, "images", "size", "speed", "peer"], body)
+    return "\n".join(lines) + rows + "\n" + onnx_accuracy()
+
+
+def onnx_accuracy() -> str:
+    """Top-1 of the same file in two runtimes."""
+    lines = [
+        "",
+        "## Top-1 of the files",
+        "",
+        "Written from `results/onnx_accuracy/*.json` (`benchmarks/onnx_accuracy.py`, which types the commands of the",
+        "guide). In our own checkpoint codes are packed at their own bits; ONNX files hold 8-bit numbers.",
+        "",
     ]
-    return "\n".join(lines) + table([*header, "size", "speed", "peer"], body) + "\n"
+    body = []
+    for result in load("onnx_accuracy"):
+        for row in result["rows"]:
+            runtimes = [percent(row["top1"][name]) for name in ("torch", "onnxruntime", "openvino")]
+            sizes = [f"{row['bytes'][name]:,}" for name in ("onnx", "checkpoint")]
+            body.append([result["network"], row["case"], row["preset"], *runtimes, str(row["count"]), *sizes])
+    header = ["network", "scheme", "preset", "torch %", "ORT %", "OpenVINO %", "images", "ONNX bytes", "packed bytes"]
+    return "\n".join(lines) + table(header, body) + "\n"
 
 
 def main() -> None:
