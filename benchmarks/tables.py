@@ -161,7 +161,7 @@ def onnx_files() -> str:
         )
     header = ["network", "weights", "layers on integers", "agreement ORT %", "ties aside %", "OpenVINO %", "control %"]
     rows = table([*header, "images", "size", "speed", "peer"], body)
-    return "\n".join(lines) + rows + "\n" + onnx_accuracy()
+    return "\n".join([*lines, rows]) + "\n" + onnx_accuracy()
 
 
 def onnx_accuracy() -> str:
@@ -181,7 +181,7 @@ def onnx_accuracy() -> str:
             sizes = [f"{row['bytes'][name]:,}" for name in ("onnx", "checkpoint")]
             body.append([result["network"], row["case"], row["preset"], *runtimes, str(row["count"]), *sizes])
     header = ["network", "scheme", "preset", "torch %", "ORT %", "OpenVINO %", "images", "ONNX bytes", "packed bytes"]
-    return "\n".join(lines) + table(header, body) + "\n"
+    return "\n".join([*lines, table(header, body)]) + "\n"
 
 
 def main() -> None:
