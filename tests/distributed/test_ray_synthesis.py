@@ -32,10 +32,14 @@ COUNT = 21
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     pytest.importorskip("ray", reason="needs the extra 'ray'")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # workers take as many each
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves them next to nothing
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # two workers on the CPU, whatever else the machine has
         with ray_session("local"):
             yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,7 @@ def test_a_worker_keeps_what_was_wrong_for_the_one_who_asks(network: FloatModel,
     pytest.importorskip("ray", reason="needs the extra 'ray'")
     task = TextToImage(generator=str(tmp_path / "none")).task(network, Rng(0))
     with pytest.raises(InputError, match="there is no generator folder"):
-        Worker(task, None).fingerprint()
+        Worker(task, None, torch.get_num_threads()).fingerprint()
 
 
 def test_a_finished_set_needs_no_cluster(network: FloatModel, generator_folder: Path, tmp_path: Path) -> None:

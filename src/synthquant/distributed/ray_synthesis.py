@@ -75,12 +75,17 @@ class RayWorkers:
 
 
 class Worker:
-    """Runs in a process of its own: opens the generator and draws."""
+    """Runs in a process of its own: opens the generator and draws.
 
-    def __init__(self, task: DrawingTask, embedding: Embedding | None) -> None:
+    On a CPU it computes in as many threads as the process that asks: sums depend on it in their last bits.
+    """
+
+    def __init__(self, task: DrawingTask, embedding: Embedding | None, threads: int) -> None:
         import ray
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(threads)
         self._drawing: Drawing
         self._error: SynthquantError | None = None
         try:
@@ -125,7 +130,7 @@ class WorkerPool:
         if wanted > (gpus or cpus):
             raise InputError(f"{wanted} workers on a Ray cluster of {gpus} GPUs and {cpus} CPUs; ask for fewer")
         remote = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **needs)(Worker)
-        self.workers = [remote.remote(task, embedding) for _ in range(count)]
+        self.workers = [remote.remote(task, embedding, torch.get_num_threads()) for _ in range(count)]
         found = self._get([worker.fingerprint.remote() for worker in self.workers])
         if len(set(found)) > 1:
             raise InputError(
