@@ -64,6 +64,9 @@ def prepared(source: str, weights: str | None, data: ImageSet) -> FloatModel:
     if known or weights is not None:
         return model
     module = copy.deepcopy(model.module)
+    torch.manual_seed(0)
+    if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        draw_weights(module)
     inputs = model_inputs(data, model.preprocess, spread(len(data), 32))
     norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -76,6 +79,18 @@ def prepared(source: str, weights: str | None, data: ImageSet) -> FloatModel:
     fitted = replace(model, module=module)
     fit_head(fitted, data)
     return fitted
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module) -> None:
+    """Give layers normal weights of variance 1 / fan-in.
+
+    Transformers begin with smaller ones, by which all images look alike: a head that tells them apart blows up the
+    last digits of its input.
+    """
+    for part in module.modules():
+        if isinstance(part, QUANTIZABLE):
+            part.weight.normal_(std=part.weight[0].numel() ** -0.5)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ SETTINGS = {
         *("sgd", 0.1, 5e-4, 128, 200, 0.15, 0.0, "light"),
     ),
     "cifar10-mobilenetv2": Settings(
-        "MobileNetV2 of width 1.0 with CIFAR strides (arXiv:1801.04381), 2.2 M parameters",
+        "MobileNetV2 of width 0.5 with CIFAR strides (arXiv:1801.04381), 0.7 M parameters",
         *("sgd", 0.2, 5e-4, 256, 100, 0.15, 0.1, "medium"),
     ),
     "cifar10-vit": Settings(

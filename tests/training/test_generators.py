@@ -155,6 +155,19 @@ def test_ddpm_folder_opens_and_has_what_q_diffusion_needs(trained: Trained) -> N
     assert resnet.conv_shortcut is not None and resnet.conv_shortcut.in_channels == 32
 
 
+def test_the_size_for_a_cpu_reads_the_text_at_8x8_only() -> None:
+    size = text2image.SIZES["cpu"]
+    unet = text2image.build_unet(size).eval()
+    places: list[int] = []
+    for name, part in unet.named_modules():
+        if name.endswith(".attn2"):  # attention to the text
+            part.register_forward_pre_hook(lambda _, args: places.append(args[0].shape[1]))
+    with torch.no_grad():
+        noise = unet(torch.zeros(1, 6, 16, 16), 5, torch.zeros(1, 16, size.text)).sample
+    assert noise.shape == (1, 6, 16, 16)
+    assert len(places) >= 3 and set(places) == {64}
+
+
 def test_full_sizes_fit_the_budget() -> None:
     size = text2image.SIZES["small"]
     parts = (

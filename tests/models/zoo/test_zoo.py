@@ -63,7 +63,7 @@ def test_resnet20_is_the_network_of_the_paper() -> None:
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_mobilenetv2_is_that_of_the_paper_but_for_strides() -> None:
+def test_mobilenetv2_is_that_of_the_paper_but_for_width_and_strides() -> None:
     network = mobilenetv2()
     depthwise = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
     assert len(depthwise) == 17 and all(conv.groups == conv.in_channels for conv in depthwise)
