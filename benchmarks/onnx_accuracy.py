@@ -47,8 +47,8 @@ def row_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         *("quantize", *model, "--images", arguments.images, "--scheme", scheme, "--method", arguments.method),
         *("--out", run, *settings, *extra),
     )
-    export = synthquant("export", run, "--to", "onnx", "--preset", preset, "--out", file)
     data = ["--data", arguments.data]
+    export = synthquant("export", run, "--to", "onnx", "--preset", preset, "--out", file, *data)
     measured = {
         "torch": synthquant("evaluate", run, *data),
         "onnxruntime": synthquant("evaluate", file, *data),

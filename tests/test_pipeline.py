@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from tests.small_networks import CLASSES, small_float_model, small_images
 
+import synthquant as sq
 from synthquant import pipeline
 from synthquant.core.errors import DataError, InputError, ModelError, UnsupportedModelError
 from synthquant.core.files import sha256_file
 from synthquant.core.progress import Bar, Progress
 from synthquant.core.record import RunRecord
 from synthquant.data.image_set import ImageSet
+from synthquant.export import TorchProgram
 from synthquant.export.checkpoint import load_checkpoint
 from synthquant.models.float_model import FloatModel
+from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize import Rtn
 from synthquant.recipe import EvaluateSection, Recipe
 
@@ -328,3 +333,29 @@ def test_a_selection_may_be_changed_until_quantization_begins_and_not_after(
         pipeline.run(Recipe.parse(plain), tmp_path / "run2", KillAt("evaluate float", 8))
     with pytest.raises(InputError, match="holds a run of another recipe"):
         pipeline.run(Recipe.parse(choosing | {"select": ["energy:6"]}), tmp_path / "run2")
+
+
+def test_the_python_of_the_readme_runs(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", readme, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert "top1" in capsys.readouterr().out
+    assert isinstance(names["quant_model"], QuantModel)
+
+
+def test_public_functions_take_names_as_well_as_paths(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run, out = str(tmp_path / "run"), str(tmp_path / "copy")
+    sq.run(Recipe.parse(recipe), run)
+    sq.save_checkpoint(sq.load_checkpoint(f"{run}/model"), out)
+    assert files(Path(out)) == files(Path(run) / "model")
+    record = RunRecord.load(f"{run}/run.json")
+    record.save(f"{out}/run.json")
+    assert RunRecord.load(f"{out}/run.json") == record
+    assert sq.write_report([run], f"{out}.html").is_file()
+    found = sq.export_run(run, TorchProgram(), f"{out}.pt2")
+    assert Path(f"{out}.pt2").is_file() and found["verification"]["loaded"]["agreement"] == 1.0

@@ -189,14 +189,14 @@ class Recipe(Settings):
         return parse_settings(cls, known, where)
 
     @classmethod
-    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         """Read a YAML recipe and change it by `overrides` of the form `section.field=value`.
 
         Raises:
             RecipeError: the file is missing or not YAML, and all that `parse` raises.
         """
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
         except yaml.YAMLError as error:

@@ -54,14 +54,14 @@ class RunRecord(BaseModel):
         """Return the record of a stage, made now if there is none."""
         return self.stages.setdefault(name, StageRecord())
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the record as JSON, atomically; raises `OutputError`."""
-        write_json(path, self.model_dump(mode="json"))
+        write_json(Path(path), self.model_dump(mode="json"))
 
     @classmethod
-    def load(cls, path: Path) -> RunRecord:
+    def load(cls, path: Path | str) -> RunRecord:
         """Read a record; raises `InputError` if the file is missing, broken or of another version."""
-        content = read_json(path)
+        content = read_json(Path(path))
         try:
             record = cls.model_validate(content)
         except ValidationError as error:

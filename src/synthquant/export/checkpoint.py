@@ -140,13 +140,14 @@ class Checkpoint(Settings):
         return {"images": len(reference), "loaded": asdict(difference(logits["loaded"], reference))}
 
 
-def save_checkpoint(quant_model: QuantModel, folder: Path) -> Path:
+def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
     """Write `quant_model` to `folder`, which is there wholly or not at all; one that is already there is replaced.
 
     Raises:
         ModelError: activation ranges are not calibrated yet.
         OutputError: the folder cannot be written.
     """
+    folder = Path(folder)
     if not quant_model.calibrated:
         raise ModelError(f"{quant_model.float_model.name}: not calibrated yet; apply a quantization method first")
     weights = save_safetensors(_packed(quant_model))
@@ -158,7 +159,7 @@ def save_checkpoint(quant_model: QuantModel, folder: Path) -> Path:
 
 
 def load_checkpoint(
-    folder: Path, *, float_model: FloatModel | None = None, device: torch.device | str | None = None
+    folder: Path | str, *, float_model: FloatModel | None = None, device: torch.device | str | None = None
 ) -> QuantModel:
     """Read a checkpoint; the network gives bit for bit the logits of the one that was saved.
 
@@ -173,6 +174,7 @@ def load_checkpoint(
         ModelError: a file is missing, damaged or of another format; tensors are missing, unexpected or of a wrong
             shape; or `float_model` is not the network that was quantized.
     """
+    folder = Path(folder)
     config = read_config(folder)
     path = folder / WEIGHTS_NAME
     if not path.is_file():

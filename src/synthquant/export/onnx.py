@@ -62,7 +62,7 @@ class Onnx(Settings):
     def _known(cls, value: str) -> str:
         return find_preset(value).name
 
-    def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
+    def export(self, quant_model: QuantModel, path: Path | str, *, origin: Mapping[str, str] | None = None) -> Path:
         """Write the file and return `path`.
 
         Args:
@@ -80,6 +80,7 @@ class Onnx(Settings):
         require_onnx()
         from synthquant.export import onnx_graph
 
+        path = Path(path)
         model, notes = build_graph(quant_model, find_preset(self.preset))
         metadata = OnnxMetadata(
             synthquant_version=package_version(),
@@ -100,7 +101,7 @@ class Onnx(Settings):
         return path
 
     def verify(
-        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+        self, quant_model: QuantModel, path: Path | str, images: ImageSet, *, progress: Progress = QUIET
     ) -> dict[str, Any]:
         """Load the file in ONNX Runtime and compare it with the quantized network on `images`.
 
@@ -112,7 +113,7 @@ class Onnx(Settings):
 
         return verify_onnx(
             quant_model,
-            path,
+            Path(path),
             images,
             count=self.images,
             min_agreement=self.min_agreement,

@@ -33,7 +33,7 @@ class TorchProgram(Settings):
     images: int = Field(default=128, ge=1)
     """Verification: how many images to use, evenly spaced over the set."""
 
-    def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
+    def export(self, quant_model: QuantModel, path: Path | str, *, origin: Mapping[str, str] | None = None) -> Path:
         """Write the program and return `path`; `origin` goes into the file beside it.
 
         Raises:
@@ -41,13 +41,13 @@ class TorchProgram(Settings):
             UnsupportedModelError: `torch.export` cannot follow the network; says why.
             OutputError: the file cannot be written.
         """
-        buffer = io.BytesIO()
+        path, buffer = Path(path), io.BytesIO()
         torch.export.save(export_program(quant_model), buffer, extra_files={"origin.txt": _text(origin or {})})
         write_bytes(path, buffer.getvalue())
         return path
 
     def verify(
-        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+        self, quant_model: QuantModel, path: Path | str, images: ImageSet, *, progress: Progress = QUIET
     ) -> dict[str, Any]:
         """Load the program and compare it with the quantized network; only float rounding may differ.
 

@@ -18,9 +18,9 @@ from synthquant.methods import Exporter
 
 
 def export_run(
-    run: Path,
+    run: Path | str,
     exporter: Exporter,
-    out: Path,
+    out: Path | str,
     *,
     data: str | None = None,
     verify: bool = True,
@@ -47,6 +47,7 @@ def export_run(
         OutputError: `out` cannot be written.
     """
     start = time.perf_counter()
+    run, out = Path(run), Path(out)
     checkpoint = _checkpoint(run)
     require_writable(out.parent)
     images = _images(run, data) if verify else None

@@ -88,7 +88,7 @@ class RunSection:
     worst: list[SqnrRow] = field(default_factory=list)
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path | str], out: Path | str) -> Path:
     """Write the page about `runs`, or about one folder of selected images, to the file `out`, and return `out`.
 
     Reads only files of the run folders and, for the sheet of real images, the evaluation data named there; what cannot
@@ -100,13 +100,14 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         OutputError: `out` cannot be written.
     """
-    selections = [folder for folder in runs if is_selection(folder) and not (folder / "run.json").is_file()]
+    folders, out = [Path(folder) for folder in runs], Path(out)
+    selections = [folder for folder in folders if is_selection(folder) and not (folder / "run.json").is_file()]
     if selections:
-        if len(runs) > 1:
+        if len(folders) > 1:
             raise InputError(f"{selections[0]} is a selection of images; a report shows runs, or one selection alone")
-        write_text(out, render_selection(selection_section(runs[0], (), "selection"), runs[0].name))
+        write_text(out, render_selection(selection_section(folders[0], (), "selection"), folders[0].name))
         return out
-    opened = open_runs(runs)
+    opened = open_runs(folders)
     write_text(out, render_report([_section(run, f"run-{index + 1}") for index, run in enumerate(opened)]))
     return out
 

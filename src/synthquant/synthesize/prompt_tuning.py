@@ -94,7 +94,7 @@ def tune_prompt(
     settings: PromptTuning,
     rng: Rng,
     *,
-    path: Path | None = None,
+    path: Path | str | None = None,
     progress: Progress = QUIET,
 ) -> Embedding:
     """Learn a token from real images with labels; `names` are the classes in the order of the labels.
@@ -109,6 +109,7 @@ def tune_prompt(
     """
     require_template(settings.template, places=2)
     networks = LatentDiffusion(generator)
+    path = None if path is None else Path(path)
     tokens = networks.tokenize([settings.template.format(name, settings.token) for name in names], settings.token)
     shots = _encode_shots(networks, images, names, settings, rng, progress)
     origin = _origin(settings, rng.seed, generator.fingerprint, shots.fingerprint, names)

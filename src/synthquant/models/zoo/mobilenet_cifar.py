@@ -1,13 +1,13 @@
-"""MobileNetV2 of width 0.5 for 32x32 images, Sandler et al. 2018 (arXiv:1801.04381), table 2, with strides for CIFAR."""
+"""MobileNetV2 of width 0.5 for 32x32 images, Sandler et al. 2018 (arXiv:1801.04381), table 2, with other strides."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-# Expansion, output channels, blocks, stride of the first. Table 2 of the paper at half its width (in multiples of 8, the
-# last convolution at its full width, as there), but 32x32 images keep their size in the stem, and the last stages still
-# see 4x4 positions. Width and strides are such that one core of a CPU trains it in an hour.
+# Expansion, output channels, blocks, stride of the first. Table 2 of the paper at half its width (in multiples of 8;
+# the last convolution at its full width, as there), but 32x32 images keep their size in the stem, and the last stages
+# still see 4x4 positions. Width and strides are such that one core of a CPU trains it in about an hour.
 STAGES = ((1, 8, 1, 1), (6, 16, 2, 2), (6, 16, 3, 2), (6, 32, 4, 1), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
 
 
