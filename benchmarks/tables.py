@@ -184,6 +184,32 @@ def onnx_accuracy() -> str:
     return "\n".join([*lines, table(header, body)]) + "\n"
 
 
+def sensitivity() -> str:
+    """docs/results/bn-sensitivity.md: scores from one forward pass beside their definition."""
+    (result,) = load("bn_sensitivity")
+    lines = [
+        "# Batch-norm sensitivity: one forward pass beside the definition",
+        "",
+        "Written by `benchmarks/tables.py` from `results/bn_sensitivity/*.json` (`benchmarks/bn_sensitivity.py`). The",
+        "definition (GenQ, arXiv:2312.05272, equation 7) runs the network on B - 1 images for each of B; `select`",
+        "takes the same scores from the sums of one pass. Same process, same images; a `*` was run for some of the",
+        "images and multiplied.",
+        "",
+    ]
+    body = [
+        [
+            str(row["images"]),
+            f"{row['fast_seconds']:.3g}",
+            f"{row['brute_seconds']:.4g}{'*' if row['brute_is_extrapolated'] else ''}",
+            f"{row['speedup']:.0f}",
+            f"{row['largest_difference'] / row['largest_score']:.1e}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["B", "one pass, s", "definition, s", "ratio", "largest difference / largest score"]
+    return "\n".join([*lines, table(header, body)]) + "\n"
+
+
 def main() -> None:
     """Write everything."""
     folder = ROOT / "docs" / "results"
@@ -191,6 +217,7 @@ def main() -> None:
     (folder / "zero-shot.md").write_text(zero_shot())
     (folder / "beside-genie.md").write_text(beside_genie())
     (folder / "onnx.md").write_text(onnx_files())
+    (folder / "bn-sensitivity.md").write_text(sensitivity())
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, content in (("demo", demo()), ("zero_shot", promise())):
