@@ -133,10 +133,10 @@ def onnx_files() -> str:
         "network in torch, in ONNX Runtime (ORT) and OpenVINO, on images that were not used to calibrate; *ties aside*",
         "leaves out images whose two classes the network hardly tells apart; *control* is the quantized network in",
         "torch with 64-bit floats, which no file can be expected to beat: rounding to a grid turns a difference in the",
-        "last digit of a sum into a whole step, and every layer makes more of them. Networks with random weights have",
-        "their last layer fitted to the images; they check arithmetic, not accuracy, and some are chaotic. *Speed*:",
-        "float time divided by quantized time, batch 1; *peer*: the same for ONNX Runtime's own quantizer. A dash was",
-        "not measured.",
+        "last digit of a sum into a whole step, and every layer makes more of them. Networks with random weights (of",
+        "variance 1 / fan-in where there is no batch norm) have their last layer fitted to the images; they check",
+        "arithmetic, not accuracy, and some are chaotic. *Speed*: float time divided by quantized time, batch 1;",
+        "*peer*: the same for ONNX Runtime's own quantizer. A dash was not measured.",
         "",
     ]
     body = []
