@@ -26,6 +26,11 @@ NOISE: dict[str, Any] = {
 }
 
 
+MIN_SNR = 5.0
+"""Above this signal-to-noise ratio a time step weighs less: its noise is next to invisible and says nothing of what
+the image shows (Min-SNR, arXiv:2303.09556, Eq. 10: faster training at equal quality)."""
+
+
 class Denoising:
     """Optimiser, moving average and noise prediction for the networks of a diffusion model."""
 
@@ -51,7 +56,8 @@ class Denoising:
         noisy = (signal.sqrt() * clean + (1 - signal).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             predicted = predict(noisy, times)
-        loss = F.mse_loss(predicted.float(), noise)
+        weight = (MIN_SNR * (1 - signal) / signal).clamp(max=1)
+        loss = (weight * F.mse_loss(predicted.float(), noise, reduction="none")).mean()
         set_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -4,7 +4,8 @@
 
 Both files hold the columns `image` (struct of bytes and path) and `label`. Training resumes from `FOLDER/NAME.state.pt`;
 `--minutes` stops cleanly so that the next call continues. `--half first` trains on the first half of the training
-images and adds `-half` to the name. The accuracy in the card is that of the last step, measured once, with the weights
+images and adds `-half` to the name. `--start` begins with given weights instead of random ones; `--teacher` adds the
+divergence from a bundled network, which is worth many epochs to a vision transformer. The accuracy in the card is that of the last step, measured once, with the weights
 as they are shipped (fp16).
 """  # noqa: E501
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,10 +52,11 @@ SETTINGS = {
         *("sgd", 0.2, 5e-4, 256, 100, 0.15, 0.1, "medium"),
     ),
     "cifar10-vit": Settings(
-        "ViT of 8 blocks, width 192, 6 heads, patches of 4x4 (arXiv:2010.11929), 2.4 M parameters",
+        "ViT of 6 blocks, width 128, 4 heads, patches of 4x4 (arXiv:2010.11929), 0.8 M parameters",
         *("adamw", 1e-3, 0.05, 512, 200, 0.05, 0.1, "strong"),
     ),
 }
+TEMPERATURE = 2.0
 SUFFIX = {"all": "", "first": "-half", "second": "-second-half"}
 IMAGES = {"all": "all training images", "first": "the first half of the training images",
           "second": "the second half of the training images"}  # fmt: skip
@@ -70,12 +72,14 @@ class ClassifierTrainer:
     """One epoch a round, every image once."""
 
     def __init__(
-        self, model: nn.Module, settings: Settings, images: Tensor, labels: Tensor, device: torch.device, compiled: bool
-    ) -> None:
+        self, model: nn.Module, settings: Settings, images: Tensor, labels: Tensor, device: torch.device,
+        compiled: bool, teacher: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.model = model.to(device, memory_format=torch.channels_last)
         self.settings, self.device = settings, device
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = (value.to(device) for value in MEAN_STD)
+        self.teacher = teacher if teacher is None else teacher.eval().to(device, memory_format=torch.channels_last)
         if compiled:
             self.model.compile()
         parameters = list(model.parameters())
@@ -114,6 +118,8 @@ class ClassifierTrainer:
         loss = self._loss(logits, labels)
         if order is not None:
             loss = share * loss + (1 - share) * self._loss(logits, labels[order])
+        if self.teacher is not None:
+            loss = (loss + self._divergence(logits, images)) / 2
         set_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -124,6 +130,14 @@ class ClassifierTrainer:
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.settings.label_smoothing)
+
+    def _divergence(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Divergence of the teacher's classes from ours, both at `TEMPERATURE` (arXiv:1503.02531, section 2)."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            target = self.teacher(images).div(TEMPERATURE).log_softmax(1)
+        found = logits.float().div(TEMPERATURE).log_softmax(1)
+        return TEMPERATURE**2 * F.kl_div(found, target, reduction="batchmean", log_target=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -143,6 +157,13 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.dev
         logits = model(x.to(device).float().div(255).sub(mean).div(std))
         hits += int((logits.argmax(1) == y.to(device)).sum())
     return hits / len(labels)
+
+
+def bundled(name: str) -> nn.Module:
+    """A network of the zoo with its weights."""
+    model = NETWORKS[name].build(10)
+    model.load_state_dict(load_file(NETWORKS[name].weights))
+    return model
 
 
 def ship(trainer: ClassifierTrainer, name: str, card: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -172,18 +193,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--weight-decay", type=float)
+    parser.add_argument("--augmentation", choices=AUGMENTATION)
+    parser.add_argument("--start", metavar="NAME", help="bundled weights to begin with, of the same architecture")
+    parser.add_argument("--teacher", metavar="NAME", help="bundled network whose classes are learned too")
     add_arguments(parser)
     args = parser.parse_args()
 
-    given = {k: v for k in ("epochs", "batch_size", "lr", "weight_decay") if (v := getattr(args, k)) is not None}
+    names = ("epochs", "batch_size", "lr", "weight_decay", "augmentation")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings = Settings(**(asdict(SETTINGS[args.model]) | given))
     name = args.model + SUFFIX[args.half]
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     images, labels = load(args.train, args.half, args.limit)
-    model = NETWORKS[args.model].build(10)
-    trainer = ClassifierTrainer(model, settings, images, labels, device, args.compile)
+    model = bundled(args.start) if args.start else NETWORKS[args.model].build(10)
+    teacher = bundled(args.teacher) if args.teacher else None
+    trainer = ClassifierTrainer(model, settings, images, labels, device, args.compile, teacher)
     steps = len(images) // settings.batch_size
     if steps == 0:
         raise SystemExit(f"{len(images)} images do not fill a batch of {settings.batch_size}; give --batch-size")
@@ -198,11 +224,16 @@ def main() -> None:
     if not done:
         return
     epochs = round(schedule.step / steps, 1)
-    retrain = f"python training/train_cifar_classifier.py --model {args.model} --half {args.half}"
+    optional = {name: getattr(args, name) for name in ("augmentation", "start", "teacher") if getattr(args, name)}
+    retrain = f"python training/train_cifar_classifier.py --model {args.model} --half {args.half}" + "".join(
+        f" --{name} {value}" for name, value in optional.items()
+    )
     card = {
         "name": name,
         "architecture": settings.architecture,
         "data": f"{IMAGES[args.half]} ({len(labels)}) of {ORIGIN}",
+        "start": f"weights of zoo/{args.start}" if args.start else "random weights",
+        **({"teacher": f"zoo/{args.teacher}, temperature {TEMPERATURE}, half of the loss"} if args.teacher else {}),
         "augmentation": AUGMENTATION[settings.augmentation],
         "schedule": f"{settings.optimizer}, linear warm-up over {settings.warmup:.0%}, then cosine to zero; "
         f"weight decay on weights only; label smoothing {settings.label_smoothing}; "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from autoencoder import as_input
 from cifar import HALVES, ORIGIN, load
-from generators import NOISE, Denoising, count_parameters, save_pipeline
+from generators import MIN_SNR, NOISE, Denoising, count_parameters, save_pipeline
 from schedule import Schedule, add_arguments, describe_run, train
 
 NAME = "cifar10-ddpm"
@@ -124,7 +124,8 @@ def main() -> None:
         "data": f"training images ({args.half}: {len(images)}) of {ORIGIN}; random flip",
         "noise": NOISE,
         "schedule": f"AdamW (0.9, 0.99), weight decay 0.01, learning rate {args.lr}, batches of {args.batch_size}, "
-        "linear warm-up over 5%, then cosine to zero; moving average of the weights 0.9995, which is what is saved",
+        f"Min-SNR-{MIN_SNR:g} weights, linear warm-up over 5%, then cosine to zero; moving average of the weights "
+        "0.9995, which is what is saved",
         **describe_run(schedule, args.seed, device),
         "retrain": f"python training/train_cifar_ddpm.py --half {args.half} --size {args.size} --steps {schedule.step} "
         f"--batch-size {args.batch_size} --lr {args.lr} --seed {args.seed} --train TRAIN.parquet --out FOLDER",

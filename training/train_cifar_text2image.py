@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from autoencoder import LATENT_CHANNELS, AutoencoderTrainer, build_autoencoder, encode_all, restored_psnr, scale_latents
 from cifar import HALVES, ORIGIN, load
-from generators import NOISE, Denoising, count_parameters, save_pipeline
+from generators import MIN_SNR, NOISE, Denoising, count_parameters, save_pipeline
 from prompts import MAX_TOKENS, STYLES, build_tokenizer, encode, style_levels
 from schedule import Schedule, add_arguments, describe_run, train
 from synthquant.models.zoo import CIFAR10_CLASSES
@@ -219,7 +219,8 @@ def write_card(
         f"{EMPTY_SHARE:.0%} empty",
         "noise": NOISE,
         "schedule": f"AdamW (0.9, 0.99), weight decay 0.01, learning rate {args.lr}, batches of {args.batch_size}, "
-        "linear warm-up over 5%, then cosine to zero; moving average of the weights 0.9995, which is what is saved",
+        f"Min-SNR-{MIN_SNR:g} weights, linear warm-up over 5%, then cosine to zero; moving average of the weights "
+        "0.9995, which is what is saved",
         "autoencoder": {
             "steps": first.step,
             "seconds": round(first.seconds),

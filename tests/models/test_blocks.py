@@ -65,7 +65,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[str]]] = {
         32,
         ["features.0.0", *(f"features.{index}" for index in range(1, 18)), "features.18.0", "classifier"],
     ),
-    "zoo vit": (vit, 32, ["patch_embed.proj", *(f"blocks.{index}" for index in range(8)), "head"]),
+    "zoo vit": (vit, 32, ["patch_embed.proj", *(f"blocks.{index}" for index in range(6)), "head"]),
     "torchvision resnet18": (models.resnet18, 32, ["conv1", *numbered("layer", 2, 2, 2, 2, start=1), "fc"]),
     "torchvision mobilenet_v2": (
         models.mobilenet_v2,

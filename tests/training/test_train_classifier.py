@@ -63,3 +63,39 @@ def test_too_few_images_are_refused(run_script: Callable[..., None], images: Pat
         run_script(
             script, "--train", images, "--test", images, "--limit", 4, "--batch-size", 8, "--out", tmp_path / "out"
         )
+
+
+def test_a_teacher_and_a_start_are_used_and_named_in_the_card(
+    run_script: Callable[..., None], images: Path, tmp_path: Path
+) -> None:
+    files = ("--train", images, "--test", images, "--limit", 8, *ARGUMENTS)
+    options = {
+        "plain": (),
+        "taught": ("--teacher", "cifar10-resnet20-half"),
+        "started": ("--lr", 1e-4, "--start", "cifar10-resnet20", "--augmentation", "medium"),
+    }
+    for name, given in options.items():
+        run_script(script, *files, *given, "--out", tmp_path / name)
+    weights = {name: load_file(tmp_path / name / "cifar10-resnet20.safetensors")["conv1.weight"] for name in options}
+    cards = {name: json.loads((tmp_path / name / "cifar10-resnet20.json").read_text()) for name in options}
+    assert not torch.equal(weights["plain"], weights["taught"])
+    bundled = load_file(NETWORKS["cifar10-resnet20"].weights)["conv1.weight"].float()
+    torch.testing.assert_close(weights["started"].float(), bundled, rtol=0, atol=0.01)
+    assert cards["taught"]["teacher"].startswith("zoo/cifar10-resnet20-half, temperature 2.0")
+    assert "teacher" not in cards["plain"] and cards["plain"]["start"] == "random weights"
+    assert "--augmentation medium --start cifar10-resnet20 " in cards["started"]["retrain"]
+
+
+def test_the_divergence_from_the_teacher_is_that_of_its_definition(images: Path) -> None:
+    torch.manual_seed(0)
+    inputs, labels = script.load(images, limit=8)
+    teacher = script.bundled("cifar10-resnet20")
+    settings = script.SETTINGS["cifar10-resnet20"]
+    trainer = script.ClassifierTrainer(
+        NETWORKS["cifar10-resnet20"].build(10), settings, inputs, labels, torch.device("cpu"), False, teacher
+    )
+    x, logits = torch.randn(4, 3, 32, 32), torch.randn(4, 10)
+    with torch.no_grad():
+        target, found = (teacher(x) / 2).softmax(1), (logits / 2).softmax(1)
+    expected = 4 * (target * (target / found).log()).sum(1).mean()
+    torch.testing.assert_close(trainer._divergence(logits, x), expected)

@@ -77,7 +77,7 @@ def test_vit_is_timms() -> None:
     timm = pytest.importorskip("timm.models.vision_transformer")
     network = vit().eval()
     other = timm.VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=192, depth=8, num_heads=6, mlp_ratio=2, num_classes=10
+        img_size=32, patch_size=4, embed_dim=128, depth=6, num_heads=4, mlp_ratio=2, num_classes=10
     ).eval()
     other.load_state_dict(network.state_dict())
     images = torch.randn(2, 3, 32, 32)

@@ -84,7 +84,7 @@ class CifarVisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, dim: int = 192, depth: int = 8, num_heads: int = 6, mlp_ratio: float = 2.0, num_classes: int = 10
+        self, dim: int = 128, depth: int = 6, num_heads: int = 4, mlp_ratio: float = 2.0, num_classes: int = 10
     ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(4, dim)
@@ -110,5 +110,5 @@ class CifarVisionTransformer(nn.Module):
 
 
 def vit(num_classes: int = 10) -> CifarVisionTransformer:
-    """ViT of 8 blocks, width 192, 6 heads: 2.4 M parameters, 0.16 G multiply-adds at 32x32."""
+    """ViT of 6 blocks, width 128, 4 heads: 0.8 M parameters, 58 M multiply-adds at 32x32."""
     return CifarVisionTransformer(num_classes=num_classes)
