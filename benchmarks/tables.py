@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import generated_tables
+
 ROOT = Path(__file__).parent.parent
 METHODS = {"rtn": "RTN", "adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop", "genie_m": "Genie-M"}
 KINDS = {"noise": "noise", "zeroq": "ZeroQ", "genie_d": "Genie-D", "real": "real images"}
@@ -218,6 +220,8 @@ def main() -> None:
     (folder / "beside-genie.md").write_text(beside_genie())
     (folder / "onnx.md").write_text(onnx_files())
     (folder / "bn-sensitivity.md").write_text(sensitivity())
+    if results := load("generated_images"):
+        (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, content in (("demo", demo()), ("zero_shot", promise())):
