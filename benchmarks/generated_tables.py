@@ -136,10 +136,10 @@ def page(results: list[dict[str, Any]], folder: Path, table: Table) -> str:
         "# Drawn, selected and real images",
         "",
         "Written by `benchmarks/tables.py` from `results/generated_images/*.json` (`benchmarks/generated_images.py`).",
-        f"Top-1 in percent, mean ± standard deviation over seeds, {COUNT:,} images, {budget['iterations']}",
-        f"iterations of {budget['batch_size']} images for each unit; filters choose from {budget['pool']:,}, and a number",
-        "behind a filter is the share that it keeps. The networks have seen the first half of the training images, the",
-        "generator the second; real images are from the first.",
+        f"Top-1 in percent, mean ± standard deviation over seeds; {COUNT:,} images, {budget['iterations']} iterations",
+        f"of {budget['batch_size']} images for each unit. Filters choose from {budget['pool']:,} images; the number",
+        "behind a filter is the share that it keeps. The networks were trained on the first half of the training",
+        "images, the generator on the second; real images are from the first.",
     ]
     for model, mine in rows.items():
         result = next(result for result in results if result["model"] == model)

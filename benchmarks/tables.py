@@ -16,13 +16,21 @@ from typing import Any
 import generated_tables
 
 ROOT = Path(__file__).parent.parent
+ZOO = ROOT / "src" / "synthquant" / "models" / "zoo"
+AIMS = {"cifar10-resnet20": 90, "cifar10-mobilenetv2": 91, "cifar10-vit": 85}
 METHODS = {"rtn": "RTN", "adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop", "genie_m": "Genie-M"}
 KINDS = {"noise": "noise", "zeroq": "ZeroQ", "genie_d": "Genie-D", "real": "real images"}
 
 
 def load(folder: str) -> list[dict[str, Any]]:
     """All results of a benchmark, by file name."""
-    return [json.loads(path.read_text()) for path in sorted((ROOT / "results" / folder).glob("*.json"))]
+    return [read(path) for path in sorted((ROOT / "results" / folder).glob("*.json"))]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One file."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -212,6 +220,56 @@ def sensitivity() -> str:
     return "\n".join([*lines, table(header, body)]) + "\n"
 
 
+def zoo() -> str:
+    """docs/results/zoo.md: the bundled networks, how they were trained and what they reach."""
+    lines = [
+        "# Bundled networks",
+        "",
+        "Written by `benchmarks/tables.py` from their cards and from `results/zoo/*.json`. Top-1 is what",
+        "`synthquant evaluate` finds on the 5,000 bundled test images; *aim* is what is wanted of a network of its kind.",
+        "All weights are stored in half precision. Aims that are missed wait for a GPU: everything was trained on a CPU.",
+        "",
+    ]
+    body = []
+    for card in map(read, sorted((ZOO / "weights").glob("*.json"))):
+        measured = read(ROOT / "results" / "zoo" / f"{card['name']}.json")
+        low, high = measured["interval"]
+        aim = AIMS.get(card["name"])
+        cells = [percent(measured["top1"]), f"{percent(low)} to {percent(high)}", f"{aim}" if aim else "-"]
+        trained = [f"{card['epochs']:g}", f"{card['seconds'] / 60:.0f} min", card["device"].partition(" (")[0]]
+        body.append([f"`zoo/{card['name']}`", card["architecture"], *cells, *trained])
+    header = ["network", "what", "top-1 %", "95% interval", "aim", "epochs", "time", "on"]
+    lines += [table(header, body)]
+    for card in map(read, sorted((ZOO / "pipelines").glob("*/card.json"))):
+        name, found = card["name"], card["reached"]
+        fid = found["fid"]
+        sheet = ROOT / "docs" / "results" / f"{name}.png"
+        sheet.write_bytes((ROOT / "results" / "zoo" / f"{name}.png").read_bytes())
+        lines += [
+            "",
+            f"## `zoo/{name}`",
+            "",
+            f"{card['architecture']}. {card['steps']:,} steps in {card['seconds'] / 60:.0f} minutes on "
+            f"{card['device'].partition(' (')[0]}; {card['data']}. {card['schedule']}.",
+            "",
+            f"Samples: {found['sampling']['sampler']}, {found['sampling']['inference_steps']} steps. Black or of one"
+            f" colour: {found['empty']['black']} and {found['empty']['constant']} of {found['empty']['count']:,}.",
+        ]
+        for classifier, seen in found.get("recognised", {}).items():
+            lines.append(
+                f"{classifier} puts {percent(seen['share'])}% of {seen['samples']:,} samples into the class of their"
+                f" prompt, and {percent(seen['real_test_images'])}% of real test images (aim: 80%)."
+            )
+        lines += [
+            f"Frechet distance in the features of a classifier ({fid['features']}), comparable with nothing published:"
+            f" {fid['samples_to_real']:.2f} for {fid['samples']:,} samples; two halves of real images: "
+            f"{fid['half_to_half']:.2f}, with as few images {fid['half_to_half_at_that_count']['distance']:.2f}.",
+            "",
+            f"![samples of {name}]({name}.png)",
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Write everything."""
     folder = ROOT / "docs" / "results"
@@ -220,6 +278,7 @@ def main() -> None:
     (folder / "beside-genie.md").write_text(beside_genie())
     (folder / "onnx.md").write_text(onnx_files())
     (folder / "bn-sensitivity.md").write_text(sensitivity())
+    (folder / "zoo.md").write_text(zoo())
     if results := load("generated_images"):
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     readme = ROOT / "README.md"
