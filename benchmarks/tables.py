@@ -226,8 +226,8 @@ def zoo() -> str:
         "# Bundled networks",
         "",
         "Written by `benchmarks/tables.py` from their cards and from `results/zoo/*.json`. Top-1 is what",
-        "`synthquant evaluate` finds on the 5,000 bundled test images; *aim* is what is wanted of a network of its kind.",
-        "All weights are stored in half precision. Aims that are missed wait for a GPU: everything was trained on a CPU.",
+        "`synthquant evaluate` finds on the 5,000 bundled test images; *aim* is what is wanted of it. All",
+        "weights are stored in half precision. Aims that are missed wait for a GPU: these were trained on a CPU.",
         "",
     ]
     body = []
