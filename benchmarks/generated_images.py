@@ -44,7 +44,7 @@ def drawn_by(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"method": kind, "count": args.count, "iterations": args.genie_d_iterations}
     section = {
         "method": "text_to_image", "generator": args.generator, "classes": args.classes, "steps": args.steps,
-        "batch_size": args.draw_batch,
+        "scheduler": args.scheduler, "batch_size": args.draw_batch,
     }  # fmt: skip
     name, _, shots = kind.partition(":")
     if name == "mixed":
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1024)
     parser.add_argument("--pool", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
+    parser.add_argument("--scheduler", help="sampler, by the name of `synthesize`; else the generator's own")
     parser.add_argument("--draw-batch", type=int, default=64)
     parser.add_argument("--tuning-iterations", type=int, default=1000)
     parser.add_argument("--tuning-batch", type=int, default=32)
@@ -123,6 +124,7 @@ def main() -> None:
         for key in (
             "pool",
             "steps",
+            "scheduler",
             "tuning_iterations",
             "tuning_batch",
             "genie_d_iterations",

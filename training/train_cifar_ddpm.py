@@ -2,7 +2,7 @@
 
     python training/train_cifar_ddpm.py --train TRAIN.parquet --out FOLDER
 
-A UNet in pixel space (arXiv:2006.11239) of three levels, the second with attention, whose upward path reads the
+A UNet in pixel space (arXiv:2006.11239) of three levels, one of them with attention, whose upward path reads the
 downward path's features by concatenation. What is saved is a moving average of the weights, in half precision.
 
 Training resumes from `FOLDER/cifar10-ddpm.state.pt`; `--minutes` stops cleanly so that the next call continues, and
@@ -35,19 +35,28 @@ class Size:
 
     channels: tuple[int, int, int]
     layers: int
+    attention: int = 1
+    """Which of the levels has attention: 32x32, 16x16 or 8x8."""
 
 
-SIZES = {"small": Size((64, 96, 96), 2), "tiny": Size((16, 16, 16), 1)}
+SIZES = {
+    "small": Size((64, 96, 96), 2),
+    # For less than an hour on one core of a CPU, where attention over 8x8 places costs least.
+    "cpu": Size((16, 48, 96), 1, attention=2),
+    "tiny": Size((16, 16, 16), 1),
+}
 
 
 def build_unet(size: Size) -> UNet2DModel:
-    """Levels of 32x32, 16x16 (with attention) and 8x8, and attention in the middle."""
+    """Levels of 32x32, 16x16 and 8x8, one of them with attention, and attention in the middle."""
+    down = ["DownBlock2D"] * 3
+    down[size.attention] = "AttnDownBlock2D"
     return UNet2DModel(
         sample_size=32,
         block_out_channels=size.channels,
         layers_per_block=size.layers,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=tuple(down),
+        up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(down)),
         attention_head_dim=min(32, size.channels[0]),
         norm_num_groups=size.channels[0] // 8,
     )
@@ -119,8 +128,8 @@ def main() -> None:
         return
     card = {
         "name": NAME,
-        "architecture": f"DDIMPipeline at 32x32: UNet2DModel ({count_parameters(trainer.unet)}), attention at 16x16, "
-        "concatenated shortcuts",
+        "architecture": f"DDIMPipeline at 32x32: UNet2DModel ({count_parameters(trainer.unet)}), attention at "
+        f"{(side := 32 >> SIZES[args.size].attention)}x{side}, concatenated shortcuts",
         "data": f"training images ({args.half}: {len(images)}) of {ORIGIN}; random flip",
         "noise": NOISE,
         "schedule": f"AdamW (0.9, 0.99), weight decay 0.01, learning rate {args.lr}, batches of {args.batch_size}, "
