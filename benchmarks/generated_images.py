@@ -2,7 +2,7 @@
 
     python benchmarks/generated_images.py --model zoo/cifar10-resnet20-half --generator zoo/cifar10-text2image \
         --classes cifar10 --real REAL --test bundled/cifar10-test --work FOLDER --seed 0 \
-        --data genie_d text_to_image text_to_image+energy:0.5 text_to_image+energy:0.7+bn_sensitivity:0.7 \
+        --data genie_d text_to_image text_to_image+energy:0.5 text_to_image+energy:0.71+bn_sensitivity:0.71 \
                mixed tuned:1 tuned:10 real
 
 An entry of `--data` is where images come from (`genie_d`, `text_to_image`, `mixed`: two classes in a prompt, `tuned:N`:

@@ -130,26 +130,27 @@ def draw(found: dict[str, dict[str, dict[float, list[float]]]], path: Path) -> N
 def page(results: list[dict[str, Any]], folder: Path, table: Table) -> str:
     """The page; the figure of the sweeps is written beside it where there is one."""
     rows = collect(results)
-    first = results[0]
-    budget = first["budget"]
     lines = [
         "# Drawn, selected and real images",
         "",
         "Written by `benchmarks/tables.py` from `results/generated_images/*.json` (`benchmarks/generated_images.py`).",
-        f"Top-1 in percent, mean ± standard deviation over seeds; {COUNT:,} images, {budget['iterations']} iterations",
-        f"of {budget['batch_size']} images for each unit. Filters choose from {budget['pool']:,} images; the number",
-        "behind a filter is the share that it keeps. The networks were trained on the first half of the training",
-        "images, the generator on the second; real images are from the first.",
+        f"Top-1 in percent, mean ± standard deviation over seeds; {COUNT:,} images. The number behind a filter is the",
+        "share of the pool that it keeps. The networks were trained on the first half of the training images, the",
+        "generator on the second; real images are from the first. Differences below the interval of a single top-1",
+        "mean little.",
     ]
     for model, mine in rows.items():
         result = next(result for result in results if result["model"] == model)
         low, high = result["float"]["interval"]
+        budget = result["budget"]
         lines += [
             "",
             f"## {model}",
             "",
-            f"Float: {100 * result['float']['top1']:.2f} (95% interval {100 * low:.2f} to {100 * high:.2f}, "
-            f"{result['float']['count']} test images).",
+            f"Float: {100 * result['float']['top1']:.2f} (95% interval {100 * low:.2f} to {100 * high:.2f},",
+            f"{result['float']['count']} test images). {budget['iterations']} iterations of {budget['batch_size']}",
+            f"images for each unit; Genie-D {budget['genie_d_iterations']}, tuning {budget['tuning_iterations']}",
+            f"iterations; pool of {budget['pool']:,}.",
             "",
             data_table(mine, model, table),
         ]
