@@ -69,7 +69,10 @@ def images_of(entry: str, source: FloatModel, args: argparse.Namespace) -> Image
         # What a text-to-image model draws does not depend on the network.
         place = folder.parent if kind == "genie_d" else args.work
         place /= f"{kind}-{section.count}-{args.seed}".replace(":", "-")
-        images = synthesize(source, section, args.seed, place, ConsoleProgress())
+        if kind != "genie_d" and (place / "manifest.json").is_file():  # finished, maybe for another network
+            images = open_images(place)
+        else:
+            images = synthesize(source, section, args.seed, place, ConsoleProgress())
     if filters:
         choice = SelectSection.parse({"by": filters}, "select")
         images = select(images, source, choice, args.seed, folder, ConsoleProgress())
