@@ -58,7 +58,7 @@ def drawn_by(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     return section | {"count": args.pool}
 
 
-def images_of(entry: str, source: FloatModel, args: argparse.Namespace) -> ImageSet:
+def images_of(entry: str, source: FloatModel, drawn_for: FloatModel, args: argparse.Namespace) -> ImageSet:
     """The images that an entry of `--data` stands for, `--count` at most."""
     kind, *filters = entry.split("+")
     folder = args.work / args.source.rpartition("/")[2] / f"{entry}-{args.seed}".replace(":", "-")
@@ -69,10 +69,8 @@ def images_of(entry: str, source: FloatModel, args: argparse.Namespace) -> Image
         # What a text-to-image model draws does not depend on the network.
         place = folder.parent if kind == "genie_d" else args.work
         place /= f"{kind}-{section.count}-{args.seed}".replace(":", "-")
-        if kind != "genie_d" and (place / "manifest.json").is_file():  # finished, maybe for another network
-            images = open_images(place)
-        else:
-            images = synthesize(source, section, args.seed, place, ConsoleProgress())
+        named = source if kind == "genie_d" else drawn_for
+        images = synthesize(named, section, args.seed, place, ConsoleProgress())
     if filters:
         choice = SelectSection.parse({"by": filters}, "select")
         images = select(images, source, choice, args.seed, folder, ConsoleProgress())
@@ -86,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", help="network that images are made and chosen for; else --model")
+    parser.add_argument("--drawn-for", help="network that drawn images name, so that others share them; else --source")
     parser.add_argument("--generator", required=True)
     parser.add_argument("--classes", required=True)
     parser.add_argument("--real", required=True)
@@ -113,6 +112,7 @@ def main() -> None:
     args.source = args.source or args.model
     model = open_model(args.model, device=args.device)
     source = model if args.source == args.model else open_model(args.source, device=args.device)
+    drawn_for = open_model(args.drawn_for, device=args.device) if args.drawn_for else source
     test = open_images(args.test)
     float_result = evaluate_model(model.module, model.preprocess, test, device=args.device)
 
@@ -152,7 +152,7 @@ def main() -> None:
         if not left:
             continue
         began = time.perf_counter()
-        images = images_of(entry, source, args)
+        images = images_of(entry, source, drawn_for, args)
         key["synthesis_seconds"] = round(time.perf_counter() - began, 1)
         for scheme, method in left:
             rows.append(key | row_of(model, images, scheme, method, args, measure))

@@ -40,7 +40,7 @@ def test_the_bundled_generator_draws_what_the_prompt_says() -> None:
     assert images.shape == (40, 3, 32, 32) and images.float().std((1, 2, 3)).min() > 1
     model = open_model("zoo/cifar10-resnet20-half")
     found = model.logits(model.preprocess(images, "cropped")).argmax(1)
-    # By chance 4 of 40, and 12 or more in one of 10,000 cases.
+    # By chance 4 of 40, and 12 or more in one of 2,600 cases.
     assert int((found == labels).sum()) >= 12
 
 
