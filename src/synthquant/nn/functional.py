@@ -121,7 +121,8 @@ def random_keep(like: torch.Tensor, probability: float, generator: torch.Generat
     count = like.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
-    below = (words.view(torch.uint8)[:count] < limit).to(like.dtype)
+    # Compared as floats, which hold every byte exactly: on CPUs booleans are converted one by one.
+    below = words.view(torch.uint8)[:count].to(like.dtype).lt_(limit)
     return below.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
 

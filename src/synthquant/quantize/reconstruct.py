@@ -100,9 +100,11 @@ class Reconstruction:
                 needed = self._replay.needed_after(index)
                 targets, inputs = self._gather_inputs(index, phase, teacher, student)
                 report = finished[index]
+                outputs = self._outputs(index) if phase.inputs != "teacher" and index in needed else []
                 if report is None:
                     stream = teacher if phase.inputs == "teacher" else student
-                    report = self._fit(index, phase, inputs, targets, stream, rng.child(self.units[index].name), bar)
+                    child = rng.child(self.units[index].name)
+                    report = self._fit(index, phase, inputs, targets, stream, outputs, child, bar)
                     files.save(index, self._parts(index), report)
                     if report.diverged:
                         losses = (report.loss_start, report.loss_end)
@@ -110,9 +112,11 @@ class Reconstruction:
                         progress.warn(f"unit {report.name or 'network'} got worse ({change}) and was put back")
                 else:
                     bar.advance(max(phase.iterations, 1))
+                    if outputs:
+                        self._run_student(index, phase, inputs.student, outputs)
                 reports.append(report)
-                if phase.inputs != "teacher" and index in needed:
-                    student.outputs[index] = self._run_student(index, phase, inputs.student)
+                if outputs:
+                    student.outputs[index] = outputs
                 if index in needed:
                     teacher.outputs[index] = targets
                 teacher.drop_all_but(needed)
@@ -144,17 +148,14 @@ class Reconstruction:
         self, index: int, phase: Phase, teacher: _Stream, student: _Stream
     ) -> tuple[list[RowCache], _Inputs]:
         """Targets of a unit and the inputs it learns from, one chunk of images at a time."""
-        port = self._replay.outputs[index]
-        targets = [self.store.allocate(kind.rows(self.count), kind.dtype) for kind in port.varying]
+        targets = self._outputs(index)
         inputs = _Inputs()
         for start, stop in self._chunks():
             with self.model.mode(weights=False, activations=False), torch.no_grad():
                 leaves, origins = self._inputs_of(index, start, stop, teacher)
                 if phase.inputs != "student":
                     inputs.teacher = self._keep(inputs.teacher, index, start, leaves, origins, teacher)
-                output = self._replay.run_unit(index, leaves)
-                for cache, kind, leaf in zip(targets, port.varying, port.per_image(output), strict=True):
-                    cache.write(start, kind.to_rows(leaf))
+                self._write(index, targets, start, self._run(index, leaves))
             if phase.inputs != "teacher":
                 with self.model.mode(weights=True, activations=phase.activations), torch.no_grad():
                     leaves, origins = self._inputs_of(index, start, stop, student)
@@ -193,15 +194,23 @@ class Reconstruction:
                 cache.write(start, kind.to_rows(leaf))
         return caches
 
-    def _run_student(self, index: int, phase: Phase, inputs: list[RowCache]) -> list[RowCache]:
-        port = self._replay.outputs[index]
-        caches = [self.store.allocate(kind.rows(self.count), kind.dtype) for kind in port.varying]
+    def _outputs(self, index: int) -> list[RowCache]:
+        """Empty caches for what a unit puts out."""
+        kinds = self._replay.outputs[index].varying
+        return [self.store.allocate(kind.rows(self.count), kind.dtype) for kind in kinds]
+
+    def _run(self, index: int, leaves: Leaves) -> Leaves:
+        return self._replay.outputs[index].per_image(self._replay.run_unit(index, leaves))
+
+    def _write(self, index: int, caches: Sequence[RowCache], start: int, leaves: Leaves) -> None:
+        for cache, kind, leaf in zip(caches, self._replay.outputs[index].varying, leaves, strict=True):
+            cache.write(start, kind.to_rows(leaf))
+
+    def _run_student(self, index: int, phase: Phase, inputs: list[RowCache], outputs: Sequence[RowCache]) -> None:
+        """Fill `outputs` with what the quantized unit puts out."""
         with self.model.mode(weights=True, activations=phase.activations), torch.no_grad():
             for start, stop in self._chunks():
-                output = self._replay.run_unit(index, self._read(index, inputs, start, stop))
-                for cache, kind, leaf in zip(caches, port.varying, port.per_image(output), strict=True):
-                    cache.write(start, kind.to_rows(leaf))
-        return caches
+                self._write(index, outputs, start, self._run(index, self._read(index, inputs, start, stop)))
 
     def _read(self, index: int, caches: list[RowCache], start: int, stop: int) -> Leaves:
         kinds = self._replay.inputs[index].varying
@@ -214,10 +223,11 @@ class Reconstruction:
         inputs: _Inputs,
         targets: list[RowCache],
         stream: _Stream,
+        outputs: Sequence[RowCache],
         rng: Rng,
         bar: Bar,
     ) -> UnitReport:
-        """Learn one unit; put it back if that made it worse."""
+        """Learn one unit; put it back if that made it worse. Fills `outputs`, if there are any."""
         began = time.perf_counter()
         unit = self.units[index]
         layers, quantizers = self._parts(index)
@@ -225,7 +235,7 @@ class Reconstruction:
         with self.model.mode(weights=True, activations=phase.activations):
             if phase.activations and phase.calibrate_images:
                 self._calibrate(index, phase, source, quantizers)
-            start_loss = self._loss(index, phase, source, targets)
+            start_loss = self._loss(index, source, targets)
             before = snapshot(layers, quantizers)
             learned = Learned(None, (), ())
             if not (phase.skip_first and index == 0):
@@ -234,10 +244,12 @@ class Reconstruction:
                 learned = learn_unit(
                     phase, layers, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
                 )
-            end_loss = self._loss(index, phase, source, targets)
+            end_loss = self._loss(index, source, targets, outputs)
             diverged = not end_loss <= start_loss
             if diverged:
                 before.restore(layers, quantizers)
+                if outputs:
+                    self._run_student(index, phase, source, outputs)
         if not learned.steps:
             bar.advance(max(phase.iterations, 1))
         return UnitReport(
@@ -259,14 +271,24 @@ class Reconstruction:
         with torch.no_grad():
             observe(quantizers, run, phase.observer)
 
-    def _loss(self, index: int, phase: Phase, source: list[RowCache], targets: list[RowCache]) -> float:
-        """Plain squared reconstruction error over all images, with hard rounding and no dropping."""
+    def _loss(
+        self,
+        index: int,
+        source: list[RowCache],
+        targets: list[RowCache],
+        outputs: Sequence[RowCache] = (),
+    ) -> float:
+        """Plain squared reconstruction error over all images, with hard rounding and no dropping.
+
+        What the unit puts out is kept in `outputs`, if there are any, so that it need not run again.
+        """
         total = 0.0
         with torch.no_grad():
             for start, stop in self._chunks():
-                output = self._replay.run_unit(index, self._read(index, source, start, stop))
+                output = self._run(index, self._read(index, source, start, stop))
+                if outputs:
+                    self._write(index, outputs, start, output)
                 wanted = self._targets(index, [cache.read(start, stop) for cache in targets])
-                output = self._replay.outputs[index].per_image(output)
                 error = reconstruction_error(output, wanted, self._channels_last(index), 2.0)
                 total += float(error) * (stop - start)
         return total / self.count
@@ -296,7 +318,6 @@ class Reconstruction:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The differentiable error of a batch of image indices."""
         kinds = self._replay.inputs[index].varying
-        port = self._replay.outputs[index]
         channels_last = self._channels_last(index)
         generator = rng.generator("mix", self.model.device)
 
@@ -306,7 +327,7 @@ class Reconstruction:
             if phase.inputs == "mixed":
                 rows = [_mix(s, t, phase.keep, generator) for s, t in zip(student, rows, strict=True)]
             leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
-            output = port.per_image(self._replay.run_unit(index, leaves))
+            output = self._run(index, leaves)
             wanted = self._targets(index, [cache.gather(batch) for cache in targets])
             weights = fisher.gather(batch) if fisher is not None else None
             return reconstruction_error(output, wanted, channels_last, phase.norm, weights, phase.fisher == "full")

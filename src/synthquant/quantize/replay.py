@@ -12,6 +12,7 @@ import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -234,7 +235,7 @@ class Replay:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return next(tensor.device for tensor in (*self.network.parameters(), *self.network.buffers()))
+        return next(tensor.device for tensor in chain(self.network.parameters(), self.network.buffers()))
 
     def _zeros(self, kind: LeafKind, count: int) -> torch.Tensor:
         return torch.zeros(kind.per_image * count, *kind.shape, dtype=kind.dtype, device=self.device)
