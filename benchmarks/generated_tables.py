@@ -14,7 +14,10 @@ KINDS = {
     "genie_d": "Genie-D", "text_to_image": "text-to-image", "mixed": "mixed-class prompts",
     "tuned:1": "tuned, 1 image a class", "tuned:10": "tuned, 10 images a class", "real": "real images",
 }  # fmt: skip
-FILTERS = {"energy": "energy", "bn_sensitivity": "BN sensitivity", "bn_distance": "BN distance"}
+FILTERS = {
+    "energy": "energy", "bn_sensitivity": "BN sensitivity", "bn_distance": "BN distance",
+    "bn_learned": "learned BN distance",
+}  # fmt: skip
 
 
 def title(entry: str) -> str:

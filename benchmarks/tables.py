@@ -194,13 +194,42 @@ def onnx_accuracy() -> str:
     return "\n".join([*lines, table(header, body)]) + "\n"
 
 
-def sensitivity() -> str:
-    """docs/results/bn-sensitivity.md: scores from one forward pass beside their definition."""
+def spoilt() -> list[str]:
+    """How many of the spoilt images among photographs each filter takes out, one table for each network."""
+    lines = []
+    for result in load("spoilt_images"):
+        rows = result["rows"]
+        names = list(dict.fromkeys(row["filter"] for row in rows))
+        found = {(row["flaw"], row["filter"]): sum(row["found"]) / len(row["found"]) for row in rows}
+        body = [
+            [flaw, *(f"{100 * found[flaw, name]:.0f}" for name in names)]
+            for flaw in dict.fromkeys(row["flaw"] for row in rows)
+        ]
+        lines += [
+            "",
+            f"## Spoilt images found, {result['model']}",
+            "",
+            f"Percent of {result['spoilt']} spoilt images that a filter takes out of {result['count']} photographs",
+            f"when it keeps {result['kept']} of them ({100 * (1 - result['kept']):.0f} by chance); mean of"
+            f" {len(result['seeds'])} seeds (`benchmarks/spoilt_images.py`).",
+            "",
+            table(["flaw", *(f"`{name}`" for name in names)], body),
+        ]
+    return lines
+
+
+def filters() -> str:
+    """docs/results/filters.md: what the filters find, and what batch-norm sensitivity costs beside its definition."""
     (result,) = load("bn_sensitivity")
     lines = [
-        "# Batch-norm sensitivity: one forward pass beside the definition",
+        "# Filters: what they find, and what batch-norm sensitivity costs",
         "",
-        "Written by `benchmarks/tables.py` from `results/bn_sensitivity/*.json` (`benchmarks/bn_sensitivity.py`). The",
+        "Written by `benchmarks/tables.py`. What `bn_learned` learns from is none of the flaws below.",
+        *spoilt(),
+        "",
+        "## Batch-norm sensitivity: one forward pass beside the definition",
+        "",
+        "From `results/bn_sensitivity/*.json` (`benchmarks/bn_sensitivity.py`). The",
         "definition (GenQ, arXiv:2312.05272, equation 7) runs the network on B - 1 images for each of B; `select`",
         "takes the same scores from the sums of one pass. Same process, same images; a `*` was run for some of the",
         "images and multiplied.",
@@ -280,7 +309,7 @@ def main() -> None:
     (folder / "zero-shot.md").write_text(zero_shot())
     (folder / "beside-genie.md").write_text(beside_genie())
     (folder / "onnx.md").write_text(onnx_files())
-    (folder / "bn-sensitivity.md").write_text(sensitivity())
+    (folder / "filters.md").write_text(filters())
     (folder / "zoo.md").write_text(zoo())
     if results := load("generated_images"):
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))

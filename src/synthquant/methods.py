@@ -164,11 +164,39 @@ class Selector(Protocol):
         """Return what watches the forward pass. Raises `UnsupportedModelError` if the network is seen to be unfit."""
         ...
 
+    def prepare(
+        self,
+        probe: Any,
+        table: Tensor,
+        chosen: Tensor,
+        images: ImageSet,
+        model: FloatModel,
+        rng: Rng,
+        *,
+        batch_size: int,
+        progress: Progress,
+    ) -> Any:
+        """Return what `scores` takes as its first argument; for most filters that is the probe as it is.
+
+        A filter that learns something from the images that earlier filters left does it here.
+
+        Args:
+            probe: what `probe` returned, after the pass.
+            table: as for `scores`.
+            chosen: as for `scores`.
+            images: these images, in the same order.
+            model: the network.
+            rng: for what is drawn.
+            batch_size: images in a forward pass.
+            progress: told how far it is.
+        """
+        ...
+
     def scores(self, probe: Any, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
         """Return the scores, float64 `[n]`, of the images whose rows are `table[chosen]`.
 
         Args:
-            probe: what `probe` returned, after the pass.
+            probe: what `prepare` returned.
             table: `[M, K]`, on the CPU, perhaps larger than memory: read `chosen` rows in pieces.
             chosen: int64 `[n]`, what earlier filters left of the pool.
             rng: for scores that depend on a random partition.

@@ -2,6 +2,7 @@
 
 from synthquant.select.batch_norm import BatchNormDistance, BatchNormSensitivity
 from synthquant.select.energy import Energy
+from synthquant.select.learned_batch_norm import LearnedBatchNormDistance
 from synthquant.select.patch_similarity import PatchSimilarity
 from synthquant.select.sequence import Selection, run_filters
 from synthquant.select.write import write_selection
@@ -10,6 +11,7 @@ __all__ = [
     "BatchNormDistance",
     "BatchNormSensitivity",
     "Energy",
+    "LearnedBatchNormDistance",
     "PatchSimilarity",
     "Selection",
     "run_filters",

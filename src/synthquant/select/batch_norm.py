@@ -122,8 +122,10 @@ class BatchNormProbe:
             raise UnsupportedModelError("the network runs other batch norms on other images; their sums do not compare")
 
 
-def layer_gaps(sums: Tensor, squares: Tensor, images: int, norms: BatchNorms, spread: Spread = "variance") -> Tensor:
-    """Return `|mean - mean_l| + |variance - variance_l|` (L2 norms over channels) of each batch norm, `[..., L]`.
+def gap_norms(sums: Tensor, squares: Tensor, images: int, norms: BatchNorms, spread: Spread = "variance") -> Tensor:
+    """Return `|mean - mean_l|` of each batch norm, then `|variance - variance_l|` of each, `[..., 2L]`.
+
+    These are L2 norms over channels.
 
     Args:
         sums: float64 `[..., C]`, summed over the images of a set: inputs minus running means.
@@ -136,7 +138,13 @@ def layer_gaps(sums: Tensor, squares: Tensor, images: int, norms: BatchNorms, sp
     gap = sums / count
     variance = (squares / count - gap.square()).clamp(min=0)
     other = variance - norms.variance if spread == "variance" else variance.sqrt() - norms.variance.sqrt()
-    return _layer_norms(gap, norms) + _layer_norms(other, norms)
+    return torch.cat([_layer_norms(gap, norms), _layer_norms(other, norms)], -1)
+
+
+def layer_gaps(sums: Tensor, squares: Tensor, images: int, norms: BatchNorms, spread: Spread = "variance") -> Tensor:
+    """Return `|mean - mean_l| + |variance - variance_l|` of each batch norm, `[..., L]`; arguments as `gap_norms`."""
+    means, spreads = gap_norms(sums, squares, images, norms, spread).chunk(2, -1)
+    return means + spreads
 
 
 def set_distance(table: Tensor, norms: BatchNorms, spread: Spread = "variance") -> float:
@@ -144,11 +152,12 @@ def set_distance(table: Tensor, norms: BatchNorms, spread: Spread = "variance") 
 
     `table` is `[B, 2C]`, the rows of a `BatchNormProbe` for the images of the set.
     """
-    sums, squares = _totals(table)
-    return float(layer_gaps(sums, squares, len(table), norms, spread).sum())
+    return float(layer_gaps(*totals(table), len(table), norms, spread).sum())
 
 
-def set_sensitivity(table: Tensor, norms: BatchNorms, spread: Spread = "variance") -> Tensor:
+def set_sensitivity(
+    table: Tensor, norms: BatchNorms, spread: Spread = "variance", weights: Tensor | None = None
+) -> Tensor:
     """Return `S_i = D(X) - D(X without i)` for every image of a set, float64 `[B]` (GenQ, arXiv:2312.05272, Eq. 7).
 
     High where the set comes closer to the batch norms without the image. Costs `O(B C)` after the forward pass, where
@@ -158,23 +167,67 @@ def set_sensitivity(table: Tensor, norms: BatchNorms, spread: Spread = "variance
         table: `[B, 2C]`, the rows of a `BatchNormProbe` for the images of the set.
         norms: what the columns belong to.
         spread: what is compared beside the mean.
+        weights: float64 `[2L]`, of the gaps that `D` adds up, in the order of `gap_norms`; none: all are 1.
 
     Raises:
         DataError: there are fewer than 2 images, so that nothing is left without one.
     """
     if len(table) < 2:
         raise DataError(f"batch norm sensitivity compares a set with and without an image; {len(table)} is too few")
-    sums, squares = _totals(table)
+    weights = torch.ones(2 * len(norms.names), dtype=torch.float64) if weights is None else weights
+    sums, squares = totals(table)
     without = []
     for rows in torch.split(table, _LEFT_OUT_TOGETHER):
         less, less_squares = rows.double().chunk(2, 1)
-        gaps = layer_gaps(sums - less, squares - less_squares, len(table) - 1, norms, spread)
-        without.append(gaps.sum(1))
-    return layer_gaps(sums, squares, len(table), norms, spread).sum() - torch.cat(without)
+        without.append(gap_norms(sums - less, squares - less_squares, len(table) - 1, norms, spread) @ weights)
+    return gap_norms(sums, squares, len(table), norms, spread) @ weights - torch.cat(without)
 
 
-class _BatchNormFilter(Filter):
-    """What both filters share: the probe, and which statistic is compared."""
+def mean_sensitivity(
+    table: Tensor,
+    chosen: Tensor,
+    norms: BatchNorms,
+    spread: Spread,
+    *,
+    set_size: int | None,
+    partitions: int,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return `set_sensitivity` of the images `chosen`, averaged over random divisions into sets, float64 `[n]`.
+
+    Args:
+        table: `[M, 2C]`, the rows of a `BatchNormProbe`, perhaps larger than memory.
+        chosen: int64 `[n]`, the rows that count.
+        norms: what the columns belong to.
+        spread: what is compared beside the mean.
+        set_size: images in a set, about; fewer images than that are one set. None: one set.
+        partitions: random divisions; one set is divided once.
+        generator: of the divisions.
+        weights: as in `set_sensitivity`.
+    """
+    sets = 1 if set_size is None else max(1, -(-len(chosen) // set_size))
+    sets = min(sets, max(1, len(chosen) // 2))  # a set needs two images
+    if sets == 1:
+        return set_sensitivity(table[chosen], norms, spread, weights)
+    scores = torch.zeros(len(chosen), dtype=torch.float64)
+    for _ in range(partitions):
+        order = torch.randperm(len(chosen), generator=generator)
+        for part in order.tensor_split(sets):
+            # Sorted, so that a table in a file is read in one direction.
+            places = part.sort().values
+            scores[places] += set_sensitivity(table[chosen[places]], norms, spread, weights)
+    return scores / partitions
+
+
+def totals(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sums of rows `[B, 2C]` of a `BatchNormProbe` over the images, float64 `[C]`."""
+    sums, squares = table.sum(0, dtype=torch.float64).chunk(2)
+    return sums, squares
+
+
+class BatchNormFilter(Filter):
+    """What these filters share: the probe, and which statistic is compared."""
 
     spread: Spread = "variance"
     """What is compared beside the mean: `variance` as the paper says, or `std` as image synthesis does."""
@@ -191,7 +244,7 @@ class _BatchNormFilter(Filter):
 
 
 @SELECTORS.register("bn_distance")
-class BatchNormDistance(_BatchNormFilter):
+class BatchNormDistance(BatchNormFilter):
     """Distance of each image alone to the batch-norm statistics, after GenQ (arXiv:2312.05272, Eq. 6).
 
     Keeps the images of the lowest `D = sum_l (|mean - mean_l| + |variance - variance_l|)`, statistics taken over the
@@ -209,7 +262,7 @@ class BatchNormDistance(_BatchNormFilter):
 
 
 @SELECTORS.register("bn_sensitivity")
-class BatchNormSensitivity(_BatchNormFilter):
+class BatchNormSensitivity(BatchNormFilter):
     """Batch-norm sensitivity filtering of GenQ (arXiv:2312.05272, Eq. 6 and 7).
 
     Keeps the images of the lowest `S_i = D(X) - D(X without i)`: an image with a high one pulls its set `X` away from
@@ -229,19 +282,10 @@ class BatchNormSensitivity(_BatchNormFilter):
 
     def scores(self, probe: BatchNormProbe, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
         """Return the sensitivities within `chosen`. Raises `DataError` for fewer than 2 images."""
-        sets = 1 if self.set_size is None else max(1, -(-len(chosen) // self.set_size))
-        sets = min(sets, max(1, len(chosen) // 2))  # a set needs two images
-        if sets == 1:
-            return set_sensitivity(table[chosen], probe.norms, self.spread)
-        scores = torch.zeros(len(chosen), dtype=torch.float64)
-        generator = rng.generator("partitions")
-        for _ in range(self.partitions):
-            order = torch.randperm(len(chosen), generator=generator)
-            for part in order.tensor_split(sets):
-                # Sorted, so that a table in a file is read in one direction.
-                places = part.sort().values
-                scores[places] += set_sensitivity(table[chosen[places]], probe.norms, self.spread)
-        return scores / self.partitions
+        return mean_sensitivity(
+            table, chosen, probe.norms, self.spread,
+            set_size=self.set_size, partitions=self.partitions, generator=rng.generator("partitions"),
+        )  # fmt: skip
 
 
 def _sums(inputs: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -249,12 +293,6 @@ def _sums(inputs: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, int]:
     centred = inputs.float().flatten(2) if inputs.ndim > 2 else inputs.float().unsqueeze(2)
     centred = centred - mean.float()[:, None]
     return centred.sum(2), centred.square().sum(2), centred.shape[2]
-
-
-def _totals(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sums over the images, float64 `[C]`."""
-    sums, squares = table.sum(0, dtype=torch.float64).chunk(2)
-    return sums, squares
 
 
 def _layer_norms(values: Tensor, norms: BatchNorms) -> Tensor:

@@ -47,6 +47,21 @@ class Filter(Settings, ABC):
     def probe(self, model: FloatModel) -> Probe:
         """Return what watches the forward pass. Raises `UnsupportedModelError` if the network is unfit."""
 
+    def prepare(
+        self,
+        probe: Any,
+        table: Tensor,
+        chosen: Tensor,
+        images: ImageSet,
+        model: FloatModel,
+        rng: Rng,
+        *,
+        batch_size: int,
+        progress: Progress,
+    ) -> Any:
+        """Return the probe: nothing is to be learned before images can be scored."""
+        return probe
+
     @abstractmethod
     def scores(self, probe: Any, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
         """Return the scores, float64 `[n]`, of the images whose rows are `table[chosen]`."""

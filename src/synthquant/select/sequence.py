@@ -112,8 +112,12 @@ def run_filters(
     steps: list[Step] = []
     for index, filter_ in enumerate(filters):
         method, name = registered_name(filter_), own[index].name
-        scores = filter_.scores(probes[name], seen.tables[name], rows, rng.child(str(index)))
-        places = seen.positions[rows]
+        table, places, child = seen.tables[name], seen.positions[rows], rng.child(str(index))
+        with _named(method):
+            prepared = filter_.prepare(
+                probes[name], table, rows, images.subset(places), model, child, batch_size=batch_size, progress=progress
+            )
+        scores = filter_.scores(prepared, table, rows, child)
         groups = None if labels is None or not filter_.per_class else labels[places]
         with _named(method):
             if groups is not None and labels is not None:
