@@ -23,7 +23,7 @@ from synthquant.core.run_folder import RunFolder, nothing_half_written
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.data.sources import open_images
-from synthquant.distributed.ray_synthesis import RayWorkers
+from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
@@ -126,10 +126,12 @@ def select(
     progress: Progress = QUIET,
     *,
     real: ImageSet | None = None,
+    ray: RayWorkers | None = None,
 ) -> ImageSet:
     """Choose from `images` as `section` says and leave the choice in `folder`; called again, read it from there.
 
-    `real` images change nothing; they stand beside pool and choice in the report.
+    `real` images change nothing; they stand beside pool and choice in the report. With `ray` the workers of a cluster
+    run the network over the pool; the choice is the same.
 
     Raises:
         UnsupportedModelError: a filter does not work for this network.
@@ -146,6 +148,7 @@ def select(
         batch_size=section.batch_size,
         table_gib=section.table_gib,
         progress=progress,
+        workers=ray,
     )
 
 

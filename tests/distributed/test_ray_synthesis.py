@@ -6,7 +6,6 @@ import builtins
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from synthquant.core.progress import QUIET
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.store import ImageSetWriter
-from synthquant.distributed.ray_synthesis import RayWorkers, Worker, WorkerPool, ray_session
+from synthquant.distributed.ray_cluster import ray_session
+from synthquant.distributed.ray_synthesis import Drawer, DrawerPool, DrawerTask
+from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.synthesize.batches import open_writer
@@ -27,19 +28,6 @@ from synthquant.synthesize.noise import Noise
 from synthquant.synthesize.text_to_image import TextToImage
 
 COUNT = 21
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    pytest.importorskip("ray", reason="needs the extra 'ray'")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # workers take as many each
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves them next to nothing
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # two workers on the CPU, whatever else the machine has
-        with ray_session("local"):
-            yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +43,29 @@ def test_a_worker_is_killed_and_the_set_is_that_of_one_process(
     cluster: None, generator_folder: Path, network: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = TextToImage(generator=str(generator_folder), steps=2, batch_size=2)
-    pools: list[WorkerPool] = []
+    pools: list[DrawerPool] = []
     killed: list[int] = []
-    original = WorkerPool.__init__
+    original = DrawerPool.__init__
 
-    def remember(self: WorkerPool, *args: Any, **options: Any) -> None:
+    def remember(self: DrawerPool, *args: Any, **options: Any) -> None:
         original(self, *args, **options)
         pools.append(self)
 
     def append(self: ImageSetWriter, *args: Any) -> None:
         write(self, *args)
         if not killed:  # after the first part, with batches of both workers under way
-            killed.append(pools[0]._get(pools[0].workers[1].pid.remote()))
+            killed.append(pools[0].get(pools[0].workers[1].pid.remote()))
             os.kill(killed[0], signal.SIGKILL)
 
     write = ImageSetWriter.append
     with monkeypatch.context() as patch:
-        patch.setattr(WorkerPool, "__init__", remember)
+        patch.setattr(DrawerPool, "__init__", remember)
         patch.setattr(ImageSetWriter, "append", append)
         writer = open_writer(tmp_path / "ray", "text_to_image", method, COUNT, 0, network)
         images = RayWorkers("local", 2).synthesize(method, network, COUNT, Rng(0), writer, QUIET)
     (pool,) = pools
     assert len(pool.workers) == 2 and killed
-    assert pool._get(pool.workers[1].pid.remote()) != killed[0]  # another process is in its place
+    assert pool.get(pool.workers[1].pid.remote()) != killed[0]  # another process is in its place
 
     alone = open_writer(tmp_path / "one", "text_to_image", method, COUNT, 0, network)
     expected = method.synthesize(network, COUNT, Rng(0), writer=alone)
@@ -87,7 +75,7 @@ def test_a_worker_is_killed_and_the_set_is_that_of_one_process(
     _redrawing_is_the_same(pool, method, network)
 
 
-def _redrawing_is_the_same(pool: WorkerPool, method: TextToImage, network: FloatModel) -> None:
+def _redrawing_is_the_same(pool: DrawerPool, method: TextToImage, network: FloatModel) -> None:
     local = method.task(network, Rng(0)).drawing(method.open_generator("cpu"), None)
     batches = [next(iter(source.batches([range(4)]))) for source in (pool, local)]
     for batch, source in zip(batches, (pool, local), strict=True):
@@ -111,7 +99,7 @@ def test_a_worker_keeps_what_was_wrong_for_the_one_who_asks(network: FloatModel,
     pytest.importorskip("ray", reason="needs the extra 'ray'")
     task = TextToImage(generator=str(tmp_path / "none")).task(network, Rng(0))
     with pytest.raises(InputError, match="there is no generator folder"):
-        Worker(task, None, torch.get_num_threads()).fingerprint()
+        Drawer(DrawerTask(task, None), torch.get_num_threads()).fingerprint()
 
 
 def test_a_finished_set_needs_no_cluster(network: FloatModel, generator_folder: Path, tmp_path: Path) -> None:

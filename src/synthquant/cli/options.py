@@ -9,6 +9,7 @@ import typer
 
 from synthquant.core.errors import RecipeError
 from synthquant.core.settings import Settings, parse_settings
+from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.methods import QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
@@ -54,6 +55,23 @@ Set = Annotated[
 ]
 ImagesOut = Annotated[Path, typer.Option(metavar="IMAGES", help="Folder of the image set.", show_default=False)]
 RunOut = Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run.", show_default=False)]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|local",
+        help="Spread the work over the workers of a Ray cluster: drawing (text_to_image), or scoring.",
+    ),
+]
+RayCount = Annotated[
+    int | None, typer.Option(min=1, help="Workers on Ray [one for each GPU; without GPUs one for each machine].")
+]
+
+
+def workers(address: str | None, count: int | None) -> RayWorkers | None:
+    """Return the workers of the cluster at `address`, if there is one. Raises `RecipeError` for a count alone."""
+    if address is None and count is not None:
+        raise RecipeError("--ray-workers needs --ray ADDRESS, or --ray local")
+    return None if address is None else RayWorkers(address, count)
 
 
 def model_section(

@@ -56,6 +56,8 @@ def select(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
+    ray: options.RayAddress = None,
+    ray_workers: options.RayCount = None,
     device: options.Device = options.DEVICE,
     seed: options.Seed = options.SEED,
     settings: options.Set = None,
@@ -74,7 +76,8 @@ def select(
     real = None if data is None else open_images(data)
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
     float_model = open_model(source, device=pipeline.resolve_device(device))
-    kept = pipeline.select(pool, float_model, section, seed, out, ConsoleProgress(), real=real)
+    workers = options.workers(ray, ray_workers)
+    kept = pipeline.select(pool, float_model, section, seed, out, ConsoleProgress(), real=real, ray=workers)
     metrics = selection_metrics(out)
     if json:
         counts = {"count": len(kept), "pool": len(pool), "rejected": len(pool) - len(kept)}

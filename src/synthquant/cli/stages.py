@@ -13,7 +13,6 @@ from synthquant.cli.output import print_json, print_run, print_table
 from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
-from synthquant.distributed.ray_synthesis import RayWorkers
 from synthquant.export.presets import RUNTIMES
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
@@ -29,14 +28,6 @@ Runtime = Annotated[
     str | None, typer.Option(help=f"For FILE.onnx: {' or '.join(RUNTIMES)} [{RUNTIMES[0]}], on the CPU.")
 ]
 
-RayAddress = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS|local", help="Draw on the workers of a Ray cluster (text_to_image only)."),
-]
-RayCount = Annotated[
-    int | None, typer.Option(min=1, help="Workers on Ray [one for each GPU; without GPUs one for each machine].")
-]
-
 
 def synthesize(
     model: options.Model,
@@ -48,8 +39,8 @@ def synthesize(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
-    ray: RayAddress = None,
-    ray_workers: RayCount = None,
+    ray: options.RayAddress = None,
+    ray_workers: options.RayCount = None,
     device: options.Device = options.DEVICE,
     seed: options.Seed = options.SEED,
     settings: options.Set = None,
@@ -63,8 +54,8 @@ def synthesize(
     section = SynthesizeSection.parse(values, "command line")
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
     float_model = open_model(source, device=pipeline.resolve_device(device))
-    spread = None if ray is None else RayWorkers(ray, ray_workers)
-    images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=spread)
+    workers = options.workers(ray, ray_workers)
+    images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
     print_json(result) if json else print(f"{len(images)} images in {out}")
 

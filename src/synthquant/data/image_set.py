@@ -6,7 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from synthquant.data.manifest import Framing, ImageDtype, Manifest, SetAside, re
 from synthquant.data.part_writer import PartsWriter
 from synthquant.data.parts import ParquetRows, PartFile
 from synthquant.data.pixels import checked_columns, checked_labels, stored_pixels
-from synthquant.data.rows import MemoryRows, Rows, Stored
+from synthquant.data.rows import DetachedRows, MemoryRows, Rows, Stored
 
 _BATCHES_AHEAD = 2
 _MAX_THREADS = 16
@@ -211,6 +211,11 @@ class ImageSet:
         return (*self.manifest.set_aside, *self._broken.values())
 
     @property
+    def broken(self) -> dict[int, SetAside]:
+        """Images found broken while reading batches, by position."""
+        return dict(self._broken)
+
+    @property
     def fingerprint(self) -> str:
         """Hash that changes when the images, their order or their columns change."""
         digest = hashlib.sha256(self._rows.fingerprint().encode())
@@ -234,6 +239,19 @@ class ImageSet:
         columns = {name: [values[i] for i in chosen.tolist()] for name, values in self._added_columns.items()}
         fields = {"count": len(chosen), "parts": (), "statistics": None, "quality": {}}
         return self._derived(self.manifest.model_copy(update=fields), positions, columns)
+
+    def detached(self, indices: Sequence[int]) -> ImageSet:
+        """Return the images at these positions with their bytes and nothing else: no labels, columns or files.
+
+        Other processes and machines can take it as it is; it is meant for a few images at a time.
+        """
+        stored = [replace(one, content=_read(one.content)) for one in self._fetch(indices)]
+        manifest = Manifest(framing=self.manifest.framing, count=len(stored))
+        return ImageSet(DetachedRows(stored), manifest)
+
+    def note_broken(self, found: Mapping[int, SetAside]) -> None:
+        """Set images aside, by position, that another process could not read."""
+        self._broken.update(found)
 
     def batches(
         self, batch_size: int, indices: Sequence[int] | None = None, transform: Transform | None = None
@@ -354,6 +372,15 @@ def _decode_all(stored: Sequence[Stored], transform: Transform | None) -> list[T
             continue
         results.append(image if transform is None else transform(image))
     return results
+
+
+def _read(content: bytes | Path | Tensor) -> bytes | Path | Tensor:
+    if isinstance(content, Tensor):
+        return content.clone()  # without the rest of the tensor that it may lie in
+    try:
+        return content.read_bytes() if isinstance(content, Path) else content
+    except OSError:
+        return content  # who decodes it says why it cannot be read
 
 
 def _encoded(content: bytes | Path | Tensor) -> bytes:

@@ -85,6 +85,41 @@ class MemoryRows:
         return digest.hexdigest()
 
 
+class DetachedRows:
+    """A few images as they are stored, with their bytes; no labels and no columns."""
+
+    def __init__(self, stored: Sequence[Stored]) -> None:
+        self._stored = list(stored)
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """There are no columns."""
+        return ()
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def labels(self) -> Tensor | None:
+        """There are no labels."""
+        return None
+
+    def column(self, name: str) -> list[Any]:
+        """Raise `DataError`: there are no columns."""
+        raise DataError(f"detached images have no column {name!r}")
+
+    def fetch(self, indices: Sequence[int]) -> list[Stored]:
+        """Return the images at these positions, in this order."""
+        return [self._stored[index] for index in indices]
+
+    def fingerprint(self) -> str:
+        """Return a hash of names and contents."""
+        digest = hashlib.sha256()
+        for one in self._stored:
+            content = one.content.numpy().tobytes() if isinstance(one.content, Tensor) else one.content
+            digest.update(one.name.encode() + (content if isinstance(content, bytes) else str(content).encode()))
+        return digest.hexdigest()
+
+
 class FileRows:
     """Image files below a folder; only their names are kept."""
 

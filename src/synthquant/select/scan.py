@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -37,7 +37,38 @@ class Scan:
     """bool `[M]`, whether all numbers of an image are finite."""
 
 
+@dataclass(frozen=True)
+class Block:
+    """What a forward pass left of the images of a batch."""
+
+    positions: Sequence[int]
+    """Places of those that could be read, counted from `first`."""
+    rows: Mapping[str, Tensor]
+    """`[B, K]`, by the name of the probe."""
+    pixels: Tensor
+    """`[B, 6]`, as in `Scan`."""
+    first: int = 0
+    """Place in the pool of the first image."""
+
+
 @torch.no_grad()
+def look(images: ImageSet, model: FloatModel, probes: Sequence[Probe], batch_size: int) -> Iterator[Block]:
+    """Run the network on a pool, in eval mode, and yield what is left of each batch.
+
+    Broken images are noted in `images.set_aside`. The network is afterwards as before, whatever is raised.
+    """
+    with eval_mode(model.module):
+        for batch in input_batches(images, model.preprocess, batch_size):
+            inputs = batch.inputs.to(model.device)
+            with ExitStack() as watching:
+                for probe in probes:
+                    watching.enter_context(probe.watch(len(inputs)))
+                logits = model.logits(inputs)
+            rows = {probe.name: probe.rows(logits).float().cpu() for probe in probes}
+            pixels = _pixel_moments(model.preprocess.pixels(inputs)).float().cpu()
+            yield Block(batch.indices, rows, pixels)
+
+
 def scan(
     images: ImageSet,
     model: FloatModel,
@@ -47,43 +78,62 @@ def scan(
     table_gib: float = TABLE_GIB,
     title: str = "score images",
     progress: Progress = QUIET,
+    blocks: Iterator[Block] | None = None,
 ) -> Scan:
     """Run the network once on every image, in eval mode, and keep the rows that the probes make.
 
     Images are decoded ahead and dropped after their batch; only the tables stay. Broken images are left out and noted
     in `images.set_aside`. The network is afterwards as before, whatever is raised.
 
+    Args:
+        images: the pool.
+        model: the network.
+        probes: what watches it, each under a name of its own.
+        batch_size: images in a forward pass.
+        table_gib: larger tables are kept in a temporary file.
+        title: of the progress bar.
+        progress: told how far it is.
+        blocks: of all images, in order, where others have looked at them.
+
     Raises:
         DataError: no image can be read.
         UnsupportedModelError: the network does not return logits, or lacks what a probe looks for.
         OutputError: a large table's temporary file cannot be made.
     """
-    named = {probe.name: probe for probe in probes}
-    tables = {name: _Table(len(images), table_gib) for name in (*named, "pixels")}
+    if blocks is None:
+        blocks = look(images, model, probes, batch_size)
+    else:
+        _introduce(model, probes)
+    tables = {name: _Table(len(images), table_gib) for name in ("pixels", *(probe.name for probe in probes))}
     positions: list[int] = []
     finite = []
-    with eval_mode(model.module), progress.bar(title, len(images)) as bar:
-        for batch in input_batches(images, model.preprocess, batch_size):
-            inputs = batch.inputs.to(model.device)
-            rows = {"pixels": _pixel_moments(model.preprocess.pixels(inputs))}
-            with ExitStack() as watching:
-                for probe in named.values():
-                    watching.enter_context(probe.watch(len(inputs)))
-                logits = model.logits(inputs)
-            rows |= {name: probe.rows(logits) for name, probe in named.items()}
+    with progress.bar(title, len(images)) as bar:
+        for block in blocks:
+            rows = {"pixels": block.pixels, **block.rows}
             for name, part in rows.items():
                 tables[name].append(part)
-            finite.append(torch.stack([part.isfinite().all(1) for part in rows.values()]).all(0).cpu())
-            positions += batch.indices
-            bar.advance(len(batch.indices))
+            finite.append(torch.stack([part.isfinite().all(1) for part in rows.values()]).all(0))
+            positions += [block.first + place for place in block.positions]
+            bar.advance(len(block.positions))
     if not positions:
         raise DataError(f"none of the {len(images)} images to select from can be read")
     return Scan(
         torch.tensor(positions),
-        {name: tables[name].finish() for name in named},
+        {probe.name: tables[probe.name].finish() for probe in probes},
         tables["pixels"].finish(),
         torch.cat(finite),
     )
+
+
+@torch.no_grad()
+def _introduce(model: FloatModel, probes: Sequence[Probe]) -> None:
+    """Show the network to probes whose rows others have made: they learn from a pass what the rows are made of."""
+    with eval_mode(model.module), ExitStack() as watching:
+        for probe in probes:
+            watching.enter_context(probe.watch(2))
+        logits = model.logits(model.example_input(2))
+        for probe in probes:
+            probe.rows(logits)
 
 
 def _pixel_moments(pixels: Tensor) -> Tensor:

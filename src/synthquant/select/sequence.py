@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,10 @@ from synthquant.data.image_set import ImageSet
 from synthquant.methods import SELECTORS, Probe, Selector
 from synthquant.models.float_model import FloatModel
 from synthquant.select.keep import keep_best, quotas
-from synthquant.select.scan import TABLE_GIB, Scan, scan
+from synthquant.select.scan import TABLE_GIB, Block, Scan, scan
+
+Look = Callable[[ImageSet, FloatModel, Sequence[Selector], int, Progress], Generator[Block]]
+"""Yields the blocks of a pool in order, for the probes of filters, in batches of so many."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def run_filters(
     batch_size: int = 64,
     table_gib: float = TABLE_GIB,
     progress: Progress = QUIET,
+    look: Look | None = None,
 ) -> Selection:
     """Let each filter choose from what those before it kept; the network sees every image once.
 
@@ -94,6 +98,8 @@ def run_filters(
         batch_size: images in a forward pass; scores do not depend on it beyond rounding.
         table_gib: larger tables than this are kept in a temporary file.
         progress: told how far the pass is, and what had to be left out.
+        look: runs the network over the pool with the probes of these filters and with `also`, in place of this
+            process.
 
     Raises:
         UnsupportedModelError: the network lacks what a filter scores by; before the first image is read.
@@ -107,7 +113,11 @@ def run_filters(
     own = [filter_.probe(model) for filter_ in filters]
     # Filters that ask for the same probe share one; its rows are made once.
     probes = {probe.name: probe for probe in (*own, *also)}
-    seen = scan(images, model, list(probes.values()), batch_size=batch_size, table_gib=table_gib, progress=progress)
+    with closing(look(images, model, filters, batch_size, progress)) if look else nullcontext() as blocks:
+        seen = scan(
+            images, model, list(probes.values()),
+            batch_size=batch_size, table_gib=table_gib, progress=progress, blocks=blocks,
+        )  # fmt: skip
     rows = _usable(seen, images, progress)
     steps: list[Step] = []
     for index, filter_ in enumerate(filters):

@@ -6,11 +6,12 @@ IMAGES/  part-*.parquet + manifest.json (the image set)   selection.json   rejec
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -24,7 +25,7 @@ from synthquant.methods import Selector
 from synthquant.models.batch_norm import batch_norm_targets
 from synthquant.models.float_model import FloatModel
 from synthquant.select.batch_norm import BatchNormProbe
-from synthquant.select.scan import TABLE_GIB, scan
+from synthquant.select.scan import TABLE_GIB, Block, scan
 from synthquant.select.sequence import registered_name, run_filters
 from synthquant.select.summary import summarize
 
@@ -35,6 +36,23 @@ _REJECTED_SHOWN = 30
 _REAL_COMPARED = 1024
 # Fewer images are a little farther by chance alone.
 _FARTHER = 1.5
+
+
+class Workers(Protocol):
+    """Processes that run the network over a pool in place of this one."""
+
+    def look(
+        self,
+        images: ImageSet,
+        model: FloatModel,
+        filters: Sequence[Selector],
+        batch_size: int,
+        progress: Progress,
+        *,
+        norms: bool,
+    ) -> Generator[Block]:
+        """Yield the blocks of `images` in order, for the probes of `filters`, and of the batch norms for `norms`."""
+        ...
 
 
 def write_selection(
@@ -48,12 +66,14 @@ def write_selection(
     batch_size: int = 64,
     table_gib: float = TABLE_GIB,
     progress: Progress = QUIET,
+    workers: Workers | None = None,
 ) -> ImageSet:
     """Choose from `images` with `filters`, leave the result in `folder`, and return the image set there.
 
     Everything appears at once when it is done; the same call again reads it. `real` images change nothing but stand
     beside pool and selection in `selection.json`: pixel statistics, over up to 1,024 of them, and batch-norm statistics
-    if a filter reads these or the pool's fit into `table_gib`.
+    if a filter reads these or the pool's fit into `table_gib`. `workers` run the network over the pool in place of this
+    process; that changes nothing else.
 
     Raises:
         OutputError: `folder` cannot be written, or holds something else.
@@ -76,6 +96,7 @@ def write_selection(
         batch_size=batch_size,
         table_gib=table_gib,
         progress=progress,
+        look=None if workers is None else partial(workers.look, norms=compare_norms),
     )
     beside = None
     if real is not None:
