@@ -54,10 +54,16 @@ def data_table(rows: list[dict[str, Any]], model: str, table: Table) -> str:
     mine = [row for row in rows if row["images"] == COUNT and row["source"] == model]
     columns = list(dict.fromkeys((row["scheme"], row["method"]) for row in mine))
     body = []
-    for entry in dict.fromkeys(row["data"] for row in mine):
+    for entry in sorted({row["data"] for row in mine}, key=_place):
         cells = [values(mine, data=entry, scheme=scheme, method=method) for scheme, method in columns]
         body.append([title(entry), *map(mean_and_spread, cells), str(max(map(len, cells)))])
     return table(["images", *(f"{scheme} {METHODS[method]}" for scheme, method in columns), "seeds"], body)
+
+
+def _place(entry: str) -> tuple[int, int, str]:
+    """Sorts kinds of data as they are listed, unfiltered ones first."""
+    kind, *filters = entry.split("+")
+    return list(KINDS).index(kind), len(filters), entry
 
 
 def transfer_table(rows: dict[str, list[dict[str, Any]]], table: Table) -> str:

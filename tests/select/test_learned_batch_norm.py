@@ -170,5 +170,7 @@ def test_too_few_images_and_wrong_settings_are_refused(model: FloatModel) -> Non
         run_filters([LearnedBatchNormDistance(keep=2)], small_images(3), model, Rng(0))
     with pytest.raises(RecipeError, match=r"select: corruptions\.0 .*rain"):
         parse_settings(LearnedBatchNormDistance, {"corruptions": ["rain"]}, "select")
+    with pytest.raises(RecipeError, match=r"select: corruptions = .*name at least one corruption"):
+        parse_settings(LearnedBatchNormDistance, {"corruptions": []}, "select")
     with pytest.raises(UnsupportedModelError, match="no batch norm"):
         run_filters([LearnedBatchNormDistance()], small_images(8), open_model("zoo/cifar10-vit"), Rng(0))

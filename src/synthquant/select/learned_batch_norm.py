@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from synthquant.core.errors import DataError
@@ -68,11 +68,18 @@ class LearnedBatchNormDistance(BatchNormFilter):
     partitions: int = Field(default=8, ge=1)
     """Random partitions that a score is averaged over."""
 
-    corruptions: tuple[Corruption, ...] = Field(default=CORRUPTIONS, min_length=1)
+    corruptions: tuple[Corruption, ...] = CORRUPTIONS
     """In which ways images are corrupted: `noise`, `blur`, `color` (a negative with other colours), `shuffle`."""
 
     penalty: float = Field(default=0.01, gt=0)
     """Weight of the squared weights in the loss, with gaps scaled to variance 1."""
+
+    @field_validator("corruptions")
+    @classmethod
+    def _check_corruptions(cls, corruptions: tuple[Corruption, ...]) -> tuple[Corruption, ...]:
+        if not corruptions:
+            raise ValueError("name at least one corruption")
+        return corruptions
 
     def prepare(
         self,
