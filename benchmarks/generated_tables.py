@@ -10,6 +10,7 @@ from typing import Any
 Table = Callable[[list[str], list[list[str]]], str]
 METHODS = {"brecq": "BRECQ", "genie_m": "Genie-M"}
 COUNT = 1024
+SWEEP_COUNT = 204  # a tenth of the pool: what the strictest filter leaves
 KINDS = {
     "genie_d": "Genie-D", "text_to_image": "text-to-image", "mixed": "mixed-class prompts",
     "tuned:1": "tuned, 1 image a class", "tuned:10": "tuned, 10 images a class", "real": "real images",
@@ -95,15 +96,15 @@ def sweeps(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[fl
             end = f"{row['scheme']} {METHODS[row['method']]}"
             of_images = found["images"].setdefault(f"{name}, {title(row['data'])}, {end}", {})
             of_images.setdefault(row["images"], []).append(row["top1"])
-            if row["images"] != COUNT or kind != "text_to_image":
+            if row["images"] != SWEEP_COUNT or kind != "text_to_image":
                 continue
             for filter_name, _, share in (part.partition(":") for part in filters if len(filters) == 1):
                 series = found["share that is kept"].setdefault(f"{name}, {FILTERS[filter_name]}, {end}", {})
                 series.setdefault(float(share), []).append(row["top1"])
-    # All images of the pool: the end that every filter has in common.
+    # Drawn from the whole pool: the end that every filter has in common.
     for series_name, series in found["share that is kept"].items():
         name, _, end = (part.strip() for part in series_name.split(","))
-        whole = found["images"].get(f"{name}, {KINDS['text_to_image']}, {end}", {}).get(COUNT)
+        whole = found["images"].get(f"{name}, {KINDS['text_to_image']}, {end}", {}).get(SWEEP_COUNT)
         if whole:
             series[1.0] = whole
     return {kind: {k: v for k, v in series.items() if len(v) > 2} for kind, series in found.items()}
@@ -169,5 +170,13 @@ def page(results: list[dict[str, Any]], folder: Path, table: Table) -> str:
     found = sweeps(rows)
     if any(found.values()):
         draw(found, folder / "generated-images.svg")
-        lines += ["", "## How many images, and how strict a filter", "", "![sweeps](generated-images.svg)"]
+        lines += [
+            "",
+            "## How many images, and how strict a filter",
+            "",
+            "Mean and standard deviation over seeds (GenQ, figures 5 and 6). Filters choose from the whole pool; of",
+            f"what they keep {SWEEP_COUNT} images are drawn at random, so that all points have equally many.",
+            "",
+            "![sweeps](generated-images.svg)",
+        ]
     return "\n".join(lines) + "\n"
