@@ -249,6 +249,45 @@ def filters() -> str:
     return "\n".join([*lines, table(header, body)]) + "\n"
 
 
+def stable_diffusion(results: list[dict[str, Any]]) -> str:
+    """docs/results/stable-diffusion.md: the commands at the size of Stable Diffusion v1-5, and images per second."""
+    lines = [
+        "# The size of Stable Diffusion v1-5",
+        "",
+        "Written by `benchmarks/tables.py` from `results/stable_diffusion/*.json` (`benchmarks/stable_diffusion.py`).",
+        "The architecture at full size with random weights, through the commands that users type: images mean nothing,",
+        "time and memory do. Each command is a process of its own; its time holds opening the pipeline.",
+    ]
+    names = {"tune_prompt": "tune-prompt", "synthesize": "synthesize"}
+    for result in results:
+        place = result["environment"]
+        body = []
+        for key, name in names.items():
+            row = result[key]
+            what = (
+                f"{row['steps']} steps of {row['batch']}"
+                if "batch" in row
+                else f"{row['count']} of {row['steps']} steps"
+            )
+            cells = [f"{row['size']}x{row['size']}", f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f}"]
+            body.append([f"{name}, {what}", *cells])
+        device = f"CPU, {place['threads']} thread(s)" if place["device"] == "cpu" else place["device"]
+        lines += ["", f"## {device}, {result['dtype']}", ""]
+        lines += [table(["command", "pixels", "seconds", "main memory, GiB"], body)]
+        rows = [
+            [
+                str(row["batch"]),
+                str(row["steps"]),
+                "yes" if row["compiled"] else "no",
+                f"{row['images_per_second']:.2f}",
+            ]
+            for row in result["speed"]
+        ]
+        if rows:
+            lines += ["", table(["batch", "steps", "compiled", "images a second"], rows)]
+    return "\n".join(lines) + "\n"
+
+
 def zoo() -> str:
     """docs/results/zoo.md: the bundled networks, how they were trained and what they reach."""
     lines = [
@@ -311,6 +350,8 @@ def main() -> None:
     (folder / "onnx.md").write_text(onnx_files())
     (folder / "filters.md").write_text(filters())
     (folder / "zoo.md").write_text(zoo())
+    if results := load("stable_diffusion"):
+        (folder / "stable-diffusion.md").write_text(stable_diffusion(results))
     if results := load("generated_images"):
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     readme = ROOT / "README.md"
