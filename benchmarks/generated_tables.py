@@ -10,6 +10,7 @@ from typing import Any
 Table = Callable[[list[str], list[list[str]]], str]
 METHODS = {"brecq": "BRECQ", "genie_m": "Genie-M"}
 COUNT = 1024
+GENQ = "text_to_image+energy:0.71+bn_sensitivity:0.71"
 SWEEP_COUNT = 204  # a tenth of the pool: what the strictest filter leaves
 KINDS = {
     "genie_d": "Genie-D", "text_to_image": "text-to-image", "mixed": "mixed-class prompts",
@@ -59,6 +60,24 @@ def data_table(rows: list[dict[str, Any]], model: str, table: Table) -> str:
         cells = [values(mine, data=entry, scheme=scheme, method=method) for scheme, method in columns]
         body.append([title(entry), *map(mean_and_spread, cells), str(max(map(len, cells)))])
     return table(["images", *(f"{scheme} {METHODS[method]}" for scheme, method in columns), "seeds"], body)
+
+
+def aims_table(rows: dict[str, list[dict[str, Any]]], table: Table) -> str:
+    """GenQ's choice (both filters) less real images and less Genie-D, in points, paired by seed."""
+    body = []
+    for model, mine in rows.items():
+        mine = [row for row in mine if row["images"] == COUNT and row["source"] == model]
+        for scheme, method in dict.fromkeys((row["scheme"], row["method"]) for row in mine):
+            cells = [model.rpartition("/")[2], scheme, METHODS[method]]
+            for other in ("real", "genie_d"):
+                by_seed = [
+                    {row["seed"]: row["top1"] for row in mine if (row["data"], row["scheme"], row["method"]) == key}
+                    for key in ((GENQ, scheme, method), (other, scheme, method))
+                ]
+                seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+                cells.append(mean_and_spread([by_seed[0][seed] - by_seed[1][seed] for seed in seeds]))
+            body.append(cells)
+    return table(["network", "bits", "method", "less real images", "less Genie-D"], body)
 
 
 def _place(entry: str) -> tuple[int, int, str]:
@@ -164,6 +183,14 @@ def page(results: list[dict[str, Any]], folder: Path, table: Table) -> str:
             "",
             data_table(mine, model, table),
         ]
+    lines += [
+        "",
+        "## Drawn and selected images beside real ones and Genie-D",
+        "",
+        f"Points of top-1 that {title(GENQ)} is above (or below) others, paired by seed.",
+        "",
+        aims_table(rows, table),
+    ]
     transfer = transfer_table(rows, table)
     if transfer:
         lines += ["", "## Images made for another network", "", transfer]
