@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import urllib.request
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from synthquant.core.errors import DataError, MissingExtraError, UnknownNameError
+from synthquant.core.hub import answers
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import MANIFEST_NAME, Manifest, SetAside
@@ -195,16 +194,12 @@ def _open_dataset(name: str, split: str | None, columns: tuple[str, str] | None)
 
 def _require_hub(datasets: Any, name: str) -> None:
     # Without a network the libraries below retry for half a minute; a mistyped path deserves an answer at once.
-    if datasets.config.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return
-    host = urlsplit(datasets.config.HF_ENDPOINT).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError as error:
+    endpoint = datasets.config.HF_ENDPOINT
+    if not datasets.config.HF_HUB_OFFLINE and not answers(endpoint):
         raise DataError(
-            f"no images at {name!r}: no such file or folder, and {host} cannot be reached to look for a dataset "
-            f"(HF_HUB_OFFLINE=1 uses downloaded ones); accepted: {ACCEPTED}"
-        ) from error
+            f"no images at {name!r}: no such file or folder, and {urlsplit(endpoint).hostname} cannot be reached to"
+            f" look for a dataset (HF_HUB_OFFLINE=1 uses downloaded ones); accepted: {ACCEPTED}"
+        )
 
 
 def _default_split(name: str, splits: Sequence[str]) -> str:

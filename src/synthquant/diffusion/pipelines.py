@@ -7,7 +7,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from synthquant.core.errors import InputError, MissingExtraError, ModelError, UnknownNameError, UnsupportedModelError
+from synthquant.core.hub import hub_or_cache
 from synthquant.core.settings import Settings
 from synthquant.diffusion.embedding import Embedding, read_embedding
 from synthquant.diffusion.text_cache import TextCache
@@ -222,7 +223,7 @@ def open_text_to_image(
     diffusers = _diffusers()
     place = torch.device(device)
     location = _location(source)
-    with quiet():
+    with quiet(), nullcontext() if Path(location).is_dir() else hub_or_cache():
         cls = _pipeline_class(diffusers, location, source)
         options: dict[str, Any] = {"dtype": _dtype(dtype, place), "use_safetensors": True}
         if not safety_checker and "safety_checker" in inspect.signature(cls.__init__).parameters:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from synthquant.core.errors import InputError, MissingExtraError, ModelError, UnsupportedModelError
+from synthquant.core.hub import hub_or_cache
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
 from synthquant.models.float_model import FloatModel, ModelSource
@@ -175,7 +177,8 @@ def _open_timm(name: str, request: ModelSource, published: bool) -> _Opened:
         known = timm.get_pretrained_cfg(name)
         if request.input_size is not None and known is not None and known.fixed_input_size:
             options["img_size"] = request.input_size
-        module = timm.create_model(name, pretrained=published, **options)
+        with hub_or_cache() if published else nullcontext():
+            module = timm.create_model(name, pretrained=published, **options)
     except _FOREIGN_ERRORS as error:
         raise _failed(request, error) from error
     subset = timm.data.infer_imagenet_subset(module)
@@ -238,6 +241,11 @@ def _open_transformers(name: str, request: ModelSource, published: bool) -> _Ope
     except ImportError as error:
         raise MissingExtraError("transformers", "models") from error
 
+    with nullcontext() if Path(name).is_dir() else hub_or_cache():
+        return _from_transformers(transformers, name, request, published)
+
+
+def _from_transformers(transformers: Any, name: str, request: ModelSource, published: bool) -> _Opened:
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
