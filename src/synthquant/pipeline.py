@@ -130,8 +130,7 @@ def select(
 ) -> ImageSet:
     """Choose from `images` as `section` says and leave the choice in `folder`; called again, read it from there.
 
-    `real` images change nothing; they stand beside pool and choice in the report. With `ray` the workers of a cluster
-    run the network over the pool; the choice is the same.
+    Neither `real` images, which stand beside pool and choice in the report, nor the workers of `ray` change the choice.
 
     Raises:
         UnsupportedModelError: a filter does not work for this network.
