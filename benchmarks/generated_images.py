@@ -10,7 +10,9 @@ a token from N real images of each class, `real`) and the filters that choose fr
 `--count` images are drawn at random. `REAL` must be what the network was trained on and the generator was not.
 `--source` names the network that images are made and chosen for, where that is another (GenQ, arXiv:2312.05272, table
 5). The sweeps (figures 5 and 6) are `--schemes W2A4 --methods genie_m` with `--data text_to_image` and `--count` 128 to
-2048, and with `--count 204 --data text_to_image text_to_image+energy:0.1 ... text_to_image+bn_sensitivity:0.9`. Rows that are there with the same budget are kept, so a stopped run goes on; seeds have files of their own in
+2048, and with `--count 204 --data text_to_image text_to_image+energy:0.1 ... text_to_image+bn_sensitivity:0.9`.
+
+Rows that are there with the same budget are kept, so a stopped run goes on; seeds have files of their own in
 `results/generated_images/`, so that they can run side by side.
 """
 
