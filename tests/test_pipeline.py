@@ -11,7 +11,7 @@ import yaml
 from tests.small_networks import CLASSES, small_float_model, small_images
 
 import synthquant as sq
-from synthquant import pipeline
+from synthquant import measure, pipeline
 from synthquant.core.errors import DataError, InputError, ModelError, UnsupportedModelError
 from synthquant.core.files import sha256_file
 from synthquant.core.progress import Bar, Progress
@@ -106,11 +106,11 @@ def test_the_checkpoint_is_the_network_that_was_measured(
 ) -> None:
     record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
     section = EvaluateSection(data=str(tmp_path / "data"), batch_size=8)
-    row = pipeline.evaluate(tmp_path / "run", section, "cpu")
+    row = measure.evaluate(tmp_path / "run", section, "cpu")
     measured = record.stages["evaluate"].metrics["accuracy"][1]
     same = ("top1", "top5", "agreement", "kl", "recovery", "size_bytes", "count")
     assert {key: row[key] for key in same} == {key: measured[key] for key in same}
-    assert pipeline.evaluate(tmp_path / "run" / "model", section, "cpu")["top1"] == row["top1"]
+    assert measure.evaluate(tmp_path / "run" / "model", section, "cpu")["top1"] == row["top1"]
 
 
 def test_equal_recipes_give_equal_files_and_another_seed_gives_others(recipe: dict[str, Any], tmp_path: Path) -> None:

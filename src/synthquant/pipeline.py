@@ -7,29 +7,25 @@ the last finished part, unit or stage.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from synthquant.core.errors import DataError, InputError, MissingExtraError, ModelError
+from synthquant.core.device import resolve_device
+from synthquant.core.errors import DataError, InputError, ModelError
 from synthquant.core.files import require_writable, write_text
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
 from synthquant.core.run_folder import RunFolder, nothing_half_written
 from synthquant.data.image_set import ImageSet
-from synthquant.data.preprocess import input_batches
 from synthquant.data.sources import open_images
 from synthquant.distributed.ray_workers import RayWorkers
-from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
 from synthquant.evaluate.agreement import measure_sqnr
-from synthquant.evaluate.cost import float_cost, quantized_cost
-from synthquant.export.checkpoint import CONFIG_NAME, FloatModelEntry, load_checkpoint, read_config, save_checkpoint
-from synthquant.export.onnx import open_onnx
-from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.measure import float_beside_quantized
+from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
@@ -80,13 +76,6 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
                 write_report([folder.path], folder.report)
     shutil.rmtree(folder.work, ignore_errors=True)
     return folder.record
-
-
-def resolve_device(name: str) -> str:
-    """Return `cuda` or `cpu` for `auto`, and any other name as it is."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def synthesize(
@@ -149,74 +138,6 @@ def select(
         progress=progress,
         workers=ray,
     )
-
-
-def evaluate(
-    source: ModelSource | Path, section: EvaluateSection, device: str = "auto", progress: Progress = QUIET
-) -> dict[str, Any]:
-    """Measure a network, or the quantized network in a run folder or checkpoint folder, on labelled images.
-
-    Returns the row of the accuracy table. For a quantized network it holds the agreement with the float network, if
-    that can be opened and still is the one that was quantized; otherwise a warning says why not.
-
-    Raises:
-        ModelError: the network or checkpoint cannot be opened.
-        DataError: the images cannot be used, or a label is not a class of the network.
-    """
-    place = resolve_device(device)
-    data = open_images(section.data)
-    if isinstance(source, ModelSource):
-        model = open_model(source, device=place)
-        return _measure(model.module, model, data, section.batch_size, progress).row(model.name)
-    folder = source if (source / CONFIG_NAME).is_file() else source / "model"
-    float_model = _same_float_model(read_config(folder).float_model, place, progress)
-    quant_model = load_checkpoint(folder, float_model=float_model, device=place)
-    logits = None
-    if float_model is not None:
-        logits = _logits(float_model.module, float_model, data, section.batch_size, progress)
-    result = _measure(quant_model, quant_model.float_model, data, section.batch_size, progress, logits)
-    return result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
-
-
-def evaluate_onnx(
-    path: Path, section: EvaluateSection, runtime: str = "onnxruntime", progress: Progress = QUIET
-) -> dict[str, Any]:
-    """Measure an exported network on labelled images, on the CPU; returns and compares as `evaluate` does.
-
-    Raises:
-        ModelError: the file was not exported by this package, or the runtime cannot load it.
-        MissingExtraError: the runtime is not installed.
-        DataError: the images cannot be used, or a label is not a class of the network.
-    """
-    network, metadata = open_onnx(path, runtime)
-    data = open_images(section.data)
-    float_model = _same_float_model(metadata.float_model, "cpu", progress)
-    reference = None
-    if float_model is not None:
-        reference = _logits(float_model.module, float_model, data, section.batch_size, progress)
-    result = evaluate_model(
-        network,
-        metadata.preprocess,
-        data,
-        reference_logits=reference,
-        batch_size=section.batch_size,
-        progress=progress,
-        title=f"evaluate in {runtime}",
-    )
-    return result.row(metadata.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
-
-
-def _same_float_model(entry: FloatModelEntry, device: str, progress: Progress) -> FloatModel | None:
-    """Open the network that was quantized, or warn why it is not to be had."""
-    try:
-        model = open_model(entry.source, device=device)
-    except (ModelError, MissingExtraError) as error:
-        progress.warn(f"no agreement with the float network: {error}")
-        return None
-    if model.fingerprint != entry.fingerprint:
-        progress.warn(f"no agreement with the float network: {entry.source.source} now has other weights")
-        return None
-    return model
 
 
 def _note_model(folder: RunFolder, model: FloatModel) -> None:
@@ -319,7 +240,7 @@ def _evaluate(
     if folder.is_done("evaluate"):
         return
     with folder.stage("evaluate") as metrics:
-        rows, result = _float_beside_quantized(section, model, quant_model, images, progress)
+        rows, result = float_beside_quantized(section, model, quant_model, images, progress)
         if result.set_aside:
             name, reason = result.set_aside[0]
             progress.warn(f"{len(result.set_aside)} images set aside, for example {name}: {reason}")
@@ -330,62 +251,6 @@ def _evaluate(
             "accuracy": rows,
             "sqnr": [row.row() for row in measure_sqnr(quant_model, images, float_model=model, progress=progress)],
         }
-
-
-def _float_beside_quantized(
-    section: EvaluateSection | None, model: FloatModel, quant_model: QuantModel, images: ImageSet, progress: Progress
-) -> tuple[list[dict[str, Any]], Evaluation]:
-    """Return the rows of the accuracy table and the quantized network's evaluation."""
-    name, cost = quant_model.scheme.name, quantized_cost(quant_model).row()
-    if section is None or images.labels is None:
-        # Labels of images that were used to quantize say nothing about accuracy: agreement only.
-        batch_size = section.batch_size if section else EvaluateSection.model_fields["batch_size"].default
-        reference = _logits(model.module, model, images, batch_size, progress)
-        logits = _logits(quant_model, model, images, batch_size, progress)
-        result = replace(compare_logits(logits, None, reference), set_aside=_set_aside(images))
-        return [{"name": "float"} | float_cost(quant_model).row(), result.row(name) | cost], result
-    before = _measure(model.module, model, images, section.batch_size, progress)
-    result = _measure(quant_model, model, images, section.batch_size, progress, before.logits)
-    return [before.row("float") | float_cost(quant_model).row(), result.row(name) | cost], result
-
-
-def _measure(
-    network: nn.Module,
-    model: FloatModel,
-    data: ImageSet,
-    batch_size: int,
-    progress: Progress,
-    reference_logits: Tensor | None = None,
-) -> Evaluation:
-    return evaluate_model(
-        network,
-        model.preprocess,
-        data,
-        reference_logits=reference_logits,
-        batch_size=batch_size,
-        device=model.device,
-        progress=progress,
-        title=_title(network, model),
-    )
-
-
-@torch.no_grad()
-def _logits(network: nn.Module, model: FloatModel, images: ImageSet, batch_size: int, progress: Progress) -> Tensor:
-    """Logits `[N, classes]` for images that need no labels."""
-    parts = []
-    with progress.bar(_title(network, model), len(images)) as bar:
-        for batch in input_batches(images, model.preprocess, batch_size):
-            parts.append(network(batch.inputs.to(model.device)).float().cpu())
-            bar.advance(len(batch.inputs))
-    return torch.cat(parts)
-
-
-def _title(network: nn.Module, model: FloatModel) -> str:
-    return "evaluate float" if network is model.module else "evaluate quantized"
-
-
-def _set_aside(images: ImageSet) -> tuple[tuple[str, str], ...]:
-    return tuple((entry.name, entry.reason) for entry in images.set_aside)
 
 
 def _require_known_classes(data: ImageSet, source: str, model: FloatModel) -> None:

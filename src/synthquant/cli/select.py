@@ -9,6 +9,7 @@ import typer
 from synthquant import pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_json
+from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.data.sources import open_images
@@ -75,7 +76,7 @@ def select(
     pool = open_images(images)
     real = None if data is None else open_images(data)
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    float_model = open_model(source, device=pipeline.resolve_device(device))
+    float_model = open_model(source, device=resolve_device(device))
     workers = options.workers(ray, ray_workers)
     kept = pipeline.select(pool, float_model, section, seed, out, ConsoleProgress(), real=real, ray=workers)
     metrics = selection_metrics(out)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from synthquant import pipeline
+from synthquant import measure, pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_json, print_run, print_table
+from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
@@ -53,7 +54,7 @@ def synthesize(
     values = apply_overrides({"method": method, "count": count}, settings or [])
     section = SynthesizeSection.parse(values, "command line")
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    float_model = open_model(source, device=pipeline.resolve_device(device))
+    float_model = open_model(source, device=resolve_device(device))
     workers = options.workers(ray, ray_workers)
     images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
@@ -115,12 +116,12 @@ def evaluate(
     section = parse_settings(EvaluateSection, apply_overrides({"data": data}, settings or []), "command line")
     source: ModelSource | Path = Path(model)
     if model.endswith(".onnx"):
-        row = pipeline.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
+        row = measure.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
         print_json(row) if json else print_table([row])
         return
     if runtime is not None:
         raise RecipeError(f"--runtime belongs to an exported FILE.onnx, not to {model}")
     if not Path(model).is_dir():
         source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    row = pipeline.evaluate(source, section, device, ConsoleProgress())
+    row = measure.evaluate(source, section, device, ConsoleProgress())
     print_json(row) if json else print_table([row])

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from synthquant import pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_json
+from synthquant.core.device import resolve_device
 from synthquant.core.errors import OutputError
 from synthquant.core.files import require_writable
 from synthquant.core.progress import ConsoleProgress
@@ -65,7 +65,7 @@ def tune_prompt(
     require_writable(out.parent)
     names = [own[0] for own in prompt_names(class_names(classes))]
     real = open_images(images)
-    opened = open_text_to_image(generator, device=pipeline.resolve_device(device), dtype=dtype, safety_checker=False)
+    opened = open_text_to_image(generator, device=resolve_device(device), dtype=dtype, safety_checker=False)
     progress = ConsoleProgress()
     embedding = tune(opened, real, names, section, Rng(seed).child("tuning"), path=out, progress=progress)
     result = {"out": str(out), "token": embedding.token, "width": embedding.vectors.shape[1]}
