@@ -203,6 +203,7 @@ def page(results: list[dict[str, Any]], folder: Path, table: Table) -> str:
             "",
             "Mean and standard deviation over seeds (GenQ, figures 5 and 6). Filters choose from the whole pool; of",
             f"what they keep {SWEEP_COUNT} images are drawn at random, so that all points have equally many.",
+            "Points without a bar are of one seed: between them less than a point of top-1 says nothing.",
             "",
             "![sweeps](generated-images.svg)",
         ]
