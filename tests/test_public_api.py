@@ -29,6 +29,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "distributed",
         "evaluate",
         "export",
+        "measure",
         "methods",
         "models",
         "nn",
