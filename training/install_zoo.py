@@ -4,7 +4,8 @@
 
 FOLDER holds what the training scripts wrote: `NAME.safetensors` and `NAME.json` of classifiers, folders of diffusion
 models. What a diffusion model reached is read from `results/zoo/NAME.json` (`check_generators.py`). Everything in the
-folder is checked before anything is copied.
+folder is checked before anything is copied. A classifier that was trained from bundled weights is only taken if it is
+better than they are on the training images that were held out.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ def size_after(weights: Path, pipelines_folder: Path, sources: list[Path]) -> in
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def require_better(card: dict[str, Any]) -> None:
+    """Stop if a network is no better on images held out than the weights it was trained from."""
+    found = card.get("held_out", {})
+    if "top1_of_start" in found and found["top1"] <= found["top1_of_start"]:
+        raise SystemExit(
+            f"{card['name']} is not better than what is bundled on {found['images']} images held out:"
+            f" {found['top1']:.2%}, bundled {found['top1_of_start']:.2%}"
+        )
+
+
 def install(source: Path, results: Path, zoo: Path) -> list[str]:
     """Copy everything found in `source` below the folder `zoo`; returns the names."""
     weights, folders = zoo / "weights", zoo / "pipelines"
@@ -56,6 +67,8 @@ def install(source: Path, results: Path, zoo: Path) -> list[str]:
     missing = [file.stem for file in classifiers if not file.with_suffix(".json").is_file()]
     if missing or not classifiers + models:
         raise SystemExit(f"no card for {', '.join(missing)}" if missing else f"nothing to install in {source}")
+    for file in classifiers:
+        require_better(json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
     cards = {folder: pipeline_card(folder, results) for folder in models}
     size = size_after(weights, folders, classifiers + models)
     if size > BUDGET:

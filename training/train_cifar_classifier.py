@@ -5,8 +5,10 @@
 Both files hold the columns `image` (struct of bytes and path) and `label`. Training resumes from `FOLDER/NAME.state.pt`;
 `--minutes` stops cleanly so that the next call continues. `--half first` trains on the first half of the training
 images and adds `-half` to the name. `--start` begins with given weights instead of random ones; `--teacher` adds the
-divergence from a bundled network, as DeiT does (arXiv:2012.12877). The accuracy in the card is that of the last step,
-measured once, with the weights as they are shipped (fp16).
+divergence from a bundled network, as DeiT does (arXiv:2012.12877). `--hold-out` keeps the last training images aside, on
+which the weights are compared with those of `--start`: `install_zoo.py` takes them only if they are better. `--average`
+ships a moving average of the weights. The accuracy in the card is that of the last step, measured once, with the weights
+as they are shipped (fp16).
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar import HALVES, MEAN_STD, ORIGIN, crop_and_flip, cut_out, load, mix, recolour, warp
-from schedule import Schedule, add_arguments, describe_run, set_rate, train
+from schedule import Average, Schedule, add_arguments, describe_run, set_rate, train
 from synthquant.models.zoo import CIFAR10_PREPROCESS, NETWORKS
 
 
@@ -73,10 +75,11 @@ class ClassifierTrainer:
 
     def __init__(
         self, model: nn.Module, settings: Settings, images: Tensor, labels: Tensor, device: torch.device,
-        compiled: bool, teacher: nn.Module | None = None,
+        compiled: bool, teacher: nn.Module | None = None, average_decay: float = 0.0,
     ) -> None:  # fmt: skip
         self.model = model.to(device, memory_format=torch.channels_last)
         self.settings, self.device = settings, device
+        self.average = Average([self.model], average_decay)
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std = (value.to(device) for value in MEAN_STD)
         self.teacher = teacher if teacher is None else teacher.eval().to(device, memory_format=torch.channels_last)
@@ -126,6 +129,7 @@ class ClassifierTrainer:
         if self.settings.optimizer == "adamw":
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.average.update()
         return loss.detach()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -140,11 +144,16 @@ class ClassifierTrainer:
         return TEMPERATURE**2 * F.kl_div(found, target, reduction="batchmean", log_target=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
 
 
 @torch.no_grad()
@@ -166,8 +175,21 @@ def bundled(name: str) -> nn.Module:
     return model
 
 
-def ship(trainer: ClassifierTrainer, name: str, card: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Write weights in half precision, measure them, and write the card."""
+def held_out(
+    model: nn.Module, images: Tensor, labels: Tensor, device: torch.device, start: str | None
+) -> dict[str, Any]:
+    """What a card says of the training images that were kept aside."""
+    found: dict[str, Any] = {"images": len(labels), "top1": accuracy(model, images, labels, device)}
+    if start:
+        found["top1_of_start"] = accuracy(bundled(start), images, labels, device)
+    return found
+
+
+def ship(
+    trainer: ClassifierTrainer, name: str, card: dict[str, Any], args: argparse.Namespace, kept: tuple[Tensor, Tensor]
+) -> dict[str, Any]:
+    """Write the averaged weights in half precision, measure them, and write the card."""
+    trainer.average.copy_to_parameters()
     weights = {
         key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for key, value in trainer.model.state_dict().items()
@@ -175,6 +197,8 @@ def ship(trainer: ClassifierTrainer, name: str, card: dict[str, Any], args: argp
     # A fresh network: the trained one may be compiled.
     model = NETWORKS[args.model].build(10)
     model.load_state_dict(weights)
+    if args.hold_out:
+        card["held_out"] = held_out(model, *kept, trainer.device, args.start)
     images, labels = load(args.test, limit=args.limit)
     card["top1"] = accuracy(model, images, labels, trainer.device)
     card["top1_images"] = f"{len(labels)} test images, weights as shipped (fp16), last step, measured once"
@@ -196,6 +220,8 @@ def main() -> None:
     parser.add_argument("--augmentation", choices=AUGMENTATION)
     parser.add_argument("--start", choices=NETWORKS, help="bundled weights to begin with, of the same architecture")
     parser.add_argument("--teacher", choices=NETWORKS, help="bundled network whose classes are learned too")
+    parser.add_argument("--hold-out", type=int, default=0, help="so many of the last training images are kept aside")
+    parser.add_argument("--average", type=float, default=0.0, metavar="DECAY", help="of the weights' moving average")
     add_arguments(parser)
     args = parser.parse_args()
 
@@ -207,9 +233,12 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     images, labels = load(args.train, args.half, args.limit)
+    count = max(0, len(labels) - args.hold_out)
+    images, kept_images = images[:count], images[count:]
+    labels, kept_labels = labels[:count], labels[count:]
     model = bundled(args.start) if args.start else NETWORKS[args.model].build(10)
     teacher = bundled(args.teacher) if args.teacher else None
-    trainer = ClassifierTrainer(model, settings, images, labels, device, args.compile, teacher)
+    trainer = ClassifierTrainer(model, settings, images, labels, device, args.compile, teacher, args.average)
     steps = len(images) // settings.batch_size
     if steps == 0:
         raise SystemExit(f"{len(images)} images do not fill a batch of {settings.batch_size}; give --batch-size")
@@ -224,7 +253,11 @@ def main() -> None:
     if not done:
         return
     epochs = round(schedule.step / steps, 1)
-    optional = {name: getattr(args, name) for name in ("augmentation", "start", "teacher") if getattr(args, name)}
+    optional = {
+        name.replace("_", "-"): value
+        for name in ("augmentation", "start", "teacher", "hold_out", "average")
+        if (value := getattr(args, name))
+    }
     retrain = f"python training/train_cifar_classifier.py --model {args.model} --half {args.half}" + "".join(
         f" --{name} {value}" for name, value in optional.items()
     )
@@ -238,6 +271,7 @@ def main() -> None:
         "schedule": f"{settings.optimizer}, linear warm-up over {settings.warmup:.0%}, then cosine to zero; "
         f"weight decay on weights only; label smoothing {settings.label_smoothing}; "
         + ("bfloat16 autocast" if device.type == "cuda" else "float32"),
+        **({"average": f"moving average of the weights, {args.average}, is what is shipped"} if args.average else {}),
         "epochs": epochs, "batch_size": settings.batch_size, "lr": settings.lr, "weight_decay": settings.weight_decay,
         "mean": CIFAR10_PREPROCESS.mean, "std": CIFAR10_PREPROCESS.std,
         **describe_run(schedule, args.seed, device),
@@ -245,7 +279,7 @@ def main() -> None:
         f" --weight-decay {settings.weight_decay} --seed {args.seed}"
         " --train TRAIN.parquet --test TEST.parquet --out FOLDER",
     }  # fmt: skip
-    print(json.dumps(ship(trainer, name, card, args)))
+    print(json.dumps(ship(trainer, name, card, args, (kept_images, kept_labels))))
 
 
 if __name__ == "__main__":

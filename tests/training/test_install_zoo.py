@@ -58,3 +58,15 @@ def test_nothing_is_copied_if_something_is_missing(
     with pytest.raises(SystemExit, match="nothing to install"):
         script.install(results, results, zoo)
     assert not list(zoo.rglob("*.*"))
+
+
+def test_a_network_that_is_no_better_on_images_held_out_is_not_taken(folders: tuple[Path, Path, Path]) -> None:
+    card = {"name": "cifar10-vit", "held_out": {"images": 2000, "top1": 0.7, "top1_of_start": 0.7}}
+    (folders[0] / "cifar10-vit.json").write_text(json.dumps(card))
+    with pytest.raises(
+        SystemExit, match=r"cifar10-vit is not better .* 2000 images held out: 70\.00%, bundled 70\.00%"
+    ):
+        script.install(*folders)
+    card["held_out"] = {"images": 2000, "top1": 0.71, "top1_of_start": 0.7}
+    (folders[0] / "cifar10-vit.json").write_text(json.dumps(card))
+    assert "cifar10-vit" in script.install(*folders)

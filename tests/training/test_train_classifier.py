@@ -99,3 +99,32 @@ def test_the_divergence_from_the_teacher_is_that_of_its_definition(images: Path)
         target, found = (teacher(x) / 2).softmax(1), (logits / 2).softmax(1)
     expected = 4 * (target * (target / found).log()).sum(1).mean()
     torch.testing.assert_close(trainer._divergence(logits, x), expected)
+
+
+def test_images_held_out_are_not_trained_on_and_compare_with_the_start(
+    run_script: Callable[..., None], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    build = script.ClassifierTrainer.__init__
+    monkeypatch.setattr(
+        script.ClassifierTrainer, "__init__", lambda self, *a, **k: (seen.append(len(a[3])), build(self, *a, **k))[1]
+    )
+    run_script(
+        script, "--train", images, "--test", images, "--limit", 8, *ARGUMENTS, "--start", "cifar10-resnet20",
+        "--hold-out", 4, "--average", 0.9, "--out", tmp_path,
+    )  # fmt: skip
+    card = json.loads((tmp_path / "cifar10-resnet20.json").read_text())
+    assert seen == [4] and card["steps"] == 4
+    inputs, labels = script.load(images, limit=8)
+    expected = script.accuracy(script.bundled("cifar10-resnet20"), inputs[4:], labels[4:], torch.device("cpu"))
+    assert card["held_out"]["images"] == 4 and card["held_out"]["top1_of_start"] == expected
+    assert "--hold-out 4 --average 0.9" in card["retrain"] and "average" in card
+
+
+def test_the_average_is_what_is_shipped(run_script: Callable[..., None], images: Path, tmp_path: Path) -> None:
+    files = ("--train", images, "--test", images, "--limit", 8, *ARGUMENTS)
+    for name, given in {"last": (), "averaged": ("--average", 0.999)}.items():
+        run_script(script, *files, *given, "--out", tmp_path / name)
+    last, averaged = (load_file(tmp_path / name / "cifar10-resnet20.safetensors") for name in ("last", "averaged"))
+    assert not torch.equal(last["conv1.weight"], averaged["conv1.weight"])
+    assert torch.equal(last["bn1.running_mean"], averaged["bn1.running_mean"])
