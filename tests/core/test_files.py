@@ -12,11 +12,13 @@ from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import (
     atomic_folder,
     read_json,
+    read_sealed_json,
     require_writable,
     sha256_bytes,
     sha256_file,
     write_bytes,
     write_json,
+    write_sealed_json,
     write_text,
 )
 
@@ -53,6 +55,49 @@ def test_writing_into_a_missing_folder_names_the_path(tmp_path: Path) -> None:
         OutputError, match=re.escape(f"cannot write {tmp_path / 'no' / 'a'}: No such file or directory")
     ):
         write_bytes(tmp_path / "no" / "a", b"")
+
+
+FIELDS = {"version": 2, "share": 0.1, "names": ["a", "ü"], "by_label": {"10": 1, "9": None}}
+
+
+def test_sealed_json_reads_back_whatever_its_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_sealed_json(path, {**FIELDS, "by_label": {10: 1, 9: None}})
+    assert read_sealed_json(path) == FIELDS
+    write_text(path, " ".join(path.read_text().split()))
+    assert read_sealed_json(path) == FIELDS
+
+
+def test_every_change_of_sealed_json_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_sealed_json(path, FIELDS)
+    data = path.read_bytes()
+    spoilt = [data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :] for at in range(len(data)) for bit in (1, 16, 64)]
+    refused = 0
+    for content in [*spoilt, *(data[:end] for end in range(len(data) - 1)), b"1" * 5000, b"[" * 10**5, b"[]"]:
+        path.write_bytes(content)
+        try:
+            assert read_sealed_json(path, unsealed={"version": 1}) == FIELDS, content
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 0.9 * len(spoilt)
+
+
+def test_a_file_older_than_the_hash_is_read_where_its_version_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"version": 1})
+    assert read_sealed_json(path, unsealed={"version": 1}) == {"version": 1}
+    with pytest.raises(
+        InputError, match=r"a\.json was changed or damaged since it was written \(its hash does not fit"
+    ):
+        read_sealed_json(path)
+    write_json(path, {"version": 1, "sha256": "0" * 64})
+    with pytest.raises(InputError, match="its hash does not fit"):
+        read_sealed_json(path, unsealed={"version": 1})
+    write_json(path, {"version": 2})
+    with pytest.raises(InputError, match="its hash does not fit"):
+        read_sealed_json(path, unsealed={"version": 1})
 
 
 def test_json_is_sorted_ends_in_a_newline_and_reads_back(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from synthquant.core.errors import InputError, OutputError
+
+SEAL = "sha256"
+"""Field of a sealed JSON file that holds the hash of all others."""
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -62,8 +65,38 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {_reason(error)}") from error
-    except ValueError as error:  # broken JSON or broken UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON, broken UTF-8, or nested without end
         raise InputError(f"{path} is not a JSON file: {error}") from error
+
+
+def write_sealed_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write fields as `write_json` does, with one more, `sha256`: the hash of all others."""
+    write_json(path, {**fields, SEAL: _seal(fields)})
+
+
+def read_sealed_json(path: Path, *, unsealed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the fields that `write_sealed_json` wrote, without the hash.
+
+    Spaces and the order of fields may have changed, nothing else. `unsealed` are fields and values by which a file of
+    an older format is known, which had no hash; a file of this format does not turn into one by losing its hash.
+
+    Raises `InputError` if the file is missing, broken or not as it was written.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds no fields; it is not what this package wrote")
+    if SEAL not in fields and unsealed and all(fields.get(name) == value for name, value in unsealed.items()):
+        return fields
+    found = fields.pop(SEAL, None)
+    try:
+        fits = found == _seal(fields)
+    except ValueError:  # a number that is not finite, which is never written
+        fits = False
+    if not fits:
+        raise InputError(
+            f"{path} was changed or damaged since it was written (its hash does not fit); restore it, or make it again"
+        )
+    return fields
 
 
 @contextmanager
@@ -145,6 +178,12 @@ def _swap(temporary: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.unlink(missing_ok=True)
+
+
+def _seal(fields: Mapping[str, Any]) -> str:
+    """The hash of fields, whatever their order and the spaces between them."""
+    as_read = json.loads(json.dumps(fields, allow_nan=False))  # keys that are numbers read back as texts
+    return sha256_bytes(json.dumps(as_read, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
 
 
 def _temporary_sibling(path: Path) -> Path:
