@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import MemoryBudget, QuantReport
+from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
+from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 from synthquant.quantize.learn import Phase
@@ -43,6 +45,64 @@ def test_the_first_layer_keeps_nearest_rounding() -> None:
         assert ours is not None and nearest is not None
         assert torch.equal(ours.scale, nearest.scale), "weight scales are not learned"
         assert torch.equal(ours.codes, nearest.codes) == (name == "stem")
+
+
+class TwoStems(nn.Module):
+    """Its first block, and so its first unit, holds two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Stem(3), Stem(6))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks(x).mean((2, 3)))
+
+
+class Stem(nn.Module):
+    """Two convolutions, joined by a sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(channels, 6, 3, padding=1)
+        self.two = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.one(x))
+        return torch.relu(y + self.two(y))
+
+
+@pytest.mark.parametrize(
+    ("network", "granularity", "first", "second"),
+    [
+        (Network, "network", "stem", "blocks.0.conv1"),
+        (Network, "layer", "stem", "blocks.0.conv1"),
+        (TwoStems, "block", "blocks.0.one", "blocks.0.two"),
+    ],
+)
+def test_only_the_first_layer_is_left_out_whatever_the_first_unit_is(
+    network: type[nn.Module], granularity: str, first: str, second: str
+) -> None:
+    model, report = quantize(network(), granularity=granularity, iterations=60)
+    assert model.units(granularity)[0].layers[:2] == ((first, second) if granularity != "layer" else (first,))  # type: ignore[arg-type]
+    plain = QuantModel.build(model.float_model, model.scheme)
+    calibrate_weights(plain, "brecq")
+    learned = {name for name, layer in plain.layers.items() if not torch.equal(codes(layer), codes(model.layers[name]))}
+    assert first not in learned and second in learned
+    if granularity != "layer":
+        assert report.units[0].steps != () and report.units[0].undecided is not None
+
+
+def test_a_first_layer_that_stays_float_lets_the_second_learn() -> None:
+    scheme = QuantScheme.parse({"preset": "W3A16", "ignore": ["stem"]})
+    model = QuantModel.build(float_model(Network()), scheme)
+    report = Brecq(iterations=12, batch_size=5, rounding_lr=0.2).apply(model, images(), Rng(0))
+    assert report.units[0].layers == ("blocks.0.conv1",) and report.units[0].steps != ()
+
+
+def codes(layer: QuantLayer) -> torch.Tensor:
+    assert layer.weight_quantizer is not None
+    return layer.weight_quantizer.codes
 
 
 def test_weights_only_has_one_phase() -> None:

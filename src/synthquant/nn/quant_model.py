@@ -225,6 +225,11 @@ class QuantModel(nn.Module):
         return [unit for unit in self._units[granularity] if any(name in self.layers for name in unit.layers)]
 
     @property
+    def first_layer(self) -> str:
+        """Name of the layer that runs first, quantized or not."""
+        return self._units["layer"][0].layers[0]
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.float_model.device

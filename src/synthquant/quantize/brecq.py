@@ -52,7 +52,7 @@ class Brecq(LearnedRounding):
     ) -> QuantReport:
         """Learn the roundings, then the step sizes."""
         calibration = prepare(quant_model, images, self, quantized_weights=False)
-        weights = replace(self.rounding_phase(), fisher=self.fisher, skip_first=True)
+        weights = replace(self.rounding_phase(), fisher=self.fisher, skip_first_layer=True)
         report = reconstruct("brecq", quant_model, calibration, self, weights, rng, progress, workdir, memory)
         if not quant_model.quantizers:
             return report

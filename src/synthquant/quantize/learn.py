@@ -54,7 +54,7 @@ class Phase:
         fisher: weight the error by squared gradients of the network's output error: `diagonal` or `full`, or empty.
         calibrate_images: images from which activation ranges are set anew at each unit, or none.
         observer: how these ranges are searched.
-        skip_first: leave the first unit as it is (BRECQ).
+        skip_first_layer: the network's first layer keeps the codes it has (BRECQ), whatever the unit it is in.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Phase:
     fisher: Literal["diagonal", "full"] | None = None
     calibrate_images: int | None = None
     observer: str = "genie"
-    skip_first: bool = False
+    skip_first_layer: bool = False
 
 
 class SoftRounding:
@@ -221,7 +221,7 @@ def learn_unit(
 
     Args:
         phase: what is learned and how.
-        layers: the unit's layers.
+        layers: those of the unit's layers whose roundings are learned; their weights are quantized.
         quantizers: activation quantizers whose scale this unit may learn.
         error_of: reconstruction error of the unit for a batch of image indices, differentiable.
         count: number of images.
@@ -232,9 +232,7 @@ def learn_unit(
     Returns:
         The share of undecided roundings and a sample of the losses.
     """
-    rounding = (
-        [SoftRounding(x, phase.weight_scale_lr > 0) for x in layers if x.weight_quantizer] if phase.rounding_lr else []
-    )
+    rounding = [SoftRounding(layer, phase.weight_scale_lr > 0) for layer in layers if phase.rounding_lr]
     scales = [quantizer.scale for quantizer in quantizers] if phase.activation_scale_lr else []
     factors = [soft.factor for soft in rounding if soft.factor.requires_grad]
     groups: list[dict[str, Any]] = [

@@ -238,11 +238,12 @@ class Reconstruction:
             start_loss = self._loss(index, source, targets)
             before = snapshot(layers, quantizers)
             learned = Learned(None, (), ())
-            if not (phase.skip_first and index == 0):
+            rounded = self._rounded(phase, layers)
+            if rounded or phase.activation_scale_lr:
                 fisher = self._fisher(index, phase, stream)
                 error_of = self._error_of(index, phase, inputs, targets, fisher, rng)
                 learned = learn_unit(
-                    phase, layers, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
+                    phase, rounded, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
                 )
             end_loss = self._loss(index, source, targets, outputs)
             diverged = not end_loss <= start_loss
@@ -257,6 +258,13 @@ class Reconstruction:
             undecided=learned.undecided, diverged=diverged, seconds=time.perf_counter() - began,
             steps=learned.steps, losses=learned.losses,
         )  # fmt: skip
+
+    def _rounded(self, phase: Phase, layers: Sequence[QuantLayer]) -> list[QuantLayer]:
+        """Those of a unit's layers whose roundings the phase learns."""
+        if not phase.rounding_lr:
+            return []
+        first = self.model.layers.get(self.model.first_layer) if phase.skip_first_layer else None
+        return [layer for layer in layers if layer.weight_quantizer is not None and layer is not first]
 
     def _calibrate(
         self, index: int, phase: Phase, source: list[RowCache], quantizers: Sequence[ActivationQuantizer]
