@@ -83,7 +83,7 @@ class Stem(nn.Module):
 def test_only_the_first_layer_is_left_out_whatever_the_first_unit_is(
     network: type[nn.Module], granularity: str, first: str, second: str
 ) -> None:
-    model, report = quantize(network(), granularity=granularity, iterations=60)
+    model, report = quantize(network(), granularity=granularity, iterations=60, rounding_weight=0.1)
     assert model.units(granularity)[0].layers[:2] == ((first, second) if granularity != "layer" else (first,))  # type: ignore[arg-type]
     plain = QuantModel.build(model.float_model, model.scheme)
     calibrate_weights(plain, "brecq")
