@@ -10,11 +10,16 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from synthquant.core.errors import MissingExtraError
+from synthquant.report.formatting import printable
+from synthquant.report.svg import page_element
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,19 +47,19 @@ _WIDTH = 11.2  # inches; at 100 units per inch this is the width of the page's t
 _MAX_LABELS = 64
 
 
-def loss_curves(units: Sequence[UnitRow], figure_id: str) -> str:
+def loss_curves(units: Sequence[UnitRow], figure_id: str) -> Markup:
     """Draw the loss of every unit relative to its first value, over the iterations; early units dark, late ones bright.
 
-    Units without a curve are left out. Returns an SVG element; an empty string if there is nothing to draw.
+    Units without a curve are left out. Returns an SVG element; nothing if there is nothing to draw.
     """
     drawn = [(unit.name, curve) for unit in units if (curve := _relative_curve(unit)) is not None]
     if not drawn:
-        return ""
+        return Markup()
     with _style():
         figure, (axes,) = _figure(3.6, 1)
         for index, (name, (steps, values)) in enumerate(drawn):
             step = round(64 * index / max(1, len(drawn) - 1))
-            label = f"{name or 'network'}" if index in (0, len(drawn) - 1) else None
+            label = printable(name or "network") if index in (0, len(drawn) - 1) else None
             axes.plot(steps, values, color=_RAMP[step], linewidth=1.3, label=label, gid=f"{figure_id}-unit-{index}")
         axes.axhline(1.0, color=_MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
         axes.set_yscale("log")
@@ -67,7 +72,7 @@ def loss_curves(units: Sequence[UnitRow], figure_id: str) -> str:
         return _svg(figure, figure_id, f"Reconstruction loss of {len(drawn)} units over the iterations")
 
 
-def layer_sqnr(rows: Sequence[SqnrRow], figure_id: str) -> str:
+def layer_sqnr(rows: Sequence[SqnrRow], figure_id: str) -> Markup:
     """Draw the four ratios [dB] of every layer in execution order; higher is better."""
     series = {
         "weights": [row.weights for row in rows],
@@ -78,7 +83,7 @@ def layer_sqnr(rows: Sequence[SqnrRow], figure_id: str) -> str:
     return _layer_lines([row.name for row in rows], series, figure_id, "SQNR per layer")
 
 
-def compare_cumulative(runs: Mapping[str, Sequence[SqnrRow]], figure_id: str) -> str:
+def compare_cumulative(runs: Mapping[str, Sequence[SqnrRow]], figure_id: str) -> Markup:
     """Draw the cumulative ratio [dB] of several runs over the layers, by layer name."""
     names: list[str] = []
     for rows in runs.values():
@@ -90,10 +95,10 @@ def compare_cumulative(runs: Mapping[str, Sequence[SqnrRow]], figure_id: str) ->
     return _layer_lines(names, series, figure_id, "Cumulative SQNR of each run per layer")
 
 
-def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> str:
+def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> Markup:
     """Draw weight and input bits of every layer; a layer left in float stands at the top as 32 bits, hollow."""
     if not rows:
-        return ""
+        return Markup()
     with _style():
         figure, (axes,) = _figure(1.7 + _label_inches([row.name for row in rows]), 1)
         for offset, colour, label, values in (
@@ -122,7 +127,7 @@ def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> str:
         return _svg(figure, figure_id, "Bits of weights and input activations per layer")
 
 
-def batch_norm_gaps(names: Sequence[str], series: Mapping[str, Sequence[float]], figure_id: str) -> str:
+def batch_norm_gaps(names: Sequence[str], series: Mapping[str, Sequence[float]], figure_id: str) -> Markup:
     """Draw how far sets of images are from the statistics of each batch norm, on a logarithmic axis; low is close."""
     positive = {label: [value if value > 0 else None for value in values] for label, values in series.items()}
     return _layer_lines(names, positive, figure_id, "Distance to each batch norm", "distance", log=True)
@@ -130,7 +135,7 @@ def batch_norm_gaps(names: Sequence[str], series: Mapping[str, Sequence[float]],
 
 def score_histogram(
     edges: Sequence[float], kept: Sequence[int], rejected: Sequence[int], score: str, figure_id: str
-) -> str:
+) -> Markup:
     """Draw how many images have which score, those that stay below those that go.
 
     Args:
@@ -145,14 +150,14 @@ def score_histogram(
         widths = [right - left for left, right in itertools.pairwise(edges)]
         axes.bar(edges[:-1], kept, widths, align="edge", color=_SERIES[0], label="kept")
         axes.bar(edges[:-1], rejected, widths, bottom=kept, align="edge", color=_SERIES[1], label="rejected")
-        axes.set_xlabel(score)
+        axes.set_xlabel(printable(score))
         axes.set_ylabel("images")
         axes.margins(x=0.01)
         _legend(axes)
         return _svg(figure, figure_id, f"Histogram of {score}")
 
 
-def class_balance(names: Sequence[str], pool: Sequence[int], kept: Sequence[int], figure_id: str) -> str:
+def class_balance(names: Sequence[str], pool: Sequence[int], kept: Sequence[int], figure_id: str) -> Markup:
     """Draw how many images of each class the pool had, and how many of these stayed."""
     with _style():
         figure, (axes,) = _figure(1.9 + _label_inches(names), 1)
@@ -172,15 +177,16 @@ def _layer_lines(
     unit: str = "SQNR [dB]",
     *,
     log: bool = False,
-) -> str:
+) -> Markup:
     if not any(value is not None for values in series.values() for value in values):
-        return ""
+        return Markup()
     with _style():
         figure, (axes,) = _figure(3.2 + _label_inches(names), 1)
         for index, (label, values) in enumerate(series.items()):
             points = [math.nan if value is None else value for value in values]
             if all(math.isnan(point) for point in points):
                 continue
+            label = printable(label)
             label = f"\u200b{label}" if label.startswith("_") else label  # matplotlib hides names that start with _
             colour = _SERIES[index % len(_SERIES)]
             style = "-" if index < len(_SERIES) else "--"
@@ -216,7 +222,9 @@ def _height(bits: int) -> float:
 def _name_layers(axes: Axes, names: Sequence[str]) -> None:
     every = -(-len(names) // _MAX_LABELS)
     shown = list(range(0, len(names), every))
-    axes.set_xticks(shown, [names[index] for index in shown], rotation=90, fontsize=8 if len(names) <= 40 else 7)
+    axes.set_xticks(
+        shown, [printable(names[index]) for index in shown], rotation=90, fontsize=8 if len(names) <= 40 else 7
+    )
     axes.set_xlim(-0.8, len(names) - 0.2)
 
 
@@ -293,19 +301,18 @@ def require_matplotlib() -> None:
         raise MissingExtraError("matplotlib", "report") from error
 
 
-def _svg(figure: Figure, figure_id: str, title: str) -> str:
-    """Write a figure as an SVG element whose ids are its own and whose colours are the page's."""
+def _svg(figure: Figure, figure_id: str, title: str) -> Markup:
+    """Write a figure as an element of the page, in its colours and its font."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    # what is in <style> would hold for the whole page, which has these rules for its figures itself
-    text = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{figure_id}-', text)
-    text = re.sub(r'(href="|url\()#', rf"\g<1>#{figure_id}-", text)
-    text = re.sub(r'(<svg [^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg [^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit-font", text).replace("inherit-font", "var(--font)")
+    with warnings.catch_warnings():
+        # Names in another script, whose letters the page has, and very long ones: remarks on the layout help nobody.
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return page_element(printable(buffer.getvalue()), figure_id, printable(title), _restyle)
+
+
+def _restyle(value: str) -> str:
+    value = re.sub(r"'DejaVu Sans'[^;]*", "var(--font)", value)
     for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1).rstrip()
+        value = value.replace(colour, variable)
+    return value

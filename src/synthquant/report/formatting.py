@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 MISSING = "\u2013"
 _SPACE = "\u202f"  # thin, and no line break between a number and its unit
+# What XML and UTF-8 cannot hold, and file names and JSON can: control characters and half of a pair of surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    """Return `text` with a replacement character for each one that a page cannot hold."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def percent(share: float | None, digits: int = 2) -> str:

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import write_text
@@ -81,9 +82,9 @@ class RunSection:
     manifest: dict[str, Any] = field(default_factory=dict)
     problems: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    loss_figure: str = ""
-    sqnr_figure: str = ""
-    bits_figure: str = ""
+    loss_figure: Markup = field(default_factory=Markup)
+    sqnr_figure: Markup = field(default_factory=Markup)
+    bits_figure: Markup = field(default_factory=Markup)
     layers: list[LayerRow] = field(default_factory=list)
     worst: list[SqnrRow] = field(default_factory=list)
 
@@ -116,20 +117,22 @@ def render_report(sections: Sequence[RunSection]) -> str:
     """Return the page as HTML text; the same sections give the same text."""
     environment = _environment()
     runs = [section.run for section in sections]
-    comparison = ""
+    comparison = Markup()
     if len(runs) > 1:
         comparison = figures.compare_cumulative({run.label: run.sqnr for run in runs if run.sqnr}, "compare")
-    return environment.get_template("page.html.jinja").render(
+    page = environment.get_template("page.html.jinja").render(
         sections=sections,
         comparison=comparison,
         differences=differing_settings(runs) if len(runs) > 1 else [],
         axis=_accuracy_axis(runs),
     )
+    return formatting.printable(page)
 
 
 def render_selection(section: SelectionSection, title: str) -> str:
     """Return the page about a selection alone as HTML text."""
-    return _environment().get_template("selection_page.html.jinja").render(section=section, title=title)
+    page = _environment().get_template("selection_page.html.jinja").render(section=section, title=title)
+    return formatting.printable(page)
 
 
 def _environment() -> Environment:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from pydantic import Field, ValidationError
 
 from synthquant.core.errors import InputError
@@ -102,12 +103,12 @@ class SelectionSection:
     """All that the page shows about a selection."""
 
     found: SelectionFile
-    histograms: list[str]
+    histograms: list[Markup]
     kept: Sheet
     rejected: Sheet | None
     sets: list[SetRow]
-    gaps: str
-    balance: str
+    gaps: Markup
+    balance: Markup
     classes: str
 
 
@@ -146,7 +147,7 @@ def selection_section(folder: Path, class_names: Sequence[str], anchor: str) -> 
         kept,
         rejected,
         _sets(found, images),
-        "" if gaps is None else figures.batch_norm_gaps(gaps.layers, _gap_series(gaps), f"{anchor}-gaps"),
+        Markup() if gaps is None else figures.batch_norm_gaps(gaps.layers, _gap_series(gaps), f"{anchor}-gaps"),
         _balance(found.classes, class_names, f"{anchor}-classes"),
         "" if found.classes is None else _class_text(found.classes),
     )
@@ -174,9 +175,9 @@ def _gap_series(gaps: GapRow) -> dict[str, tuple[float, ...]]:
     return series if gaps.real is None else series | {"real images": gaps.real}
 
 
-def _balance(classes: ClassRow | None, class_names: Sequence[str], figure_id: str) -> str:
+def _balance(classes: ClassRow | None, class_names: Sequence[str], figure_id: str) -> Markup:
     if classes is None or len(classes.pool) > _MOST_CLASSES_DRAWN:
-        return ""
+        return Markup()
     numbers = range(len(classes.pool))
     names = [class_names[number].split(",")[0] if number < len(class_names) else str(number) for number in numbers]
     return figures.class_balance(names, classes.pool, classes.kept, figure_id)
