@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.damage import Warned
 from tests.nn.networks import Keywords, Network, Upsampling, float_model
 from torch import nn
 
@@ -152,6 +154,37 @@ def test_a_killed_run_resumes_to_the_same_bits(
         assert found.model_copy(update={"seconds": wanted.seconds}) == wanted
     again, _ = quantize(name, workdir=tmp_path, progress=Killing(10**6))
     assert same(again, model), "a finished phase is read, not run"
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "told"),
+    [
+        ("qdrop", lambda path: path.write_bytes(path.read_bytes()[:-1]), "is not as it was written"),
+        ("genie_m", lambda path: path.write_bytes(b""), "is not as it was written"),
+        ("genie_m", lambda path: path.unlink(), "is missing, but units after it are there"),
+        ("brecq", lambda path: shutil.copy(path.with_name("unit-0000.safetensors"), path), "after other units than"),
+    ],
+)
+def test_a_damaged_unit_is_learned_again_and_the_others_stay(
+    tmp_path: Path,
+    results: dict[str, tuple[QuantModel, QuantReport]],
+    name: str,
+    spoil: Callable[[Path], object],
+    told: str,
+) -> None:
+    quantize(name, workdir=tmp_path)
+    paths = sorted(tmp_path.rglob("unit-*"))
+    path = next(path for path in paths if path.name == "unit-0001.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    spoil(path)
+    progress = Warned()
+    model, _ = quantize(name, workdir=tmp_path, progress=progress)
+    assert same(model, results[name][0])
+    assert [text for text in progress.warnings if "learned again" in text] == [
+        text for text in progress.warnings if str(path) in text and told in text
+    ]
+    assert len(progress.warnings) >= 1
+    assert {p for p in paths if p.stat().st_mtime_ns != before[p]} == {path}
 
 
 def test_units_of_other_settings_images_or_seeds_are_refused(tmp_path: Path) -> None:

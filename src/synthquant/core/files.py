@@ -93,10 +93,15 @@ def read_sealed_json(path: Path, *, unsealed: Mapping[str, Any] | None = None) -
     except ValueError:  # a number that is not finite, which is never written
         fits = False
     if not fits:
-        raise InputError(
-            f"{path} was changed or damaged since it was written (its hash does not fit); restore it, or make it again"
-        )
+        raise changed(path)
     return fields
+
+
+def changed(path: Path) -> InputError:
+    """Return the error for a file whose content is not what its hash says."""
+    return InputError(
+        f"{path} was changed or damaged since it was written (its hash does not fit); restore it, or make it again"
+    )
 
 
 @contextmanager

@@ -80,6 +80,7 @@ class Reconstruction:
         self._calibration = images
         self._images, self.count = self._cache_images(images)
         self._owners = _owners(model, self.units)
+        self._learned = ""  # what the phases so far led to
 
     def run(self, phase: Phase, rng: Rng, progress: Progress) -> list[UnitReport]:
         """Go through all units once.
@@ -89,17 +90,19 @@ class Reconstruction:
             rng: randomness; each unit draws from its own child.
             progress: told about each unit.
         """
-        files = UnitFiles(self.workdir, phase.name, partial(self._made_from, phase, rng))
-        finished = [files.load(index, self._parts(index)) for index in range(len(self.units))]
-        if all(report is not None for report in finished):
-            return [report for report in finished if report is not None]
+        made_from = partial(self._made_from, phase, rng)
+        files = UnitFiles(self.workdir, phase.name, made_from, after=self._learned, progress=progress)
+        finished = files.load_all([self._parts(index) for index in range(len(self.units))])
+        if finished is not None:
+            self._learned = files.outcome
+            return finished
         teacher, student = _Stream(), _Stream()
         reports = []
         with progress.bar(phase.name, len(self.units) * max(phase.iterations, 1)) as bar:
             for index in range(len(self.units)):
                 needed = self._replay.needed_after(index)
                 targets, inputs = self._gather_inputs(index, phase, teacher, student)
-                report = finished[index]
+                report = files.load(index, self._parts(index))
                 outputs = self._outputs(index) if phase.inputs != "teacher" and index in needed else []
                 if report is None:
                     stream = teacher if phase.inputs == "teacher" else student
@@ -121,6 +124,7 @@ class Reconstruction:
                     teacher.outputs[index] = targets
                 teacher.drop_all_but(needed)
                 student.drop_all_but(needed)
+        self._learned = files.outcome
         return reports
 
     def _cache_images(self, images: CalibrationImages) -> tuple[RowCache, int]:
