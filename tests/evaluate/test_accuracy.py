@@ -11,9 +11,11 @@ from tests.small_networks import calibrated_model, small_float_model, small_imag
 from torch import Tensor, nn
 
 from synthquant.core.errors import DataError, InputError
+from synthquant.core.ranking import top_classes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.evaluate.accuracy import Accuracy, compare_logits, evaluate_model, wilson_interval
+from synthquant.export.compare import difference
 
 
 def random_logits(count: int, classes: int, seed: int) -> Tensor:
@@ -48,6 +50,20 @@ def test_a_network_agrees_with_itself() -> None:
     logits, labels = random_logits(30, 10, 4), torch.arange(30) % 10
     evaluation = compare_logits(logits, labels, logits)
     assert evaluation.agreement == 1.0 and evaluation.kl == 0.0 and evaluation.recovery == 1.0
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_tied_logits_agree_with_themselves(classes: int) -> None:
+    """Integer logits, as integer kernels give them: agreement and accuracy follow one rule."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randint(-3, 4, (20000, classes), generator=generator).float()
+    answers = top_classes(logits)[:, 0]
+    evaluation = compare_logits(logits, answers, logits)
+    assert evaluation.agreement == evaluation.top1 == evaluation.top5 == evaluation.recovery == 1.0
+    flipped = compare_logits(logits.flip(1), answers, logits)
+    assert flipped.agreement == flipped.top1 == int((top_classes(logits.flip(1))[:, 0] == answers).sum()) / 20000
+    found = difference(logits, logits)
+    assert found.agreement == 1.0 and difference(logits.flip(1), logits).agreement == flipped.agreement
 
 
 def test_recovery_is_quantized_over_float() -> None:

@@ -93,16 +93,21 @@ def test_dropping_mixes_quantized_and_float_values_anew_each_time() -> None:
     assert torch.equal(quantizer(x), first)
 
 
-def test_lsq_gradient_scale() -> None:
+@pytest.mark.parametrize(
+    ("symmetric", "zero_point", "largest"), [(False, 8.0, 15), (False, 0.0, 15), (True, 0.0, 15), (True, 8.0, 7)]
+)
+def test_lsq_gradient_scale(symmetric: bool, zero_point: float, largest: int) -> None:
+    """LSQ (arXiv:1902.08153): `1 / sqrt(N Q_P)`, `Q_P = 2**(b - 1) - 1` for signed data and `2**b - 1` for unsigned."""
     found = []
     for scaled in (False, True):
-        quantizer = ready()
+        quantizer = ActivationQuantizer(QuantArgs(num_bits=4, symmetric=symmetric))
+        quantizer.set_grid(torch.tensor([0.2]), torch.tensor([zero_point]))
         quantizer.learning, quantizer.lsq_gradient_scale = True, scaled
         quantizer.scale.requires_grad_(True)
         quantizer(normal(100)).square().sum().backward()
         assert quantizer.scale.grad is not None
         found.append(float(quantizer.scale.grad))
-    assert found[1] == pytest.approx(found[0] / (100 * 15) ** 0.5, rel=1e-5)
+    assert found[1] == pytest.approx(found[0] / (100 * largest) ** 0.5, rel=1e-5)
 
 
 def test_grids_stay_legal() -> None:

@@ -21,7 +21,7 @@ def bits(scheme: LayerScheme) -> tuple[int | None, int | None]:
 
 @pytest.mark.parametrize(
     ("preset", "weight_bits", "activation_bits"),
-    [("W8A8", 8, 8), ("w4a4", 4, 4), ("W2A4", 2, 4), ("W3A3", 3, 3), ("W4A16", 4, None)],
+    [("W8A8", 8, 8), ("w4a4", 4, 4), ("W2A4", 2, 4), ("W3A3", 3, 3), ("W4A16", 4, None), ("w4a16int", 4, 16)],
 )
 def test_presets(preset: str, weight_bits: int, activation_bits: int | None) -> None:
     scheme = QuantScheme.parse(preset)
@@ -33,7 +33,7 @@ def test_presets(preset: str, weight_bits: int, activation_bits: int | None) -> 
     else:
         assert scheme.input_activations is not None
         assert (scheme.input_activations.num_bits, scheme.input_activations.strategy) == (activation_bits, "tensor")
-    assert scheme.name == preset.upper()
+    assert scheme.name.upper() == preset.upper() and QuantScheme.parse(scheme.name) == scheme
 
 
 def test_parse_takes_schemes_and_mappings_on_top_of_a_preset() -> None:
@@ -42,7 +42,7 @@ def test_parse_takes_schemes_and_mappings_on_top_of_a_preset() -> None:
     assert scheme.weights.symmetric and scheme.weights.strategy == "channel"
     assert QuantScheme.parse(scheme) is scheme
     assert QuantScheme.parse({"preset": "W4A4", "weights": None}).name == "W32A4"
-    assert QuantScheme.parse({"weights": {"num_bits": 4}, "input_activations": {"num_bits": 16}}).name == "W4A16"
+    assert QuantScheme.parse({"weights": {"num_bits": 4}, "input_activations": {"num_bits": 16}}).name == "W4A16int"
     assert QuantScheme.parse(scheme.model_dump(mode="json")) == scheme
 
 
@@ -53,6 +53,7 @@ def test_parse_takes_schemes_and_mappings_on_top_of_a_preset() -> None:
         ("W33A4", "scheme W33A4: weights cannot have 33 bits; choose 2 to 8"),
         ("W4A1", "scheme W4A1: activations cannot have 1 bits; choose 2 to 8 (or 16)"),
         ("W4A33", "activations cannot have 33 bits"),
+        ("W4A4int", "unknown scheme 'W4A4int'"),
         ("int4", "unknown scheme 'int4'; write it as W<bits>A<bits>"),
         ({"weights": {"num_bits": 1}}, "weights cannot have 1 bits"),
         ({"weights": {"num_bits": 16}}, "weights cannot have 16 bits"),

@@ -17,6 +17,7 @@ from torch.nn import functional
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.modules import eval_mode
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.ranking import top_classes
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess, input_batches
@@ -28,7 +29,10 @@ _Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network did on a set of images; shares are 0..1, `None` where there is nothing to compare with."""
+    """What a network did on a set of images; shares are 0..1, `None` where there is nothing to compare with.
+
+    Of classes with equal logits the lower number comes first, for the network, the reference and the five highest.
+    """
 
     count: int
     """Images that were evaluated."""
@@ -178,7 +182,7 @@ def compare_logits(logits: Tensor, labels: Tensor | None, reference_logits: Tens
     if reference_logits is not None:
         reference = reference_logits.detach().float().cpu()
         _check_reference(reference, logits)
-        agreement = _top_share(logits, reference.argmax(dim=1), finite, 1)
+        agreement = _top_share(logits, top_classes(reference)[:, 0], finite, 1)
         kl = _mean_kl(reference, logits, finite & torch.isfinite(reference).all(dim=1))
         if labels is not None and top1 is not None:
             reference_top1 = _top_share(reference, labels, torch.isfinite(reference).all(dim=1), 1)
@@ -218,8 +222,7 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 def _top_share(logits: Tensor, labels: Tensor, valid: Tensor, k: int) -> float:
     """Share of rows whose label is among the `k` highest logits; rows that are not `valid` count as wrong."""
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    hits = (best == labels.unsqueeze(1)).any(dim=1) & valid
+    hits = (top_classes(logits, k) == labels.unsqueeze(1)).any(dim=1) & valid
     return int(hits.sum()) / len(logits)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from synthquant.core.errors import DataError, VerificationError
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.ranking import top_classes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.nn.quant_model import QuantModel
@@ -47,10 +48,11 @@ class Difference:
 
 def difference(logits: Tensor, reference: Tensor, step: float | None = None) -> Difference:
     """Compare logits `[N, classes]` with those of the quantized network; `step` is the scale of the output's grid."""
-    same = logits.argmax(1) == reference.argmax(1)
+    answers = top_classes(logits)
+    same = (answers == top_classes(reference))[:, 0]
     error = (logits - reference).abs().double()
     spread = float(reference.double().std()) or 1.0
-    chosen = reference.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+    chosen = reference.gather(1, answers).squeeze(1)
     close = reference.amax(1) - chosen < _TIE * spread
     return Difference(
         agreement=float(same.double().mean()),

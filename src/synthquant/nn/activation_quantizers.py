@@ -17,7 +17,8 @@ class ActivationQuantizer(nn.Module):
         enabled: quantize at all.
         learning: the scale takes gradients, and values are dropped with probability `1 - keep`.
         keep: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
-        lsq_gradient_scale: multiply the gradient of the scale by `1 / sqrt(numel * top)`, as QDrop does.
+        lsq_gradient_scale: multiply the gradient of the scale by `1 / sqrt(numel * Q_P)` (LSQ, arXiv:1902.08153), where
+            `numel` counts the whole batch (QDrop) and `Q_P` is the largest positive code of a signed or unsigned grid.
         generator: source of the drop masks.
         fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
         headroom: the calibrated range is made this much wider.
@@ -53,6 +54,11 @@ class ActivationQuantizer(nn.Module):
         """The largest code."""
         return self.args.top
 
+    @property
+    def _positive_codes(self) -> float:
+        """LSQ's `Q_P`: `2**(bits - 1) - 1` on a signed grid; `2**bits - 1` on an unsigned or (QDrop) asymmetric one."""
+        return self._multiples[1] if self.args.symmetric else float(self.top)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantized `x`, same shape and dtype.
 
@@ -69,7 +75,7 @@ class ActivationQuantizer(nn.Module):
         if not self.learning:
             return fake_quantize(x, self.scale, self.zero_point, self.top)
         keep = None if self.keep >= 1 else random_keep(x, self.keep, self.generator)
-        gradient_scale = (x.numel() * self.top) ** -0.5 if self.lsq_gradient_scale else 1.0
+        gradient_scale = (x.numel() * self._positive_codes) ** -0.5 if self.lsq_gradient_scale else 1.0
         return learned_step_quantize(x, self.scale, *self._multiples, keep, gradient_scale)
 
     @torch.no_grad()

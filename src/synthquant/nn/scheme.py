@@ -13,7 +13,7 @@ from synthquant.core.errors import SchemeError
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.nn.observers import OBSERVERS
 
-_PRESET = re.compile(r"W(\d+)A(\d+)", re.IGNORECASE)
+_PRESET = re.compile(r"W(\d+)A(?:(16)INT|(\d+))", re.IGNORECASE)
 _WEIGHT_BITS = tuple(range(2, 9))
 _ACTIVATION_BITS = (*range(2, 9), 16)
 IMAGE_BITS = 8
@@ -64,7 +64,8 @@ class QuantScheme(Settings):
     """Bits, grids and exceptions for a whole network.
 
     `QuantScheme.parse("W4A4")` gives per-channel asymmetric weights and per-tensor asymmetric activations, as BRECQ,
-    QDrop and Genie use for weights. `W4A16` is weight-only.
+    QDrop and Genie use for weights. `W4A16` is weight-only: activations stay in floating point. `W4A16int` quantizes
+    them too, to 16 bit integers.
     """
 
     weights: QuantArgs | None = None
@@ -125,9 +126,10 @@ class QuantScheme(Settings):
 
     @property
     def name(self) -> str:
-        """Short name such as `W4A4`; `A16` stands for activations in floating point."""
+        """Short name such as `W4A4`; `A16` stands for activations in floating point, `A16int` for 16 bit integers."""
         weights = self.weights.num_bits if self.weights else 32
-        return f"W{weights}A{self.input_activations.num_bits if self.input_activations else 16}"
+        bits = self.input_activations.num_bits if self.input_activations else 16
+        return f"W{weights}A{bits}{'int' if self.input_activations and bits == 16 else ''}"
 
     def describe(self) -> str:
         """One line that tells bits, grids and the rule for the ends, to be printed with every result."""
@@ -221,11 +223,11 @@ def _preset(name: str) -> dict[str, Any]:
     match = _PRESET.fullmatch(name)
     if match is None:
         raise SchemeError(f"unknown scheme {name!r}; write it as W<bits>A<bits>, for example W8A8, W4A4, W2A4 or W4A16")
-    weight_bits, activation_bits = int(match[1]), int(match[2])
+    weight_bits, activation_bits = int(match[1]), int(match[2] or match[3])
     _require_bits(weight_bits, _WEIGHT_BITS, f"scheme {name}: weights")
     _require_bits(activation_bits, _ACTIVATION_BITS, f"scheme {name}: activations")
     preset: dict[str, Any] = {"weights": {"num_bits": weight_bits, "strategy": "channel"}}
-    if activation_bits != 16:
+    if activation_bits != 16 or match[2]:
         preset["input_activations"] = {"num_bits": activation_bits}
     return preset
 
