@@ -47,7 +47,7 @@ NOTHING_ELSE: dict[str, Field] = {
     "fisher": (None, f"{BRECQ} code: all published commands use the plain squared error"),
     "calibrate_images": (None, "ranges are those set beforehand"),
     "observer": ("genie", "not used: no ranges are set in this pass"),
-    "skip_first": (False, "every unit is learned"),
+    "skip_first_layer": (False, "every layer is learned"),
 }
 
 
@@ -81,7 +81,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
             "inputs": ("student", f"{BRECQ} code, weights: asym=True"),
             "activations": (False, f"{BRECQ} code: act_quant=False while weights are learned"),
             "sampling": ("permutation", f"{BRECQ} code: randperm at each step"),
-            "skip_first": (True, f"{BRECQ} code: the first layer is not reconstructed"),
+            "skip_first_layer": (True, f"{BRECQ} code: the first layer is not reconstructed"),
         },
         Ranges(64, "brecq", True),  # BRECQ code: ranges on 64 images after the weights are done
         {
