@@ -31,7 +31,7 @@ test: $(STAMP)
 bench: $(STAMP)
 	mkdir -p results/demo runs
 	$(BIN)/synthquant demo --out runs/bench --json > runs/demo.json
-	mv runs/demo.json results/demo/resnet20-w4a4.json
+	mv runs/demo.json results/demo/resnet20-w2a4.json
 	$(BIN)/python benchmarks/tables.py
 
 docs: $(STAMP)

@@ -366,10 +366,19 @@ def demo() -> str:
     """The README's table: what `synthquant demo` printed."""
     (result,) = load("demo")
     body = [
-        [row["name"], percent(row["top1"]), percent(row.get("recovery")), f"{row['size_bytes'] / 1024:.0f} KiB"]
+        [
+            row["name"],
+            *(percent(row[name]) for name in ("top1", "agreement")),
+            "-" if row["kl"] is None else f"{row['kl']:.3f}",
+            f"{row['size_bytes'] / 1024:.0f} KiB",
+        ]
         for row in result["rows"]
     ]
-    return table(["network", "top-1 %", "recovery %", "size"], body)
+    where = result["environment"]
+    return (
+        table(["network", "top-1 %", "agreement %", "divergence", "size"], body)
+        + f"\n\nOn {where['cpu']}, {where['threads']} threads, torch {where['torch']}."
+    )
 
 
 if __name__ == "__main__":

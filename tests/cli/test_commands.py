@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Command
 
-from synthquant.core.record import RunRecord
+from synthquant.core.record import RunRecord, environment
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.quantize import GenieM
@@ -42,7 +42,9 @@ def test_synthesize_then_quantize_then_evaluate_then_report(
     made = synthquant(
         "synthesize", *model_options, "--method", "zeroq", "--count", 6, "--out", images, *small, "--json"
     )
-    assert json.loads(made.out)["count"] == 6 == len(ImageSet.open(images))
+    made_json = json.loads(made.out)
+    assert made_json["count"] == 6 == len(ImageSet.open(images))
+    assert made_json["environment"] == environment("cpu")  # processor and threads change the last bits of images
     quantized = synthquant(
         "quantize", *model_options, "--images", images, "--scheme", "W8A8", "--method", "adaround", "--out", run,
         *small,
@@ -51,6 +53,7 @@ def test_synthesize_then_quantize_then_evaluate_then_report(
     assert quantized.status == 0, quantized.err
     assert "same bits in every layer" in quantized.out
     row = json.loads(synthquant("evaluate", run, "--data", data, "--json", "--set", "batch_size=5").out)
+    assert row.pop("environment") == environment("cpu")
     assert row["count"] == 21 and 0 <= row["top1"] <= row["top5"] <= 1 and row["agreement"] > 0.5 and row["seconds"] > 0
     assert synthquant("report", run, "--out", page).out.strip() == str(page)
     assert "<html" in page.read_text()

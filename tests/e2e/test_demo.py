@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from synthquant.cli import main
+from synthquant.core.record import environment
 from synthquant.data.sources import open_images
 
 
@@ -22,7 +23,10 @@ def test_the_demo_measures_three_ways_beside_float(tmp_path: Path, capsys: pytes
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["float", "rtn on noise", "rtn on synthetic images", "Genie on synthetic images"]
     assert rows["float"]["top1"] > 0.8  # the card says 0.88 on all 5,000
-    assert rows["Genie on synthetic images"]["top1"] > rows["float"]["top1"] - 0.06
+    genie, rtn = rows["Genie on synthetic images"], rows["rtn on synthetic images"]
+    # What a reader is to see on any machine, here with a twentieth of the budget.
+    assert genie["agreement"] > rtn["agreement"] + 0.1 and genie["kl"] < 0.7 * rtn["kl"]
+    assert result["environment"] == environment("cpu")
     assert rows["Genie on synthetic images"]["size_bytes"] < rows["float"]["size_bytes"] / 6
     page = Path(result["report"]).read_text()
     assert all(name in page for name in ("genie", "rtn", "rtn-on-noise"))

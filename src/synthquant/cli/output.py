@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from synthquant.core.record import RunRecord
+from synthquant.core.device import resolve_device
+from synthquant.core.record import RunRecord, environment
 
 
 def print_json(value: Any) -> None:
@@ -15,11 +16,17 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
+def print_result(value: dict[str, Any], device: str) -> None:
+    """Print what a command that computes found as one JSON document, with the versions and hardware it was found on."""
+    print_json({**value, "environment": environment(resolve_device(device))})
+
+
 def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
     """Print what a run measured: float beside quantized."""
     evaluation = record.stages["evaluate"].metrics
     if as_json:
-        print_json({"out": str(out), **{key: evaluation[key] for key in ("accuracy", "data", "count")}})
+        found = {key: evaluation[key] for key in ("accuracy", "data", "count")}
+        print_json({"out": str(out), **found, "environment": record.environment})
         return
     print(record.stages["quantize"].metrics["scheme"])
     print_table(evaluation["accuracy"])

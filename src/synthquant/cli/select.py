@@ -8,7 +8,7 @@ import typer
 
 from synthquant import pipeline
 from synthquant.cli import options
-from synthquant.cli.output import print_json
+from synthquant.cli.output import print_result
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
@@ -82,7 +82,7 @@ def select(
     metrics = selection_metrics(out)
     if json:
         counts = {"count": len(kept), "pool": len(pool), "rejected": len(pool) - len(kept)}
-        print_json({"out": str(out), **counts, "fingerprint": kept.fingerprint, **metrics})
+        print_result({"out": str(out), **counts, "fingerprint": kept.fingerprint, **metrics}, device)
         return
     for step in metrics["filters"]:
         print(f"{step['method']:<18}{step['kept']:>8} of {step['entered']}")

@@ -9,7 +9,7 @@ import typer
 
 from synthquant import measure, pipeline
 from synthquant.cli import options
-from synthquant.cli.output import print_json, print_run, print_table
+from synthquant.cli.output import print_result, print_run, print_table
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
@@ -58,7 +58,7 @@ def synthesize(
     workers = options.workers(ray, ray_workers)
     images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
-    print_json(result) if json else print(f"{len(images)} images in {out}")
+    print_result(result, device) if json else print(f"{len(images)} images in {out}")
 
 
 def quantize(
@@ -117,11 +117,11 @@ def evaluate(
     source: ModelSource | Path = Path(model)
     if model.endswith(".onnx"):
         row = measure.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
-        print_json(row) if json else print_table([row])
+        print_result(row, device) if json else print_table([row])
         return
     if runtime is not None:
         raise RecipeError(f"--runtime belongs to an exported FILE.onnx, not to {model}")
     if not Path(model).is_dir():
         source = options.model_source(model, weights, input_size, mean, std, num_classes)
     row = measure.evaluate(source, section, device, ConsoleProgress())
-    print_json(row) if json else print_table([row])
+    print_result(row, device) if json else print_table([row])

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from synthquant.cli import options
-from synthquant.cli.output import print_json
+from synthquant.cli.output import print_result
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import OutputError
 from synthquant.core.files import require_writable
@@ -69,7 +69,7 @@ def tune_prompt(
     progress = ConsoleProgress()
     embedding = tune(opened, real, names, section, Rng(seed).child("tuning"), path=out, progress=progress)
     result = {"out": str(out), "token": embedding.token, "width": embedding.vectors.shape[1]}
-    print_json(result) if json else print(f"{embedding.token} in {out}")
+    print_result(result, device) if json else print(f"{embedding.token} in {out}")
 
 
 tune_prompt.__doc__ = f"{tune_prompt.__doc__}\n    --set takes {', '.join(PromptTuning.model_fields)}."
