@@ -22,6 +22,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
     assert len(announced) == len(synthquant.__all__)
     assert all(hasattr(synthquant, name) for name in announced)
     packages = {
+        "api",
         "cli",
         "core",
         "data",
@@ -38,7 +39,11 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "recipe",
     }
     packages |= {"report", "select", "synthesize", "annotations", "package_version"}
+    packages |= {"Any", "TYPE_CHECKING", "find_spec", "import_module"}
     assert {name for name in vars(synthquant) if not name.startswith("_")} - announced <= packages
+    assert announced <= set(dir(synthquant))
+    with pytest.raises(AttributeError, match="no attribute 'Recipes'"):
+        _ = synthquant.Recipes
 
 
 @pytest.mark.parametrize("module", ["synthquant", "synthquant.cli"])

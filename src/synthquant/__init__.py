@@ -13,120 +13,27 @@ record = sq.run(recipe, "runs/first")
 
 from __future__ import annotations
 
-from synthquant.core.errors import (
-    DataError,
-    InputError,
-    MissingExtraError,
-    ModelError,
-    OutputError,
-    RecipeError,
-    SchemeError,
-    SynthquantError,
-    UnknownNameError,
-    UnsupportedModelError,
-    VerificationError,
-)
-from synthquant.core.progress import ConsoleProgress, Progress
-from synthquant.core.record import RunRecord, package_version
-from synthquant.core.rng import Rng
-from synthquant.data.image_set import ImageSet
-from synthquant.data.preprocess import Preprocess
-from synthquant.data.sources import import_images, open_images
-from synthquant.data.store import ImageSetWriter
-from synthquant.diffusion.pipelines import open_text_to_image
-from synthquant.evaluate.accuracy import Evaluation, evaluate_model
-from synthquant.export import Onnx, TorchProgram
-from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.export.write import export_run
-from synthquant.methods import (
-    EXPORTERS,
-    METRICS,
-    QUANTIZERS,
-    SELECTORS,
-    SYNTHESIZERS,
-    MemoryBudget,
-    QuantReport,
-    QuantStep,
-    Selector,
-    Synthesizer,
-)
-from synthquant.models.float_model import FloatModel, ModelSource
-from synthquant.models.open import open_model
-from synthquant.nn.quant_model import QuantModel
-from synthquant.nn.scheme import QuantArgs, QuantScheme
-from synthquant.pipeline import run
-from synthquant.quantize import AdaRound, Brecq, GenieM, QDrop, Rtn
-from synthquant.recipe import Recipe
-from synthquant.report.html import write_report
-from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
-from synthquant.synthesize import GenieD, Noise, PromptTuning, TextToImage, ZeroQ, tune_prompt
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__version__ = package_version()
+if TYPE_CHECKING:
+    from synthquant.api import *  # noqa: F403
 
-__all__ = [
-    "EXPORTERS",
-    "METRICS",
-    "QUANTIZERS",
-    "SELECTORS",
-    "SYNTHESIZERS",
-    "AdaRound",
-    "BatchNormDistance",
-    "BatchNormSensitivity",
-    "Brecq",
-    "ConsoleProgress",
-    "DataError",
-    "Energy",
-    "Evaluation",
-    "FloatModel",
-    "GenieD",
-    "GenieM",
-    "ImageSet",
-    "ImageSetWriter",
-    "InputError",
-    "MemoryBudget",
-    "MissingExtraError",
-    "ModelError",
-    "ModelSource",
-    "Noise",
-    "Onnx",
-    "OutputError",
-    "PatchSimilarity",
-    "Preprocess",
-    "Progress",
-    "PromptTuning",
-    "QDrop",
-    "QuantArgs",
-    "QuantModel",
-    "QuantReport",
-    "QuantScheme",
-    "QuantStep",
-    "Recipe",
-    "RecipeError",
-    "Rng",
-    "Rtn",
-    "RunRecord",
-    "SchemeError",
-    "Selection",
-    "Selector",
-    "Synthesizer",
-    "SynthquantError",
-    "TextToImage",
-    "TorchProgram",
-    "UnknownNameError",
-    "UnsupportedModelError",
-    "VerificationError",
-    "ZeroQ",
-    "__version__",
-    "evaluate_model",
-    "export_run",
-    "import_images",
-    "load_checkpoint",
-    "open_images",
-    "open_model",
-    "open_text_to_image",
-    "run",
-    "run_filters",
-    "save_checkpoint",
-    "tune_prompt",
-    "write_report",
-]
+
+# Everything is in synthquant.api and loaded when the first name is asked for: PyTorch takes seconds, in which a program
+# that only just started, such as the command line, could not answer a Ctrl-C.
+def __getattr__(name: str) -> Any:
+    unknown = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("__") and name not in ("__all__", "__version__"):
+        raise unknown
+    if not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
+        raise unknown  # a module that nobody has imported yet
+    api = import_module(f"{__name__}.api")
+    if name not in ("__all__", *api.__all__):
+        raise unknown
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module(f"{__name__}.api").__all__})

@@ -258,8 +258,9 @@ class Exporter(Protocol):
         ...
 
 
-SYNTHESIZERS: Registry[type[Synthesizer]] = Registry("synthesis method")
-SELECTORS: Registry[type[Selector]] = Registry("selection method")
-QUANTIZERS: Registry[type[QuantStep]] = Registry("quantization method")
-METRICS: Registry[type[Metric]] = Registry("metric")
-EXPORTERS: Registry[type[Exporter]] = Registry("exporter")
+_HOME = "synthquant.api"
+SYNTHESIZERS: Registry[type[Synthesizer]] = Registry("synthesis method", home=_HOME)
+SELECTORS: Registry[type[Selector]] = Registry("selection method", home=_HOME)
+QUANTIZERS: Registry[type[QuantStep]] = Registry("quantization method", home=_HOME)
+METRICS: Registry[type[Metric]] = Registry("metric", home=_HOME)
+EXPORTERS: Registry[type[Exporter]] = Registry("exporter", home=_HOME)

@@ -22,10 +22,6 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 from pydantic import Field
 
-# The methods register themselves when their packages are imported.
-import synthquant.quantize
-import synthquant.select
-import synthquant.synthesize  # noqa: F401
 from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
 from synthquant.core.registry import Registry
 from synthquant.core.settings import Settings, parse_settings

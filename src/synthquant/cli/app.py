@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch
 import typer
 from typer.exceptions import TyperException
 
-from synthquant.cli import export, run, select, show, stages, tune_prompt
+from synthquant.cli import export, select, show, stages, tune_prompt
+from synthquant.cli import run as run_commands
+from synthquant.cli.command import Command, MemoryRanOut, Stopped
+from synthquant.cli.stop import STOP, show_cursor
 from synthquant.core.errors import SynthquantError
 
 app = typer.Typer(
@@ -21,33 +23,31 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    *(run.demo, run.run, stages.synthesize, select.select, stages.quantize, stages.evaluate),
+    *(run_commands.demo, run_commands.run, stages.synthesize, select.select, stages.quantize, stages.evaluate),
     *(export.export, export.benchmark, show.report, show.show),
 ):
-    app.command()(command)
-app.command("list")(show.list_methods)
-app.command("tune-prompt")(tune_prompt.tune_prompt)
+    app.command(cls=Command)(command)
+app.command("list", cls=Command)(show.list_methods)
+app.command("tune-prompt", cls=Command)(tune_prompt.tune_prompt)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 if all that was promised is there, 2 for a wrong command line, 1 for other errors."""
-    sys.exit(_run(arguments))
-
-
-def _run(arguments: Sequence[str] | None) -> int:
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command and return its exit status; errors become one line on standard error."""
     try:
         status = app(args=arguments, prog_name="synthquant", standalone_mode=False)
     except TyperException as error:
         return _fail(f"{error.format_message()} (see synthquant --help)", 2)
-    except SynthquantError as error:
+    except Stopped as stopped:
+        show_cursor()
+        print(STOP.line(str(stopped)), file=sys.stderr)
+        return STOP.status
+    except (SynthquantError, MemoryRanOut) as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output, for example `head`, has seen enough
         sys.stdout = None  # else the interpreter complains when it flushes on exit
         return 1
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except torch.OutOfMemoryError:
-        return _fail("out of device memory; lower the batch size, set memory.device_gib, or use --device cpu")
     except typer.Abort:
         return _fail("aborted", 130)
     return status if isinstance(status, int) else 0

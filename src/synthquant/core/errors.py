@@ -13,6 +13,9 @@
     +-- VerificationError                   a result was written and is not what was promised
 
 Each message is one line: what is wrong, where, and what to do.
+
+Memory that runs out is none of them: `MemoryError`, `torch.OutOfMemoryError` and what else libraries raise pass as they
+are, and `core.memory.ran_out` tells them from others.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Generic, TypeVar
 
 from synthquant.core.errors import InputError, UnknownNameError
@@ -14,11 +15,17 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_./-]*")
 
 
 class Registry(Generic[T]):
-    """Named entries of one kind; a clash is an error and an unknown name is answered with a suggestion."""
+    """Named entries of one kind; a clash is an error and an unknown name is answered with a suggestion.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        kind: what the entries are, for errors.
+        home: a module that enters the package's own entries by being imported, which the first question does.
+    """
+
+    def __init__(self, kind: str, home: str | None = None) -> None:
         self.kind = kind
-        self._entries: dict[str, T] = {}
+        self._home = home
+        self._own: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that enters what it decorates under `name`.
@@ -29,11 +36,9 @@ class Registry(Generic[T]):
             raise InputError(f"{self.kind} name {name!r} must be lower-case letters, digits, '_', '-', '.' or '/'")
 
         def enter(entry: T) -> T:
-            if name in self._entries:
-                raise InputError(
-                    f"{self.kind} name {name!r} is already taken by {self._entries[name]!r}; choose another"
-                )
-            self._entries[name] = entry
+            if name in self._own:
+                raise InputError(f"{self.kind} name {name!r} is already taken by {self._own[name]!r}; choose another")
+            self._own[name] = entry
             return entry
 
         return enter
@@ -52,6 +57,13 @@ class Registry(Generic[T]):
     def items(self) -> tuple[tuple[str, T], ...]:
         """Return all names with their entries, sorted by name."""
         return tuple((name, self._entries[name]) for name in self.names())
+
+    @property
+    def _entries(self) -> dict[str, T]:
+        if self._home is not None:
+            home, self._home = self._home, None
+            import_module(home)
+        return self._own
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

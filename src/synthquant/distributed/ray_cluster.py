@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -135,7 +137,8 @@ def ray_session(address: str) -> Iterator[Any]:
         _require_answer(address)
     options: dict[str, Any] = {"include_dashboard": False} if local else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        with _sigterm_as_it_was():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"no Ray cluster answers at {address!r}: {_last_line(error)}") from error
     try:
@@ -143,6 +146,15 @@ def ray_session(address: str) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_as_it_was() -> Iterator[None]:
+    """Keep a handler of SIGTERM that somebody set: Ray puts one in its place that ends the process without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _require_answer(address: str) -> None:

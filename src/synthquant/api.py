@@ -1,0 +1,121 @@
+"""All that the package announces, under the names that `import synthquant` gives."""
+
+from __future__ import annotations
+
+from synthquant.core.errors import (
+    DataError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    SchemeError,
+    SynthquantError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from synthquant.core.progress import ConsoleProgress, Progress
+from synthquant.core.record import RunRecord, package_version
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
+from synthquant.data.sources import import_images, open_images
+from synthquant.data.store import ImageSetWriter
+from synthquant.diffusion.pipelines import open_text_to_image
+from synthquant.evaluate.accuracy import Evaluation, evaluate_model
+from synthquant.export import Onnx, TorchProgram
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.export.write import export_run
+from synthquant.methods import (
+    EXPORTERS,
+    METRICS,
+    QUANTIZERS,
+    SELECTORS,
+    SYNTHESIZERS,
+    MemoryBudget,
+    QuantReport,
+    QuantStep,
+    Selector,
+    Synthesizer,
+)
+from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.open import open_model
+from synthquant.nn.quant_model import QuantModel
+from synthquant.nn.scheme import QuantArgs, QuantScheme
+from synthquant.pipeline import run
+from synthquant.quantize import AdaRound, Brecq, GenieM, QDrop, Rtn
+from synthquant.recipe import Recipe
+from synthquant.report.html import write_report
+from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
+from synthquant.synthesize import GenieD, Noise, PromptTuning, TextToImage, ZeroQ, tune_prompt
+
+__version__ = package_version()
+
+__all__ = [
+    "EXPORTERS",
+    "METRICS",
+    "QUANTIZERS",
+    "SELECTORS",
+    "SYNTHESIZERS",
+    "AdaRound",
+    "BatchNormDistance",
+    "BatchNormSensitivity",
+    "Brecq",
+    "ConsoleProgress",
+    "DataError",
+    "Energy",
+    "Evaluation",
+    "FloatModel",
+    "GenieD",
+    "GenieM",
+    "ImageSet",
+    "ImageSetWriter",
+    "InputError",
+    "MemoryBudget",
+    "MissingExtraError",
+    "ModelError",
+    "ModelSource",
+    "Noise",
+    "Onnx",
+    "OutputError",
+    "PatchSimilarity",
+    "Preprocess",
+    "Progress",
+    "PromptTuning",
+    "QDrop",
+    "QuantArgs",
+    "QuantModel",
+    "QuantReport",
+    "QuantScheme",
+    "QuantStep",
+    "Recipe",
+    "RecipeError",
+    "Rng",
+    "Rtn",
+    "RunRecord",
+    "SchemeError",
+    "Selection",
+    "Selector",
+    "Synthesizer",
+    "SynthquantError",
+    "TextToImage",
+    "TorchProgram",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "VerificationError",
+    "ZeroQ",
+    "__version__",
+    "evaluate_model",
+    "export_run",
+    "import_images",
+    "load_checkpoint",
+    "open_images",
+    "open_model",
+    "open_text_to_image",
+    "run",
+    "run_filters",
+    "save_checkpoint",
+    "tune_prompt",
+    "write_report",
+]
