@@ -103,6 +103,37 @@ def test_symmetric_grids_have_zero_in_the_middle_or_at_the_lower_end(name: str) 
         assert zero_point.tolist() == [2 ** (bits - 1), 0]
 
 
+@pytest.mark.parametrize("name", ["brecq", "genie", "qdrop"])
+@pytest.mark.parametrize(("bits", "allowed"), [(2, 1.02), (3, 1.05), (4, 1.3)])
+def test_signed_grids_against_brute_force(name: str, bits: int, allowed: float) -> None:
+    """Also rows without a negative value, and those whose largest value is one outlier: zero is in the middle."""
+    generator = torch.Generator().manual_seed(bits)
+    positive = torch.cat([torch.rand(20, 50, generator=generator) + 0.5, rows()[2:3].repeat(1, 2)[:, :50].abs()])
+    outlier = torch.randn(20, 50, generator=generator) * 0.1
+    outlier[:, 0] = 1.0
+    x = torch.cat([positive, outlier, -positive, torch.randn(20, 50, generator=generator)])
+    scale, zero_point = OBSERVERS.get(name)(Samples.of_rows(x), bits, symmetric=True, zero_inside=False, signed=True)
+    middle = 2 ** (bits - 1)
+    assert set(zero_point.tolist()) == {middle}
+    scales = torch.linspace(0.002, 1.5, 3000) * x.abs().amax()
+    codes = torch.round(x[:, None] / scales[:, None]).clamp(-middle, middle - 1)
+    best = (codes * scales[:, None] - x[:, None]).abs().pow(2.4).mean(2).amin(1)
+    for row, s, wanted in zip(x, scale.tolist(), best.tolist(), strict=True):
+        assert score(row, (s, middle), bits) <= wanted * allowed
+
+
+@pytest.mark.parametrize("name", OBSERVERS.names())
+def test_signed_grids_of_degenerate_rows(name: str) -> None:
+    x = torch.tensor([[0.0, 0.0], [0.5, 0.5], [-3e-6, -3e-6], [1e30, -1e30]])
+    for bits in (2, 8):
+        scale, zero_point = OBSERVERS.get(name)(
+            Samples.of_rows(x), bits, symmetric=True, zero_inside=False, signed=True
+        )
+        assert zero_point.tolist() == [2 ** (bits - 1)] * 4 and bool((scale >= 1e-8).all())
+        rebuilt = fake_quantize(x, scale[:, None], zero_point[:, None], 2**bits - 1)
+        assert bool(((rebuilt - x).abs() <= 0.51 * scale[:, None] + 1e-8).all())
+
+
 @pytest.mark.parametrize("name", OBSERVERS.names())
 @pytest.mark.parametrize("zero_inside", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -67,8 +67,8 @@ class _Best:
     score: torch.Tensor
 
     @classmethod
-    def start(cls, like: torch.Tensor) -> _Best:
-        return cls(torch.ones_like(like), torch.zeros_like(like), torch.full_like(like, torch.inf))
+    def start(cls, scale: torch.Tensor, zero_point: torch.Tensor) -> _Best:
+        return cls(scale, zero_point, torch.full_like(scale, torch.inf))
 
     def offer(self, scale: torch.Tensor, zero_point: torch.Tensor, score: torch.Tensor) -> None:
         better = score < self.score
@@ -83,13 +83,18 @@ Grid = tuple[torch.Tensor, torch.Tensor]
 class Observer(Protocol):
     """Chooses one grid for each row of the samples."""
 
-    def __call__(self, samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+    def __call__(
+        self, samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False
+    ) -> Grid:
         """Scale and zero point, `[R]` each.
 
         Args:
             samples: what the grids are to cover.
             bits: bits of one code.
             symmetric: zero in the middle of the grid, or at its lower end if a row has no negative value.
+            signed: with `symmetric`, zero in the middle whatever the row: weights ask for it, whose rows all share one
+                code for zero. Ranges are searched from the one whose largest code holds the largest value, which on a
+                coarse grid is wider than the mirrored values (2 bits: -2, -1, 0, 1).
             zero_inside: zero must be a code; padding needs it, so activations ask for it.
         """
 
@@ -98,44 +103,41 @@ OBSERVERS: Registry[Observer] = Registry("observer")
 
 
 @OBSERVERS.register("minmax")
-def minmax(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+def minmax(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False) -> Grid:
     """The whole range, from the smallest to the largest value (ZeroQ, arXiv:2001.00281)."""
-    low, high = _ends(samples, symmetric, zero_inside)
-    return _grid(low, high, bits)
+    if symmetric:
+        return _grid(*_mirror(samples.low, samples.high, signed), bits, signed)
+    return _grid(*_ends(samples, zero_inside), bits)
 
 
 @OBSERVERS.register("brecq")
-def brecq(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+def brecq(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False) -> Grid:
     """80 ranges that shrink both ends together, to 1.00, 0.99 ... 0.21 of the whole (BRECQ, arXiv:2102.05426)."""
     ratios = [1 - step / 100 for step in range(80)]
-    return _shrink(samples, bits, ratios, symmetric, zero_inside)
+    best = _shrink(samples, bits, ratios, symmetric, zero_inside, signed)
+    return best.scale, best.zero_point
 
 
 @OBSERVERS.register("genie")
-def genie(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+def genie(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False) -> Grid:
     """100 ranges that shrink both ends together, to 1.00, 0.99 ... 0.01 of the whole (Genie, arXiv:2212.04780)."""
     ratios = [1 - step / 100 for step in range(100)]
-    return _shrink(samples, bits, ratios, symmetric, zero_inside)
+    best = _shrink(samples, bits, ratios, symmetric, zero_inside, signed)
+    return best.scale, best.zero_point
 
 
 @OBSERVERS.register("qdrop")
-def qdrop(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool) -> Grid:
+def qdrop(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False) -> Grid:
     """100 widths; for two-sided asymmetric grids each with every zero point (QDrop, arXiv:2203.05740).
 
     Zero is always a code. The search over zero points skips windows that leave the data on one side while they cut it
     on the other: the same grid shifted by whole steps covers more with the same codes, so none of them can win. Above
     5 bits the zero point follows the ends of the range instead of being searched.
     """
+    widths = [step / 100 for step in range(1, 101)]
+    best = _shrink(samples, bits, widths, symmetric, True, signed)
     low, high = samples.low.clamp(max=0), samples.high.clamp(min=0)
     one_sided = (low == 0) | (high == 0)
-    best = _Best.start(low)
-    for step in range(1, 101):
-        width = step / 100
-        if symmetric:
-            scale, zero_point = _grid(*_mirror(low * width, high * width), bits)
-        else:
-            scale, zero_point = _grid(low * width, high * width, bits)
-        best.offer(scale, zero_point, samples.score(scale, zero_point, 2**bits - 1))
     if not symmetric and bits <= _FREE_ZERO_POINT_BITS and not bool(one_sided.all()):
         _search_zero_points(samples, bits, low, high, best)
     return best.scale, best.zero_point
@@ -155,18 +157,26 @@ def _search_zero_points(samples: Samples, bits: int, low: torch.Tensor, high: to
                 best.offer(scale, zero_point, torch.where(useful, score, torch.inf))
 
 
-def _shrink(samples: Samples, bits: int, ratios: Iterable[float], symmetric: bool, zero_inside: bool) -> Grid:
-    low, high = _ends(samples, symmetric, zero_inside)
-    best = _Best.start(low)
+def _shrink(
+    samples: Samples, bits: int, ratios: Iterable[float], symmetric: bool, zero_inside: bool, signed: bool
+) -> _Best:
+    """The best of ranges that are these shares of the whole."""
+    signed = symmetric and signed
+    if signed:
+        low, high = _signed_ends(samples, bits)
+    elif symmetric:
+        low, high = _mirror(samples.low, samples.high)
+    else:
+        low, high = _ends(samples, zero_inside)
+    best = _Best.start(*_grid(low, high, bits, signed))
     for ratio in ratios:
-        scale, zero_point = _grid(low * ratio, high * ratio, bits)
+        scale, zero_point = _grid(low * ratio, high * ratio, bits, signed)
         best.offer(scale, zero_point, samples.score(scale, zero_point, 2**bits - 1))
-    return best.scale, best.zero_point
+    return best
 
 
-def _ends(samples: Samples, symmetric: bool, zero_inside: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if symmetric:
-        return _mirror(samples.low, samples.high)
+def _ends(samples: Samples, zero_inside: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends of an asymmetric range that holds every value."""
     if zero_inside:
         return samples.low.clamp(max=0), samples.high.clamp(min=0)
     low, high = samples.low, samples.high
@@ -174,15 +184,25 @@ def _ends(samples: Samples, symmetric: bool, zero_inside: bool) -> tuple[torch.T
     return torch.where(same, low.clamp(max=0), low), torch.where(same, high.clamp(min=0), high)
 
 
-def _mirror(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ends of a symmetric range: both sides alike, or from 0 where nothing is negative."""
+def _mirror(low: torch.Tensor, high: torch.Tensor, signed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends of a symmetric range: both sides alike, or, unless it is signed, from 0 where nothing is negative."""
     largest = torch.maximum(low.abs(), high.abs())
-    return torch.where(low < 0, -largest, torch.zeros_like(low)), largest
+    return -largest if signed else torch.where(low < 0, -largest, torch.zeros_like(low)), largest
 
 
-def _grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> Grid:
-    """Grid from `low` to `high`."""
+def _signed_ends(samples: Samples, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends of the signed grid, one code shorter above zero than below, that no value lies above."""
+    low, high = _mirror(samples.low, samples.high, signed=True)
+    above, below = 2 ** (bits - 1) - 1, 2 ** (bits - 1)
+    scale = torch.maximum((high - low) / (2**bits - 1), samples.high / above)
+    return -below * scale, above * scale
+
+
+def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, signed: bool = False) -> Grid:
+    """Grid from `low` to `high`, with zero in its middle if it is signed."""
     scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
+    if signed:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
     # The zero point of a mirrored range is a tie, which goes to the even `2**(bits - 1)`; float32 may miss the tie.
     tie = torch.full_like(low, 2 ** (bits - 1))
     zero_point = torch.where((low < 0) & (low == -high), tie, torch.round(-low / scale))

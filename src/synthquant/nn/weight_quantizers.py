@@ -118,11 +118,9 @@ class WeightQuantizer(nn.Module):
         grouped = self.grouped(weight.float())
         search = OBSERVERS.get(self.args.observer or observer)
         samples = Samples.of_rows(grouped.reshape(-1, grouped.shape[-1]))
-        scale, zero_point = search(samples, self.num_bits, symmetric=self.args.symmetric, zero_inside=False)
-        if self.args.symmetric:
-            # A row without negative weights is symmetric around 0 all the same: all rows share one code for 0.
-            zero_point = torch.full_like(zero_point, 2 ** (self.num_bits - 1))
-            scale = torch.where(samples.low < 0, scale, scale * 2)
+        scale, zero_point = search(
+            samples, self.num_bits, symmetric=self.args.symmetric, zero_inside=False, signed=True
+        )
         self.scale.copy_(scale.reshape(self.scale.shape))
         self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
         self.set_codes(quantize(grouped, self.scale, self.zero_point, self.args.top))
