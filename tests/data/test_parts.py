@@ -104,7 +104,7 @@ def test_foreign_files_of_several_kinds(tmp_path: Path) -> None:
 
 def test_labels_must_be_whole_numbers(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"a"], "label": ["cat"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"column 'label' in .*a\.parquet holds string, labels are whole numbers"):
+    with pytest.raises(DataError, match=r"column 'label' in .*a\.parquet holds string; labels are whole numbers"):
         ParquetRows([PartFile(tmp_path / "a.parquet", 1)]).labels()
 
 

@@ -138,7 +138,9 @@ def test_files_and_folders_without_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("some text")
     with pytest.raises(DataError, match=r"notes\.txt is damaged or not a Parquet file: .*; accepted: "):
         open_images(tmp_path / "notes.txt")
-    with pytest.raises(DataError, match=r"no images in .*, only notes\.txt and the like; accepted: "):
+    with pytest.raises(
+        DataError, match=r"no images in .*, only notes\.txt and the like \(not an image by its name\); accepted: "
+    ):
         open_images(tmp_path)
     _parquet(tmp_path / "empty.parquet", 0)
     (tmp_path / "empty.parquet").unlink()

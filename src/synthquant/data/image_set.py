@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,17 @@ from torch import Tensor
 from synthquant.core.errors import DataError, did_you_mean
 from synthquant.core.files import atomic_folder, sha256_file
 from synthquant.core.progress import QUIET, Progress
-from synthquant.data.codec import decode, encode
+from synthquant.data.codec import MAX_PIXELS, encode, regular_file
 from synthquant.data.manifest import Framing, ImageDtype, Manifest, SetAside, read_manifest, write_manifest
 from synthquant.data.part_writer import PartsWriter
 from synthquant.data.parts import ParquetRows, PartFile
 from synthquant.data.pixels import checked_columns, checked_labels, stored_pixels
+from synthquant.data.reading import Decoded, ReadingNotes, Transform, decode_ahead, pixels
 from synthquant.data.rows import DetachedRows, MemoryRows, Rows, Stored
 
-_BATCHES_AHEAD = 2
-_MAX_THREADS = 16
 _SAVED_TOGETHER = 250
 _PART_COUNT = 5000
 _PART_PIXEL_BYTES = 512 * 2**20
-
-Transform = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,20 +51,6 @@ class Batch:
     """Positions in the set."""
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """Usable images of a batch, pixels beside what is stored."""
-
-    indices: list[int]
-    stored: list[Stored]
-    images: list[Tensor]
-
-    def extend(self, other: _Decoded) -> None:
-        self.indices.extend(other.indices)
-        self.stored.extend(other.stored)
-        self.images.extend(other.images)
-
-
 class ImageSet:
     """Images (RGB, 0..1 nominal; uint8, or float16 where values leave that range), labels and columns.
 
@@ -84,6 +65,8 @@ class ImageSet:
         *,
         positions: Tensor | None = None,
         columns: Mapping[str, list[Any]] | None = None,
+        class_numbers: Tensor | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._rows = rows
         self._positions = positions  # into rows; none means all of them in order
@@ -91,7 +74,9 @@ class ImageSet:
         self._read_columns: dict[str, list[Any]] = {}
         self._labels: Tensor | None = None
         self._labels_read = False
-        self._broken: dict[int, SetAside] = {}  # by position: names need not be unique
+        self._class_numbers = class_numbers  # of the rows' labels; none: they are class numbers
+        self.notes = ReadingNotes()
+        self.max_pixels = max_pixels
         self.manifest = manifest
         self.folder: Path | None = None
 
@@ -168,7 +153,7 @@ class ImageSet:
         index %= size
         (stored,) = self._fetch([index])
         try:
-            image = pixels(stored)
+            image = pixels(stored, self.max_pixels)
         except DataError as error:
             raise DataError(f"image {index} ({stored.name}): {error}") from error
         label = -1 if self.labels is None else int(self.labels[index])
@@ -180,7 +165,10 @@ class ImageSet:
         """Labels, int64 `[N]`, -1 where an image has none; none if no image has one."""
         if not self._labels_read:
             labels = self._rows.labels()
-            self._labels = labels if labels is None or self._positions is None else labels[self._positions]
+            labels = labels if labels is None or self._positions is None else labels[self._positions]
+            if labels is not None and self._class_numbers is not None:
+                labels = torch.where(labels < 0, labels, self._class_numbers[labels.clamp(min=0)])
+            self._labels = labels
             self._labels_read = True
         return self._labels
 
@@ -208,12 +196,7 @@ class ImageSet:
     @property
     def set_aside(self) -> tuple[SetAside, ...]:
         """Images found broken so far, with reasons: on import, and while reading batches."""
-        return (*self.manifest.set_aside, *self._broken.values())
-
-    @property
-    def broken(self) -> dict[int, SetAside]:
-        """Images found broken while reading batches, by position."""
-        return dict(self._broken)
+        return (*self.manifest.set_aside, *self.notes.broken.values())
 
     @property
     def fingerprint(self) -> str:
@@ -221,6 +204,8 @@ class ImageSet:
         digest = hashlib.sha256(self._rows.fingerprint().encode())
         if self._positions is not None:
             digest.update(self._positions.numpy().tobytes())
+        if self._class_numbers is not None:
+            digest.update(self._class_numbers.numpy().tobytes())
         for name in sorted(self._added_columns):
             digest.update(f"{name} {self._added_columns[name]!r}".encode())
         return digest.hexdigest()
@@ -229,6 +214,11 @@ class ImageSet:
         """Return this set with further columns, one value an image; a column of the same name is replaced."""
         added = self._added_columns | checked_columns(columns, len(self))
         return self._derived(self.manifest, self._positions, added)
+
+    def with_class_numbers(self, numbers: Sequence[int]) -> ImageSet:
+        """Return this set with the label `numbers[i]` where it has `i`, in place of the manifest's `class_names`."""
+        manifest = self.manifest.model_copy(update={"class_names": None})
+        return self._derived(manifest, self._positions, self._added_columns, torch.tensor(numbers, dtype=torch.int64))
 
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
         """Return the images at these positions, in this order; raises `DataError` beyond the end."""
@@ -247,11 +237,7 @@ class ImageSet:
         """
         stored = [replace(one, content=_read(one.content)) for one in self._fetch(indices)]
         manifest = Manifest(framing=self.manifest.framing, count=len(stored))
-        return ImageSet(DetachedRows(stored), manifest)
-
-    def note_broken(self, found: Mapping[int, SetAside]) -> None:
-        """Set images aside, by position, that another process could not read."""
-        self._broken.update(found)
+        return ImageSet(DetachedRows(stored), manifest, max_pixels=self.max_pixels)
 
     def batches(
         self, batch_size: int, indices: Sequence[int] | None = None, transform: Transform | None = None
@@ -259,7 +245,8 @@ class ImageSet:
         """Yield the images in batches of `batch_size`, the last one smaller; threads decode ahead.
 
         `transform` is applied to each image in those threads. A broken image is left out of its batch, which is
-        then smaller, and noted in `set_aside`; a batch with no usable image is not yielded.
+        then smaller, and noted in `set_aside`; a batch with no usable image is not yielded. What was changed on
+        reading is in `notes`.
         """
         for decoded in self._decoded(batch_size, indices, transform):
             labels = None if self.labels is None else self.labels[decoded.indices]
@@ -289,19 +276,19 @@ class ImageSet:
             progress.warn(f"{folder}: {warning}")
         return ImageSet.open(folder)
 
-    def _part_groups(self) -> Iterator[_Decoded]:
+    def _part_groups(self) -> Iterator[Decoded]:
         """Yield images in groups of a part's size."""
-        group, size = _Decoded([], [], []), 0
+        group, size = Decoded([], [], []), 0
         for decoded in self._decoded(_SAVED_TOGETHER, None, None):
             group.extend(decoded)
             size += sum(image.nbytes for image in decoded.images)
             if len(group.indices) >= _PART_COUNT or size >= _PART_PIXEL_BYTES:
                 yield group
-                group, size = _Decoded([], [], []), 0
+                group, size = Decoded([], [], []), 0
         if group.indices:
             yield group
 
-    def _write_part(self, writer: PartsWriter, group: _Decoded) -> None:
+    def _write_part(self, writer: PartsWriter, group: Decoded) -> None:
         labels = None if self.labels is None else self.labels[group.indices]
         columns = {name: [self.column(name)[index] for index in group.indices] for name in self.column_names}
         encoded = [_encoded(stored.content) for stored in group.stored]
@@ -311,75 +298,40 @@ class ImageSet:
 
     def _decoded(
         self, batch_size: int, indices: Sequence[int] | None, transform: Transform | None
-    ) -> Iterator[_Decoded]:
+    ) -> Iterator[Decoded]:
         if batch_size < 1:
             raise DataError(f"batch size must be at least 1, got {batch_size}")
         order = range(len(self)) if indices is None else indices
-        threads = min(_MAX_THREADS, torch.get_num_threads())
-        pool = ThreadPoolExecutor(threads)
-        waiting: deque[tuple[Sequence[int], list[Stored], list[Future[list[Tensor | str]]]]] = deque()
-        try:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                stored = self._fetch(chosen)
-                piece = -(-len(stored) // threads)
-                pieces = [stored[first : first + piece] for first in range(0, len(stored), piece)]
-                waiting.append((chosen, stored, [pool.submit(_decode_all, some, transform) for some in pieces]))
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield from self._collect(*waiting.popleft())
-            while waiting:
-                yield from self._collect(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _collect(
-        self, chosen: Sequence[int], stored: list[Stored], tasks: list[Future[list[Tensor | str]]]
-    ) -> Iterator[_Decoded]:
-        decoded = _Decoded([], [], [])
-        results = [result for task in tasks for result in task.result()]
-        for index, image, result in zip(chosen, stored, results, strict=True):
-            if isinstance(result, str):
-                self._broken[index] = SetAside(name=image.name, reason=result)
-            else:
-                decoded.images.append(result)
-                decoded.stored.append(image)
-                decoded.indices.append(index)
-        if decoded.images:
-            yield decoded
+        return decode_ahead(self._fetch, order, batch_size, transform, self.notes, self.max_pixels)
 
     def _fetch(self, indices: Sequence[int]) -> list[Stored]:
         if self._positions is None:
             return self._rows.fetch(indices)
         return self._rows.fetch(self._positions[torch.as_tensor(indices, dtype=torch.int64)].tolist())
 
-    def _derived(self, manifest: Manifest, positions: Tensor | None, columns: Mapping[str, list[Any]]) -> ImageSet:
-        return ImageSet(self._rows, manifest, positions=positions, columns=columns)
-
-
-def pixels(stored: Stored) -> Tensor:
-    """Return the image `[3,h,w]` of a stored one; raises `DataError` with the reason if it is broken."""
-    return stored.content if isinstance(stored.content, Tensor) else decode(stored.content)
-
-
-def _decode_all(stored: Sequence[Stored], transform: Transform | None) -> list[Tensor | str]:
-    """Return each image, or the reason why there is none."""
-    results: list[Tensor | str] = []
-    for one in stored:
-        try:
-            image = pixels(one)
-        except DataError as error:
-            results.append(str(error))
-            continue
-        results.append(image if transform is None else transform(image))
-    return results
+    def _derived(
+        self,
+        manifest: Manifest,
+        positions: Tensor | None,
+        columns: Mapping[str, list[Any]],
+        class_numbers: Tensor | None = None,
+    ) -> ImageSet:
+        return ImageSet(
+            self._rows,
+            manifest,
+            positions=positions,
+            columns=columns,
+            class_numbers=self._class_numbers if class_numbers is None else class_numbers,
+            max_pixels=self.max_pixels,
+        )
 
 
 def _read(content: bytes | Path | Tensor) -> bytes | Path | Tensor:
     if isinstance(content, Tensor):
         return content.clone()  # without the rest of the tensor that it may lie in
     try:
-        return content.read_bytes() if isinstance(content, Path) else content
-    except OSError:
+        return regular_file(content).read_bytes() if isinstance(content, Path) else content
+    except (OSError, ValueError):
         return content  # who decodes it says why it cannot be read
 
 

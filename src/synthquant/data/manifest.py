@@ -72,6 +72,8 @@ class Manifest(Settings):
     """The seed they were made with."""
     model_fingerprint: str | None = None
     """Fingerprint of the network they were made from."""
+    class_names: tuple[str, ...] | None = None
+    """What the labels mean, in their order, where they are positions of named folders; none: they are class numbers."""
     statistics: Statistics | None = None
     """Pixel statistics; none if not measured."""
     parts: tuple[Part, ...] = ()

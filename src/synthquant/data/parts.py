@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from synthquant.core.errors import DataError
 from synthquant.core.files import sha256_bytes, sha256_file
+from synthquant.data.columns import label_numbers, stored_image
 from synthquant.data.pixels import IMAGE_COLUMN, LABEL_COLUMN
 from synthquant.data.rows import Stored
 
@@ -70,12 +70,7 @@ class ParquetRows:
         if self._label_column is None or not self._files:
             return None
         values = self._read_column(self._label_column)
-        if values.null_count == len(values):
-            return None
-        if not pa.types.is_integer(values.type):
-            path = self._files[0].path
-            raise DataError(f"column {self._label_column!r} in {path} holds {values.type}, labels are whole numbers")
-        return torch.from_numpy(values.cast(pa.int64()).fill_null(-1).to_numpy().copy())
+        return label_numbers(values, f"column {self._label_column!r} in {self._files[0].path}")
 
     def column(self, name: str) -> list[Any]:
         """Return all values of a column."""
@@ -104,13 +99,7 @@ class ParquetRows:
 
     def _stored(self, image: pa.Scalar, file: int, row: int) -> Stored:
         path = self._files[file].path
-        name = f"{path.name} row {row}"
-        if isinstance(image, pa.StructScalar):
-            content, inner = image["bytes"].as_py(), image["path"].as_py() if "path" in image else None
-            if content is None and inner:  # files that only point at images
-                return Stored(inner, path.parent / inner)
-            return Stored(inner or name, content or b"")
-        return Stored(name, image.as_py() or b"")
+        return stored_image(image, path.parent, f"{path.name} row {row}")
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         file = bisect_right(self._starts, index) - 1

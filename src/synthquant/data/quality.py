@@ -1,7 +1,11 @@
-"""What is suspicious about the images of a set."""
+"""What is suspicious about the images of a set, and what is said of their reading."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from synthquant.core.progress import Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.data.scan import ImageScan, QualityReport
 
@@ -15,3 +19,38 @@ def check_images(image_set: ImageSet, batch_size: int = 256) -> QualityReport:
     for batch in image_set.batches(batch_size):
         scan.add(batch.images, batch.indices)
     return scan.report()
+
+
+def say_what_was_read(images: ImageSet, progress: Progress, source: str = "") -> dict[str, Any]:
+    """Warn about the images set aside so far and say what was changed on reading, each once; return it for JSON.
+
+    Args:
+        images: a set after its images were read.
+        progress: takes the messages.
+        source: where the images come from, for a command that reads several sets.
+
+    Returns:
+        `set_aside_count`; `set_aside`, the `name` and `reason` of each; and `changed`, the number of images for each
+        kind of change (`turned as its EXIF data says`, ...).
+    """
+    where = f" (in {source})" if source else ""
+    aside = images.set_aside
+    if aside:
+        counted = f"{len(aside)} image{'s' if len(aside) > 1 else ''} set aside"
+        _tell_once(images, progress.warn, f"{counted}, for example {aside[0].name}: {aside[0].reason}{where}")
+    changed = {change: len(names) for change, names in sorted(images.notes.changed.items())}
+    for change, count in changed.items():
+        example = next(iter(images.notes.changed[change].values()))
+        counted = f"{count} image{'s' if count > 1 else ''}"
+        _tell_once(images, progress.say, f"{counted} read with a change: {change}, for example {example}{where}")
+    return {
+        "set_aside_count": len(aside),
+        "set_aside": [{"name": one.name, "reason": one.reason} for one in aside],
+        "changed": changed,
+    }
+
+
+def _tell_once(images: ImageSet, tell: Callable[[str], None], text: str) -> None:
+    if text not in images.notes.told:
+        images.notes.told.add(text)
+        tell(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from synthquant.core.errors import DataError
+from synthquant.data.folders import printable
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class FileRows:
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int] | None) -> None:
         self._root = root
-        self._names = pa.array(names, pa.large_string())  # a third of the memory of a list of strings
+        # As bytes, for names need not be text; a third of the memory of a list of strings.
+        self._names = pa.array([os.fsencode(name) for name in names], pa.large_binary())
         self._labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
 
     @property
@@ -146,12 +149,16 @@ class FileRows:
 
     def fetch(self, indices: Sequence[int]) -> list[Stored]:
         """Return the files at these positions, in this order."""
-        names = [self._names[index].as_py() for index in indices]
-        return [Stored(name, self._root / name) for name in names]
+        names = [os.fsdecode(self._names[index].as_py()) for index in indices]
+        return [Stored(printable(name), self._root / name) for name in names]
 
     def fingerprint(self) -> str:
         """Return a hash of names and sizes; contents are not read."""
         digest = hashlib.sha256()
         for name in self._names.to_pylist():
-            digest.update(f"{name} {(self._root / name).stat().st_size}\n".encode())
+            try:
+                size = str((self._root / os.fsdecode(name)).stat().st_size)
+            except OSError:  # gone, or not to be read: that is said when it is read
+                size = "none"
+            digest.update(name + f" {size}\n".encode())
         return digest.hexdigest()

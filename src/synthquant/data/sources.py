@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
+import pyarrow as pa
 from torch import Tensor
 
 from synthquant.core.errors import DataError, MissingExtraError, UnknownNameError
 from synthquant.core.hub import answers
 from synthquant.core.progress import QUIET, Progress
+from synthquant.data.codec import MAX_PIXELS
+from synthquant.data.columns import label_numbers, require_images
+from synthquant.data.folders import file_kind, files_below, printable
+from synthquant.data.image_folder import SUFFIXES, open_image_folder, require_one_split
 from synthquant.data.image_set import ImageSet
-from synthquant.data.manifest import MANIFEST_NAME, Manifest, SetAside
+from synthquant.data.manifest import MANIFEST_NAME, Manifest
 from synthquant.data.parts import ParquetRows, PartFile, open_parquet
-from synthquant.data.rows import FileRows, Rows, Stored
+from synthquant.data.quality import say_what_was_read
+from synthquant.data.rows import Rows, Stored
 from synthquant.data.store import JOURNAL_NAME
 
 ACCEPTED = (
@@ -28,36 +32,29 @@ ACCEPTED = (
 )
 BUNDLED = {"cifar10-test": "models/zoo/data/cifar10-test.parquet"}
 
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"))
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label",)
 _DATASET_NAME = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<split>[\w\[\]%:+.-]+))?")
 _DEFAULT_SPLITS = ("test", "validation", "val")
 
 
-def open_images(source: str | Path, *, columns: tuple[str, str] | None = None) -> ImageSet:
+def open_images(
+    source: str | Path, *, columns: tuple[str, str] | None = None, max_pixels: int = MAX_PIXELS
+) -> ImageSet:
     """Open images with their labels; nothing is copied and pixels are read when asked for.
 
     `source` is an image set folder; a folder with one folder of images per class (labels are the positions of the
-    sorted folder names, or the names themselves if all are whole numbers) or with images only (no labels); a Parquet
-    file or folder; a `datasets` name with an optional split; or `bundled/NAME`. `columns` names the image and the label
-    column where they are not called `image` (or `img`) and `label`.
+    sorted folder names, which the manifest keeps as `class_names`, or the names themselves if all are whole numbers) or
+    with images only (no labels); a Parquet file or folder; a `datasets` name with an optional split; or `bundled/NAME`.
+    `columns` names the image and the label column where they are not called `image` (or `img`) and `label`. Images of
+    more than `max_pixels` are set aside.
 
-    Raises `DataError` if there is no such source or it holds no image, `MissingExtraError` if `datasets` is needed and
-    not installed.
+    Raises `DataError` if there is no such source, it holds no image or columns of another type, or it is the root of
+    several splits; `MissingExtraError` if `datasets` is needed and not installed.
     """
-    text = str(source)
-    if text.startswith("bundled/"):
-        return _open_bundled(text.removeprefix("bundled/"))
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _open_parquet([path], columns)
-    if path.is_dir():
-        return _open_folder(path, columns)
-    match = _DATASET_NAME.fullmatch(text)
-    if match is None or Path(match["name"]).suffix in (".parquet", *_SUFFIXES):
-        raise DataError(f"no images at {text!r}; accepted: {ACCEPTED}")
-    return _open_dataset(match["name"], match["split"], columns)
+    opened = _open(source, columns)
+    opened.max_pixels = max_pixels
+    return opened
 
 
 def import_images(
@@ -66,12 +63,32 @@ def import_images(
     progress: Progress = QUIET,
     *,
     columns: tuple[str, str] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageSet:
     """Copy the images of any source into a new image set folder and return that set.
 
     Broken images are set aside with a reason. Raises what `open_images` and `ImageSet.save` raise.
     """
-    return open_images(source, columns=columns).save(out_folder, progress)
+    images = open_images(source, columns=columns, max_pixels=max_pixels)
+    saved = images.save(out_folder, progress)
+    say_what_was_read(images, progress, str(source))
+    return saved
+
+
+def _open(source: str | Path, columns: tuple[str, str] | None) -> ImageSet:
+    text = str(source)
+    if text.startswith("bundled/"):
+        return _open_bundled(text.removeprefix("bundled/"))
+    path = Path(source).expanduser()
+    kind = file_kind(path)
+    if kind == "file":
+        return _open_parquet([path], columns)
+    if kind == "folder":
+        return _open_folder(path, columns)
+    match = _DATASET_NAME.fullmatch(text)
+    if match is None or Path(match["name"]).suffix in (".parquet", *SUFFIXES):
+        raise DataError(f"no images at {text!r}; accepted: {ACCEPTED}")
+    return _open_dataset(match["name"], match["split"], columns)
 
 
 def _open_bundled(name: str) -> ImageSet:
@@ -88,26 +105,45 @@ def _open_folder(folder: Path, columns: tuple[str, str] | None) -> ImageSet:
         raise DataError(f"{folder} is an unfinished image set; run the command that makes it again to finish it")
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return _dataset_images(_datasets(str(folder)).load_from_disk(str(folder)), str(folder), columns)
-    files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
-    return _open_parquet(files, columns) if files else _open_image_folder(folder)
+    tables = [found for found in files_below(folder) if found.name.endswith(".parquet") and found.reason is None]
+    if not tables:
+        rows, manifest = open_image_folder(folder)
+        return _external(rows, manifest, str(folder))
+    require_one_split(folder, sorted({_split_name(found.name) for found in tables}))
+    return _open_parquet(sorted(folder / found.name for found in tables), columns)
+
+
+def _split_name(name: str) -> str:
+    """The part of a table's path that would name a split: its first folder, or the beginning of `train-00000.parquet`.
+
+    A common first folder such as `data` names none.
+    """
+    first, slash, rest = name.partition("/")
+    return _split_name(rest) if slash and first == "data" else first.partition("-")[0].removesuffix(".parquet")
 
 
 def _open_parquet(files: Sequence[Path], columns: tuple[str, str] | None) -> ImageSet:
     parts = []
-    names: list[str] = []
+    schemas = []
     for path in files:
         try:
             file = open_parquet(path)
         except DataError as error:
             raise DataError(f"{error}; accepted: {ACCEPTED}" if len(files) == 1 else str(error)) from error
-        names = names or list(file.schema_arrow.names)
+        schemas.append(file.schema_arrow)
         parts.append(PartFile(path, file.metadata.num_rows))
         file.close()
+    names = schemas[0].names
     image_column = _chosen(columns and columns[0], _IMAGE_COLUMNS, names, files[0])
     if image_column is None:
         raise DataError(f"{files[0]} has no image column {' or '.join(_IMAGE_COLUMNS)}; columns: {', '.join(names)}")
+    for path, schema in zip(files, schemas, strict=True):
+        if image_column not in schema.names:
+            raise DataError(f"{path} has no column {image_column!r}, which {files[0].name} has")
+        require_images(schema.field(image_column).type, f"column {image_column!r} in {path}")
     label_column = _chosen(columns and columns[1], _LABEL_COLUMNS, names, files[0])
-    return _external(ParquetRows(parts, image_column=image_column, label_column=label_column), str(files[0]))
+    rows = ParquetRows(parts, image_column=image_column, label_column=label_column)
+    return _external(rows, Manifest(count=len(rows), framing="raw"), str(files[0]))
 
 
 def _chosen(wanted: str | None, usual: Sequence[str], names: Sequence[str], where: object) -> str | None:
@@ -116,55 +152,12 @@ def _chosen(wanted: str | None, usual: Sequence[str], names: Sequence[str], wher
     return wanted or next((name for name in usual if name in names), None)
 
 
-def _external(rows: Rows, where: str, set_aside: Sequence[SetAside] = ()) -> ImageSet:
-    if not len(rows):
-        found = f", only {set_aside[0].name} and the like" if set_aside else ""
+def _external(rows: Rows, manifest: Manifest, where: str) -> ImageSet:
+    if not manifest.count:
+        aside = manifest.set_aside
+        found = f", only {aside[0].name} and the like ({aside[0].reason})" if aside else ""
         raise DataError(f"no images in {where}{found}; accepted: {ACCEPTED}")
-    return ImageSet(rows, Manifest(count=len(rows), framing="raw", set_aside=tuple(set_aside)))
-
-
-def _open_image_folder(root: Path) -> ImageSet:
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    by_class = {name: list(_files_below(root, name)) for name in classes}
-    classes = [name for name in classes if any(_is_image(file) for file in by_class[name])]
-    top = sorted(entry.name for entry in root.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    set_aside = [
-        SetAside(name=file, reason="not an image by its name")
-        for file in [*top, *(file for files in by_class.values() for file in files)]
-        if not _is_image(file)
-    ]
-    if not classes:
-        return _external(FileRows(root, [file for file in top if _is_image(file)], None), str(root), set_aside)
-    set_aside += [SetAside(name=file, reason="outside the class folders") for file in top if _is_image(file)]
-    numbers = _class_numbers(classes)
-    names: list[str] = []
-    labels: list[int] = []
-    for name in classes:
-        images = [file for file in by_class[name] if _is_image(file)]
-        names += images
-        labels += [numbers[name]] * len(images)
-    return _external(FileRows(root, names, labels), str(root), set_aside)
-
-
-def _class_numbers(classes: Sequence[str]) -> dict[str, int]:
-    # Sorted as text, "10" comes before "2": folders that are numbered mean their numbers.
-    if all(name.isdecimal() for name in classes):
-        return {name: int(name) for name in classes}
-    return {name: number for number, name in enumerate(classes)}
-
-
-def _files_below(root: Path, name: str) -> Iterator[str]:
-    """Yield the files below a class folder, relative to the root, in an order that does not depend on the system."""
-    for folder, folders, files in os.walk(root / name, followlinks=True):
-        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
-        relative = Path(folder).relative_to(root).as_posix()
-        for file in sorted(files):
-            if not file.startswith("."):
-                yield f"{relative}/{file}"
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _SUFFIXES
+    return ImageSet(rows, manifest)
 
 
 def _datasets(source: str) -> Any:
@@ -223,7 +216,8 @@ def _dataset_images(dataset: Any, name: str, columns: tuple[str, str] | None) ->
         raise DataError(f"dataset {name!r} has no column of images; columns: {', '.join(features)}")
     label_column = _chosen(columns and columns[1], (*_LABEL_COLUMNS, *classes), list(features), f"dataset {name!r}")
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return _external(_DatasetRows(dataset, name, image_column, label_column), name)
+    rows = _DatasetRows(dataset, name, image_column, label_column)
+    return _external(rows, Manifest(count=len(rows), framing="raw"), name)
 
 
 class _DatasetRows:
@@ -245,12 +239,11 @@ class _DatasetRows:
     def labels(self) -> Tensor | None:
         if self._label_column is None:
             return None
-        values = self.column(self._label_column)
-        if any(value is not None and not isinstance(value, int) for value in values):
-            raise DataError(f"column {self._label_column!r} of dataset {self._name!r} does not hold whole numbers")
-        if all(value is None for value in values):
-            return None
-        return torch.tensor([-1 if value is None else value for value in values], dtype=torch.int64)
+        where = f"column {self._label_column!r} of dataset {self._name!r}"
+        try:
+            return label_numbers(pa.array(self.column(self._label_column)), where)
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(f"{where} does not hold whole numbers: {error}") from error
 
     def column(self, name: str) -> list[Any]:
         return list(self._dataset.with_format(None).select_columns([name])[:][name])
@@ -268,5 +261,5 @@ class _DatasetRows:
             return Stored(name, b"")
         inner = row.get("path")
         if row.get("bytes") is None and inner:
-            return Stored(inner, Path(inner))
-        return Stored(inner or name, row.get("bytes") or b"")
+            return Stored(printable(inner), Path(inner))
+        return Stored(printable(inner) if inner else name, row.get("bytes") or b"")

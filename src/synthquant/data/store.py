@@ -13,11 +13,12 @@ from synthquant.core.errors import DataError, InputError, OutputError
 from synthquant.core.files import read_json, require_writable, sha256_file, write_json
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings, parse_settings
-from synthquant.data.image_set import ImageSet, pixels
+from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import MANIFEST_NAME, Framing, ImageDtype, Manifest, Part, read_manifest, write_manifest
 from synthquant.data.part_writer import PartsWriter
 from synthquant.data.parts import ParquetRows, PartFile
 from synthquant.data.pixels import checked_columns, checked_labels, stored_pixels
+from synthquant.data.reading import pixels
 
 JOURNAL_NAME = "parts.json"
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from synthquant.core.errors import InputError
 from synthquant.data.image_set import ImageSet
-from synthquant.data.manifest import SetAside
 from synthquant.data.preprocess import Preprocess
+from synthquant.data.reading import ReadingNotes
 from synthquant.distributed.ray_cluster import Worker, WorkerPool
 from synthquant.methods import Selector
 from synthquant.models.float_model import FloatModel, ModelSource
@@ -46,10 +46,10 @@ class Looker(Worker):
         self._probes = list({probe.name: probe for probe in probes}.values())
         self._batch_size = task.batch_size
 
-    def look(self, images: ImageSet) -> tuple[list[Block], dict[int, SetAside]]:
-        """Return what the forward pass of a batch leaves, and which of its images cannot be read."""
+    def look(self, images: ImageSet) -> tuple[list[Block], ReadingNotes]:
+        """Return what the forward pass of a batch leaves, and what is noted of reading its images."""
         blocks = list(look(images, self._model, self._probes, self._batch_size))
-        return blocks, images.broken
+        return blocks, images.notes
 
     def _opened(self) -> str:
         return self._model.fingerprint
@@ -68,7 +68,7 @@ def look_with(pool: WorkerPool, images: ImageSet, batch_size: int) -> Generator[
     """Yield the blocks of a pool of images in order; those that workers cannot read are set aside here."""
     starts = range(0, len(images), batch_size)
     batches = (images.detached(range(start, min(start + batch_size, len(images)))) for start in starts)
-    for first, (blocks, broken) in zip(starts, pool.in_order("look", batches), strict=True):
-        images.note_broken({first + place: found for place, found in broken.items()})
+    for first, (blocks, notes) in zip(starts, pool.in_order("look", batches), strict=True):
+        images.notes.add(notes, first)
         for block in blocks:
             yield replace(block, first=first)
