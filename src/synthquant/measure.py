@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from synthquant.export.checkpoint import CONFIG_NAME, FloatModelEntry, load_chec
 from synthquant.export.onnx import open_onnx
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
+from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection
 
@@ -30,8 +31,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a network, or the quantized network in a run folder or checkpoint folder, on labelled images.
 
-    Returns the row of the accuracy table. For a quantized network it holds the agreement with the float network, if
-    that can be opened and still is the one that was quantized; otherwise a warning says why not.
+    Returns the row of the accuracy table. For a quantized network it holds what quantization reaches of it
+    (`CoverageSummary`) and the agreement with the float network, if that can be opened and still is the one that was
+    quantized; otherwise a warning says why not.
 
     Raises:
         ModelError: the network or checkpoint cannot be opened.
@@ -49,7 +51,8 @@ def evaluate(
     if float_model is not None:
         logits = _logits(float_model.module, float_model, data, section.batch_size, progress)
     result = _measure(quant_model, quant_model.float_model, data, section.batch_size, progress, logits)
-    return result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
+    coverage = {"coverage": asdict(summarize(quant_model.coverage()))}
+    return result.row(quant_model.scheme.name) | quantized_cost(quant_model).row() | coverage
 
 
 def evaluate_onnx(

@@ -27,6 +27,7 @@ from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.measure import float_beside_quantized
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
+from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 from synthquant.report.figures import require_matplotlib
@@ -210,6 +211,10 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
     # A run that was killed after this stage comes here again; the units are then read from the working folder.
     with folder.stage("quantize") as metrics:
         quant_model = QuantModel.build(model, recipe.quantize.scheme)
+        coverage = quant_model.coverage()
+        summary = summarize(coverage)
+        if summary.in_float:
+            progress.warn(summary.in_float)
         report = recipe.quantize.build().apply(
             quant_model,
             images,
@@ -221,7 +226,8 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
         metrics |= report.model_dump(mode="json")
         metrics |= {
             "scheme": recipe.quantize.scheme.describe(),
-            "coverage": [asdict(row) for row in quant_model.coverage()],
+            "coverage": [asdict(row) for row in coverage],
+            "coverage_summary": asdict(summary),
         }
     with folder.stage("checkpoint"):
         save_checkpoint(quant_model, folder.checkpoint)

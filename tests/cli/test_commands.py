@@ -19,9 +19,10 @@ def test_run_prints_float_beside_quantized_and_the_rule_for_the_ends(
     assert outcome.status == 0
     lines = outcome.out.splitlines()
     assert lines[0].startswith("W4A4 (weights 4 bit") and "first and last layer W8A8" in lines[0]
-    assert lines[1].split() == ["name", "top1", "interval", "top5", "recovery", "agreement", "kl", "size"]
-    assert lines[2].startswith("float ") and lines[3].startswith("W4A4 ")
-    assert str(tmp_path / "run" / "report.html") in lines[4]
+    assert lines[1].startswith("quantized: ") and lines[1].endswith("% of multiply-adds")
+    assert lines[2].split() == ["name", "top1", "interval", "top5", "recovery", "agreement", "kl", "size"]
+    assert lines[3].startswith("float ") and lines[4].startswith("W4A4 ")
+    assert str(tmp_path / "run" / "report.html") in lines[5]
 
 
 def test_run_json_is_all_there_is_on_standard_output(synthquant: Command, recipe: Path, tmp_path: Path) -> None:

@@ -108,14 +108,6 @@ def test_transposed_convolutions_are_quantized_by_output_channel() -> None:
         assert torch.allclose(model(x), model.float_model.module(x), rtol=0.05, atol=0.02)
 
 
-def test_attention_s_projection_is_reported_with_a_reason() -> None:
-    model = QuantModel.build(float_model(Encoder()), "W4A4")
-    reasons = {row.name: row.reason for row in model.coverage()}
-    assert reasons["encoder.self_attn.out_proj"] == "its forward is never called"
-    assert [name for name, reason in reasons.items() if not reason] == ["patch", "encoder.linear1", "encoder.linear2",
-                                                                       "head"]  # fmt: skip
-
-
 @torch.no_grad()
 def test_a_fused_encoder_layer_does_not_bypass_its_layers() -> None:
     model = ready(QuantModel.build(float_model(Encoder()), "W4A4"))

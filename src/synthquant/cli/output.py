@@ -9,6 +9,7 @@ from typing import Any
 
 from synthquant.core.device import resolve_device
 from synthquant.core.record import RunRecord, environment
+from synthquant.nn.coverage import CoverageSummary
 
 
 def print_json(value: Any) -> None:
@@ -23,12 +24,16 @@ def print_result(value: dict[str, Any], device: str) -> None:
 
 def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
     """Print what a run measured: float beside quantized."""
-    evaluation = record.stages["evaluate"].metrics
+    evaluation, quantization = record.stages["evaluate"].metrics, record.stages["quantize"].metrics
+    coverage = quantization.get("coverage_summary")
     if as_json:
         found = {key: evaluation[key] for key in ("accuracy", "data", "count")}
-        print_json({"out": str(out), **found, "environment": record.environment})
+        print_json({"out": str(out), **found, "coverage": coverage, "environment": record.environment})
         return
-    print(record.stages["quantize"].metrics["scheme"])
+    print(quantization["scheme"])
+    if coverage is not None:
+        summary = CoverageSummary(**coverage)
+        print("\n".join(line for line in (str(summary), summary.in_float) if line))
     print_table(evaluation["accuracy"])
     print(f"run: {out}, report: {out / 'report.html'}")
 

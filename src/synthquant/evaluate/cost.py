@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,8 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import METRICS
+from synthquant.nn.coverage import FLOAT_BITS
 from synthquant.nn.quant_model import QuantModel
-
-_FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Cost:
     size_bytes: int
     """Bytes of everything the network consists of."""
     bit_operations: int
-    """Sum over convolutions and linear layers of multiply-accumulates times weight bits times input bits, for one
-    image."""
+    """Sum over all matrix products of a forward pass, in layers and outside, of multiply-adds times bits of both
+    factors, for one image."""
 
     def row(self) -> dict[str, Any]:
         """Return the columns of the accuracy table in `run.json` that are about cost."""
@@ -44,11 +44,12 @@ def quantized_cost(quant_model: QuantModel) -> Cost:
     """Return the cost of a quantized network.
 
     The size is that of its tensors in a checkpoint: codes packed at their bits, scales in float32, zero points in one
-    byte where they fit, and what is left in float (biases, normalisation, layers outside the scheme) as it is.
+    byte where they fit, and what is left in float (biases, normalisation, weights outside the scheme) as it is, with
+    tensors that stand under several names counted once.
     """
     codes = {f"{name}.weight_codes": layer for name, layer in quant_model.layers.items()}
     size = 0
-    for name, value in quant_model.state().items():
+    for name, value in _distinct(quant_model.state()).items():
         layer = codes.get(name)
         if layer is not None and layer.weight_quantizer is not None:
             size += (value.numel() * layer.weight_quantizer.num_bits + 7) // 8
@@ -56,17 +57,23 @@ def quantized_cost(quant_model: QuantModel) -> Cost:
             size += value.numel() * _zero_point_bytes(value)
         else:
             size += value.numel() * value.element_size()
-    operations = sum(
-        row.macs * (row.weight_bits or _FLOAT_BITS) * (row.input_bits or _FLOAT_BITS) for row in quant_model.coverage()
-    )
-    return Cost(size, operations)
+    return Cost(size, sum(row.bit_operations for row in quant_model.coverage()))
 
 
 def float_cost(quant_model: QuantModel) -> Cost:
     """Return the cost of the float network that `quant_model` was made from, at 32 bits."""
-    entries = quant_model.float_model.module.state_dict().values()
+    entries = _distinct(quant_model.float_model.module.state_dict()).values()
     size = sum(value.numel() * value.element_size() for value in entries)
-    return Cost(size, sum(row.macs for row in quant_model.coverage()) * _FLOAT_BITS**2)
+    return Cost(size, sum(row.macs for row in quant_model.coverage()) * FLOAT_BITS**2)
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state, one that stands under several names under its first only."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in state.items():
+        place = (value.data_ptr(), value.shape, value.stride()) if value.numel() else name
+        seen.setdefault((place,), name)
+    return {name: state[name] for name in seen.values()}
 
 
 def _zero_point_bytes(zero_point: Tensor) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,8 +14,10 @@ from synthquant.core.modules import get_module
 from synthquant.models.batch_norm import fold_batch_norms
 from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_inputs, find_units, shared_inputs
 from synthquant.models.float_model import FloatModel
+from synthquant.models.products import Product, find_products
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.coverage import CoverageRow, coverage_rows
 from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
 from synthquant.nn.operations import watch_operations
 from synthquant.nn.placement import Flow, OperationRow, Placement
@@ -28,29 +29,6 @@ from synthquant.nn.weight_quantizers import WeightQuantizer
 # of them was 0.2 (zeroq), 0.4 (noise) and 0.9 (genie_d) of that of 256 training images. A wider grid costs a bit, one
 # that is too narrow makes ties.
 _LOGITS_HEADROOM = 2.0
-
-
-@dataclass(frozen=True)
-class CoverageRow:
-    """What quantization does to one convolution or linear layer.
-
-    Attributes:
-        name: module name.
-        kind: class name of the float layer.
-        weight_bits: bits of a weight code, or none for a float weight.
-        input_bits: bits of the tensor it reads, or none for a float input.
-        parameters: number of weights.
-        macs: multiply-adds for one image.
-        reason: why it is not quantized; empty if it is.
-    """
-
-    name: str
-    kind: str
-    weight_bits: int | None
-    input_bits: int | None
-    parameters: int
-    macs: int
-    reason: str = ""
 
 
 class QuantModel(nn.Module):
@@ -85,7 +63,7 @@ class QuantModel(nn.Module):
         self.operations: list[OperationRow] = []
         self.operation_quantizers = nn.ModuleList()
         self.loaded = False
-        self._macs: dict[str, int] = {}
+        self._products: list[Product] = []
         self._input_bits: dict[str, int] = {}
         self._units: dict[Granularity, list[Unit]] = {}
 
@@ -108,7 +86,6 @@ class QuantModel(nn.Module):
         order = [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
         if not order:
             raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
-        model._macs = _macs(module, seen, order)
         for granularity in ("block", "layer", "network"):
             model._units[granularity] = find_units(module, example, granularity, set(order), seen)
         groups = shared_inputs(seen, order)
@@ -122,6 +99,9 @@ class QuantModel(nn.Module):
             model._fix_image_range(seen)
         if not model.layers:
             raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
+        with model.mode(weights=False, activations=False):
+            examples = example, float_model.example_input(3)
+            model._products = find_products(module, examples, float_model.module)
         return model.eval()
 
     def _fix_image_range(self, seen: Trace) -> None:
@@ -258,22 +238,8 @@ class QuantModel(nn.Module):
                 quantizer.enabled = enabled
 
     def coverage(self) -> list[CoverageRow]:
-        """One row for each convolution and linear layer of the network, quantized or not, in execution order."""
-        rows = []
-        candidates = [name for name, part in self.module.named_modules() if isinstance(part, QUANTIZABLE)]
-        executed = list(self._macs)
-        for name in executed + [name for name in candidates if name not in self._macs]:
-            part = get_module(self.module, name)
-            layer = self.layers.get(name)
-            weight_bits = layer.weight_quantizer.num_bits if layer and layer.weight_quantizer else None
-            reason = ""
-            if layer is None:
-                reason = "left out by the scheme" if name in self._macs else "its forward is never called"
-            parameters = int(torch.Size(weight_layout(part).shape).numel()) if layer is None else _weights(layer)
-            kind = (type(part).__bases__[1] if isinstance(part, QuantLayer) else type(part)).__name__
-            macs = self._macs.get(name, 0)
-            rows.append(CoverageRow(name, kind, weight_bits, self.input_bits(name), parameters, macs, reason))
-        return rows
+        """What becomes of every layer, every other weight and every other matrix product, in execution order."""
+        return coverage_rows(self.module, self._products, self.layers, self._input_bits, self.operations)
 
     def input_bits(self, name: str) -> int | None:
         """Bits of the tensor that layer `name` reads, wherever it is quantized; none if it is not."""
@@ -340,24 +306,3 @@ def _run_layers_themselves(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0
-
-
-def _weights(layer: QuantLayer) -> int:
-    return layer.weight_quantizer.codes.numel() if layer.weight_quantizer else layer.float_weight.numel()
-
-
-def _macs(module: nn.Module, seen: Trace, order: Sequence[str]) -> dict[str, int]:
-    """Multiply-adds of each layer for one image: outputs per channel times weights, over all its calls."""
-    macs = {}
-    for name in order:
-        layer = get_module(module, name)
-        layout = weight_layout(layer)
-        weights = int(torch.Size(layout.shape).numel())
-        total = 0
-        for call in seen.calls(name):
-            read, output = call.inputs[0], call.outputs[0]
-            # A transposed convolution multiplies every input position with the whole kernel, the others every output.
-            moved, channels = (read, layout.shape[0]) if layout.transposed_groups else (output, layout.channels)
-            total += moved.numel() // channels * weights // read.shape[0]
-        macs[name] = total
-    return macs

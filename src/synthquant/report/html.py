@@ -16,7 +16,8 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
     `name`, `loss_start`, `loss_end`, `undecided`, `diverged`, `seconds`, and the sampled curve: `steps` and `losses`.
     `scheme` str (one line, `QuantScheme.describe()`).
     `coverage`: list of `{name, kind, weight_bits, input_bits, parameters, macs, reason}` in execution order; bits are
-    int | null (null: left in float), `macs` for one image, `reason` str | null.
+    int | null (null: left in float), `macs` for one image, `reason` str | null. Weights and matrix products outside of
+    layers have rows too. `coverage_summary`: the fields of a `CoverageSummary`.
 `evaluate`
     `data` str, the source the accuracy was measured on, in the form `open_images` takes (real images of the sheet).
     `count` int, `set_aside` list of `{name, reason}`.
@@ -156,7 +157,7 @@ def _section(run: RunFiles, anchor: str) -> RunSection:
         section.selection = selection_section(run.selected_folder, run.class_names, f"{anchor}-selection")
     section.loss_figure = figures.loss_curves(run.units, f"{anchor}-loss")
     section.sqnr_figure = figures.layer_sqnr(run.sqnr, f"{anchor}-sqnr")
-    section.bits_figure = figures.layer_bits(run.coverage, f"{anchor}-bits")
+    section.bits_figure = figures.layer_bits([row for row in run.coverage if row.macs != 0], f"{anchor}-bits")
     coverage = {row.name: row for row in run.coverage}
     sqnr = {row.name: row for row in run.sqnr}
     section.layers = [LayerRow(name, coverage.get(name), sqnr.get(name)) for name in {**coverage, **sqnr}]

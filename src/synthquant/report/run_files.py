@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_json
 from synthquant.core.record import RunRecord, StageRecord
+from synthquant.nn.coverage import CoverageSummary
 
 _Row = TypeVar("_Row", bound="Row")
+_Value = TypeVar("_Value")
 _STAGES = ("model", "images", "select", "quantize", "checkpoint", "evaluate")
 
 
@@ -63,7 +65,7 @@ class SqnrRow(Row):
 
 
 class CoverageRow(Row):
-    """What became of one quantizable layer."""
+    """What became of one layer, or of a weight or a matrix product outside of layers."""
 
     name: str
     kind: str = ""
@@ -101,6 +103,7 @@ class RunFiles:
         self.set_aside = self._rows("evaluate", "set_aside", SetAside)
         self.units = self._rows("quantize", "units", UnitRow)
         self.coverage = self._rows("quantize", "coverage", CoverageRow)
+        self.coverage_summary = self._read("quantize", "coverage_summary", CoverageSummary)
         config = folder / "model" / "quant_config.json"
         self.quant_config: dict[str, Any] = read_json(config) if config.is_file() else {}
 
@@ -166,11 +169,15 @@ class RunFiles:
         return [name for name, value in parts.items() if not value]
 
     def _rows(self, stage: str, key: str, kind: type[_Row]) -> list[_Row]:
-        values = self.value(stage, key)
-        if values is None:
-            return []
+        return self._read(stage, key, list[kind]) or []  # type: ignore[valid-type]  # the row class is a variable
+
+    def _read(self, stage: str, key: str, kind: type[_Value]) -> _Value | None:
+        """A metric of a stage as what it should be; none if the run has none."""
+        value = self.value(stage, key)
+        if value is None:
+            return None
         try:
-            return TypeAdapter(list[kind]).validate_python(values)  # type: ignore[valid-type]  # the row class is a variable
+            return TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             detail = error.errors()[0]
             where = ".".join(str(part) for part in ("stages", stage, "metrics", key, *detail["loc"]))
