@@ -14,13 +14,15 @@ import torch
 
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import DataError, InputError, ModelError
-from synthquant.core.files import require_writable, write_text
+from synthquant.core.files import write_text
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
-from synthquant.core.run_folder import RunFolder, nothing_half_written
+from synthquant.core.run_folder import RunFolder
+from synthquant.core.working_folder import require_space, size_of, working_folder
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
+from synthquant.data.store import JOURNAL_NAME
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
@@ -30,17 +32,18 @@ from synthquant.models.open import open_model
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
-from synthquant.report.figures import require_matplotlib
 from synthquant.report.html import write_report
 from synthquant.select.sequence import require_supported
 from synthquant.select.write import selection_metrics, write_selection
-from synthquant.synthesize.batches import open_writer
+from synthquant.synthesize.batches import image_form, open_writer
 
 STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
 """The stages of every run in order, as `run.json` names them; `select` comes after `images` where a recipe has it."""
 
 # Settings that say where a run is computed, not what it computes.
 _PLACE = ("device", "memory.device_gib", "memory.host_gib")
+# Files that hold nothing but what was asked for.
+_WORTHLESS = ("recipe.yaml", "run.json")
 
 
 def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecord:
@@ -49,34 +52,39 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
     Raises:
         InputError: the recipe names something that does not exist or does not fit together, or `out` holds another
             run. If nothing of value was made until then, no folder is left behind.
-        OutputError: `out` cannot be written.
-        MissingExtraError: a package is missing that the network or the report needs.
+        OutputError: `out` cannot be written, the disk is full, or another process works there. What is finished stays.
+        MissingExtraError: a package is missing that the network or the images need.
     """
     device = resolve_device(recipe.device)
-    folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
-    if folder.is_done(*STAGES, *(["select"] if recipe.select else [])):
-        progress.say(f"{out}: this run is finished; its results are read from there")
+    with working_folder(Path(out), _WORTHLESS):
+        folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
+        if folder.is_done(*STAGES, *(["select"] if recipe.select else [])):
+            progress.say(f"{out}: this run is finished; its results are read from there")
+            return folder.record
+        _do_stages(folder, recipe, device, progress)
         return folder.record
-    require_matplotlib()
+
+
+def _do_stages(folder: RunFolder, recipe: Recipe, device: str, progress: Progress) -> None:
+    """Check all that can be known before any work, then do the stages that are not done."""
     model = open_model(recipe.model, device=device)
     real = None
     if recipe.evaluate is not None:
         real = open_images(recipe.evaluate.data)
-        _require_known_classes(real, recipe.evaluate.data, model)
+        _require_labels(real, recipe.evaluate.data, model, progress)
     if recipe.select is not None:
         require_supported(recipe.select.build(), model)
-    with nothing_half_written(folder.path, keep=("images/part-*", "images/token*")):
-        write_text(folder.path / "recipe.yaml", recipe.to_yaml())
-        _note_model(folder, model)
-        images = _get_images(folder, recipe.images, model, recipe.seed, progress)
-        images = _select(folder, recipe, model, images, real, progress)
-        quant_model = _quantize(folder, recipe, model, images, progress)
-        _evaluate(folder, recipe.evaluate, model, quant_model, images if real is None else real, progress)
-        if not folder.is_done("report"):
-            with folder.stage("report"):
-                write_report([folder.path], folder.report)
+    require_space(folder.path, _space(folder, recipe, model))
+    write_text(folder.path / "recipe.yaml", recipe.to_yaml())
+    _note_model(folder, model)
+    images = _get_images(folder, recipe.images, model, recipe.seed, progress)
+    images = _select(folder, recipe, model, images, real, progress)
+    quant_model = _quantize(folder, recipe, model, images, progress)
+    _evaluate(folder, recipe.evaluate, model, quant_model, images if real is None else real, progress)
+    if not folder.is_done("report"):
+        with folder.stage("report"):
+            write_report([folder.path], folder.report, progress)
     shutil.rmtree(folder.work, ignore_errors=True)
-    return folder.record
 
 
 def synthesize(
@@ -97,10 +105,10 @@ def synthesize(
         UnsupportedModelError: the method does not work for this network; `folder` is not left behind.
         OutputError: `folder` cannot be written.
     """
-    require_writable(folder)
     method = section.build()
     rng = Rng(seed).child("images")
-    with nothing_half_written(folder, keep=("part-*", "token*")):
+    with working_folder(folder, (JOURNAL_NAME,)):
+        require_space(folder, {"images": _image_bytes(section, model) - size_of(folder)})
         writer = open_writer(folder, section.method, method, section.count, seed, model)
         if ray is not None:
             return ray.synthesize(method, model, section.count, rng, writer, progress)
@@ -259,12 +267,41 @@ def _evaluate(
         }
 
 
-def _require_known_classes(data: ImageSet, source: str, model: FloatModel) -> None:
-    """Raise `DataError` before any work is done if a label is no class of the network."""
-    if data.labels is None or model.num_classes is None or not len(data):
+def _space(folder: RunFolder, recipe: Recipe, model: FloatModel) -> dict[str, int]:
+    """Bytes that a run will take on the disk beside what is there, by what for; at least, as far as can be known."""
+    needed = {}
+    if isinstance(recipe.images, SynthesizeSection) and not folder.is_done("images"):
+        needed["images"] = max(0, _image_bytes(recipe.images, model) - size_of(folder.images))
+    if not folder.is_done("checkpoint"):
+        # Codes take a byte each while the network is quantized, and at most that in the checkpoint.
+        codes = sum(parameter.numel() for parameter in model.module.parameters())
+        needed |= {"units": max(0, codes - size_of(folder.work)), "checkpoint": codes}
+    return needed
+
+
+def _image_bytes(section: SynthesizeSection, model: FloatModel) -> int:
+    """Bytes of the images; 0 for images of a size of their own, which only the generator knows."""
+    form = image_form(section.build())
+    if not form.sized_by_network or form.dtype != "float16":
+        return 0
+    height, width = model.preprocess.input_size
+    return section.count * 3 * height * width * torch.float16.itemsize
+
+
+def _require_labels(data: ImageSet, source: str, model: FloatModel, progress: Progress) -> None:
+    """Raise `DataError` before any work is done if an image has no label, or one that is no class of the network.
+
+    Without any labels agreement can be measured all the same; that is said.
+    """
+    if data.labels is None or not len(data):
+        progress.warn(f"{source} has no labels: agreement with the float network is measured on it, accuracy is not")
         return
+    if unlabelled := int((data.labels < 0).sum()):
+        raise DataError(
+            f"{source}: {unlabelled} of {len(data)} images have no label; label them all, or leave these out"
+        )
     highest = int(data.labels.max())
-    if highest >= model.num_classes:
+    if model.num_classes is not None and highest >= model.num_classes:
         raise DataError(
             f"{source} has labels up to {highest} but {model.name} has {model.num_classes} classes "
             f"(0 to {model.num_classes - 1}); give data with the network's classes"

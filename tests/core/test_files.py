@@ -179,7 +179,7 @@ def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(OutputError, match=rf"cannot write to {re.escape(str(tmp_path))}: Permission denied"):
         require_writable(tmp_path)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from synthquant.core.errors import DataError, InputError, OutputError
-from synthquant.core.run_folder import RunFolder, nothing_half_written
+from synthquant.core.errors import InputError, OutputError
+from synthquant.core.run_folder import RunFolder
 
 RECIPE = {
     "model": {"source": "m"},
@@ -87,30 +87,3 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file, not a folder"):
         opened(tmp_path / "file" / "run")
-
-
-def test_an_error_takes_away_what_was_made_for_it_with_its_parents(tmp_path: Path) -> None:
-    with pytest.raises(DataError), nothing_half_written(tmp_path / "a" / "b", keep="part-*"):
-        (tmp_path / "a" / "b" / "images").mkdir()
-        (tmp_path / "a" / "b" / "run.json").touch()
-        raise DataError("no")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_leaves_finished_work_and_what_was_there_before(tmp_path: Path) -> None:
-    new, old = tmp_path / "new", tmp_path / "old"
-    old.mkdir()
-    (old / "file").touch()
-    with pytest.raises(DataError), nothing_half_written(new, keep="part-*"):
-        (new / "part-0").touch()
-        raise DataError("no")
-    with pytest.raises(DataError), nothing_half_written(old, keep="part-*"):
-        raise DataError("no")
-    assert (new / "part-0").exists() and (old / "file").exists()
-
-
-def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
-    with pytest.raises(DataError), nothing_half_written(tmp_path, keep="part-*"):
-        (tmp_path / "run.json").touch()
-        raise DataError("no")
-    assert tmp_path.is_dir() and not any(tmp_path.iterdir())

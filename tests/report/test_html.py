@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from tests.report.run_folders import LAYERS, make_run, real_images
 
 from synthquant.core.errors import InputError, OutputError
+from synthquant.core.progress import QUIET
 from synthquant.report.html import write_report
 
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
@@ -205,3 +207,18 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(OutputError, match="cannot write"):
         write_report([run], tmp_path / "run" / "run.json" / "report.html")
+
+
+def test_without_matplotlib_the_page_has_no_plots_and_page_and_terminal_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    assert "Plots are left out" not in page_of(run, out=tmp_path / "with.html")[1].words
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = []
+    monkeypatch.setattr(QUIET, "warn", told.append, raising=False)
+    text, page = page_of(run, out=tmp_path / "report.html")
+    assert '<svg role="img"' not in text and page.row("genie_m")[1] == "90.82"
+    missing = "matplotlib is not installed; install it with: pip install 'synthquant[report]'"
+    assert f"Plots are left out: {missing}" in page.words
+    assert told == [f"{tmp_path / 'report.html'} has no plots: {missing}"]

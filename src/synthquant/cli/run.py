@@ -69,7 +69,7 @@ def demo(
         environments.append(record.environment)
         float_row, quantized_row = accuracy_rows(record)
         rows |= {"float": float_row | {"name": "float"}, title: quantized_row | {"name": title}}
-    report = write_report([folder for folder, _ in runs.values()], out / "report.html")
+    report = write_report([folder for folder, _ in runs.values()], out / "report.html", progress)
     ordered = [rows[name] for name in ("float", *reversed(runs))]
     if json:
         print_json({"rows": ordered, "report": str(report), "environment": environments[0]})

@@ -11,6 +11,7 @@ import typer
 from synthquant.cli import options
 from synthquant.cli.output import print_json
 from synthquant.core.errors import UnknownNameError
+from synthquant.core.progress import ConsoleProgress
 from synthquant.core.registry import Registry
 from synthquant.core.settings import Settings, allowed_range
 from synthquant.methods import EXPORTERS, METRICS, QUANTIZERS, SELECTORS, SYNTHESIZERS
@@ -37,7 +38,7 @@ def report(
     json: options.Json = False,
 ) -> None:
     """Write one self-contained HTML page about one or several runs side by side, or about a selection of images."""
-    page = write_report(runs, out)
+    page = write_report(runs, out, ConsoleProgress())
     print_json({"report": str(page)}) if json else print(page)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from synthquant.core.errors import InputError, OutputError
+from synthquant.core.locks import FORMER, claimed, temporary_file
 
 SEAL = "sha256"
 """Field of a sealed JSON file that holds the hash of all others."""
@@ -34,16 +34,14 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
     Raises `OutputError` if it cannot be written.
     """
-    temporary = _temporary_sibling(path)
     try:
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        with temporary_file(path) as (temporary, file):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name == "nt":  # which renames no open file; elsewhere the open file says that it is no leftover
+                file.close()
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
@@ -106,27 +104,19 @@ def changed(path: Path) -> InputError:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` on success and is removed on failure.
+    """Yield an empty folder in a temporary one that becomes `path` on success and is removed on failure.
 
     An existing `path` that is not empty is only replaced if `replace` says so.
-    Raises `OutputError` if it is in the way or the folder cannot be made.
+    Raises `OutputError` if it is in the way, the folder cannot be made, or another process is making `path`.
     """
     if path.is_dir():
         if not replace and any(path.iterdir()):
             raise OutputError(f"{path} already exists and is not empty; choose another folder or remove it")
     elif path.exists():
         raise OutputError(f"{path} is a file, not a folder; choose another name")
-    temporary = _temporary_sibling(path)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {path}: {_reason(error)}") from error
-    try:
+    with made_folder(path.parent), atomic_path(path) as temporary:
+        make_folder(temporary)
         yield temporary
-        _swap(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -134,18 +124,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path of the same name in a temporary folder; what is made there becomes `path` on success.
 
     A file or folder that is already there is replaced. On failure nothing of it is left.
-    Raises `OutputError` if the folder of `path` is not there or cannot be written.
+    Raises `OutputError` if the folder of `path` is not there or cannot be written, or another process is making `path`.
     """
-    temporary = _temporary_sibling(path)
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {_reason(error)}") from error
-    try:
+    with claimed(path) as temporary:
         yield temporary / path.name
-        _swap(temporary / path.name, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _swap(temporary / path.name, path, temporary / FORMER)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents if it is not there; raises `OutputError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {folder}: {_reason(error)}") from error
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; on failure those that were made are removed again, as far as they are empty.
+
+    Raises `OutputError` if it cannot be made.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        make_folder(folder)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for one in made:
+                one.rmdir()
+        raise
 
 
 def require_writable(folder: Path) -> None:
@@ -158,41 +166,31 @@ def require_writable(folder: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise OutputError(f"cannot write to {folder}: {existing} is a file, not a folder")
-    probe = existing / f".{uuid4().hex}.tmp"
     try:
-        # Permission bits say too little (root, read-only mounts, quotas): try it.
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        # Permission bits say too little (root, read-only mounts, quotas): try it, with a file that has no name.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {_reason(error)}") from error
 
 
-def _swap(temporary: Path, path: Path) -> None:
-    """Let a file or folder take the place of what is at `path`."""
-    old = _temporary_sibling(path)
+def _swap(new: Path, path: Path, former: Path) -> None:
+    """Let a file or folder take the place of what is at `path`, which goes to `former` for that time."""
     try:
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+        if path.is_dir() or (path.exists() and new.is_dir()):
+            os.replace(path, former)
+        os.replace(new, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
+        if former.exists() and not path.exists():
+            os.replace(former, path)
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        old.unlink(missing_ok=True)
 
 
 def _seal(fields: Mapping[str, Any]) -> str:
     """The hash of fields, whatever their order and the spaces between them."""
     as_read = json.loads(json.dumps(fields, allow_nan=False))  # keys that are numbers read back as texts
     return sha256_bytes(json.dumps(as_read, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
-
-
-def _temporary_sibling(path: Path) -> Path:
-    return path.parent / f".{path.name}.{uuid4().hex[:12]}.tmp"
 
 
 def _sync_folder(folder: Path) -> None:

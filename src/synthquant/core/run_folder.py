@@ -5,16 +5,16 @@ RUN/  recipe.yaml   run.json   images/   selected/   model/   report.html   (wor
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from synthquant.core.errors import InputError, OutputError, SynthquantError
+from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import require_writable
-from synthquant.core.record import RunRecord, environment, peak_memory_bytes, reset_peak_memory
+from synthquant.core.locks import remove_leftovers
+from synthquant.core.record import RunRecord, StageRecord, environment, peak_memory_bytes, reset_peak_memory
 
 
 class RunFolder:
@@ -44,6 +44,7 @@ class RunFolder:
             self.record = RunRecord.load(path / "run.json")
             self._require_same(recipe, place)
             self.record.recipe = dict(recipe)
+            remove_leftovers(path, deep=True)
         elif path.is_dir() and any(path.iterdir()):
             raise OutputError(f"{path} is not empty and not a run folder; choose another --out")
         else:
@@ -92,12 +93,17 @@ class RunFolder:
             yield metrics
             stage.metrics = metrics
             stage.status = "done"
-        finally:
-            if stage.status == "running":
-                stage.status = "failed"
-            stage.seconds = seconds_before + time.perf_counter() - start
-            stage.peak_memory_bytes = peak_memory_bytes(self.device)
-            self._save()
+        except BaseException:
+            stage.status = "failed"
+            with suppress(OutputError):  # of a full disk: what came first says more
+                self._end(stage, seconds_before, start)
+            raise
+        self._end(stage, seconds_before, start)
+
+    def _end(self, stage: StageRecord, seconds_before: float, start: float) -> None:
+        stage.seconds = seconds_before + time.perf_counter() - start
+        stage.peak_memory_bytes = peak_memory_bytes(self.device)
+        self._save()
 
     def _require_same(self, recipe: Mapping[str, Any], place: Collection[str]) -> None:
         before, after = _flat(self.record.recipe), _flat(recipe)
@@ -117,41 +123,6 @@ class RunFolder:
 
     def _save(self) -> None:
         self.record.save(self.path / "run.json")
-
-
-@contextmanager
-def nothing_half_written(folder: Path, keep: str | tuple[str, ...]) -> Iterator[None]:
-    """Make `folder`, and take it away again if an error of ours ends the work before it holds anything of value.
-
-    Args:
-        folder: what is made; a folder that held files before is never touched.
-        keep: globs of the files, relative to `folder`, for which it is kept.
-    """
-    if folder.is_dir() and any(folder.iterdir()):
-        yield
-        return
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    except SynthquantError:
-        patterns = (keep,) if isinstance(keep, str) else keep
-        if not any(path for pattern in patterns for path in folder.glob(pattern)):
-            _empty(folder)
-            for parent in made:
-                parent.rmdir()
-        raise
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from synthquant.core.errors import DataError, InputError, OutputError
-from synthquant.core.files import read_json, require_writable, sha256_file, write_json
+from synthquant.core.files import make_folder, read_json, require_writable, sha256_file, write_json
+from synthquant.core.locks import remove_leftovers
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.data.image_set import ImageSet
@@ -155,13 +156,10 @@ class ImageSetWriter:
             if (self.folder / JOURNAL_NAME).is_file():
                 return self._resume()
         require_writable(self.folder)
-        self._remove_temporary_files()
+        remove_leftovers(self.folder)
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise OutputError(f"{self.folder} is not empty and holds no image set; choose another folder or empty it")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make folder {self.folder}: {error.strerror}") from error
+        make_folder(self.folder)
         writer = PartsWriter(self.folder)
         # Written before the first part: from now on the folder is known to be an unfinished set.
         self._write_journal(writer)
@@ -175,7 +173,7 @@ class ImageSetWriter:
             raise DataError(f"{path} is damaged, remove {self.folder} and start again: {error}") from error
         self._require_same(found)
         self._manifest = self._manifest.model_copy(update={"image_size": found.image_size})
-        self._remove_temporary_files()
+        remove_leftovers(self.folder)
         for part in found.parts:
             file = self.folder / part.name
             if not file.is_file() or sha256_file(file) != part.sha256:
@@ -204,7 +202,3 @@ class ImageSetWriter:
                     f"{self.folder} holds images made with {what} {there!r}, not {wanted!r}; "
                     "choose another folder or remove it"
                 )
-
-    def _remove_temporary_files(self) -> None:
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)

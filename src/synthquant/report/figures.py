@@ -11,13 +11,13 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from markupsafe import Markup
 
-from synthquant.core.errors import MissingExtraError
 from synthquant.report.formatting import printable
 from synthquant.report.svg import page_element
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from synthquant.report.run_files import CoverageRow, SqnrRow, UnitRow
+
+P = ParamSpec("P")
 
 # Colours that appear nowhere else stand for the page's variables until the SVG is written.
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
@@ -47,6 +49,24 @@ _WIDTH = 11.2  # inches; at 100 units per inch this is the width of the page's t
 _MAX_LABELS = 64
 
 
+def available() -> bool:
+    """Return whether figures can be drawn; without matplotlib each of the functions below returns nothing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _drawn(draw: Callable[P, Markup]) -> Callable[P, Markup]:
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Markup:
+        return draw(*args, **kwargs) if available() else Markup()
+
+    return drawn
+
+
+@_drawn
 def loss_curves(units: Sequence[UnitRow], figure_id: str) -> Markup:
     """Draw the loss of every unit relative to its first value, over the iterations; early units dark, late ones bright.
 
@@ -72,6 +92,7 @@ def loss_curves(units: Sequence[UnitRow], figure_id: str) -> Markup:
         return _svg(figure, figure_id, f"Reconstruction loss of {len(drawn)} units over the iterations")
 
 
+@_drawn
 def layer_sqnr(rows: Sequence[SqnrRow], figure_id: str) -> Markup:
     """Draw the four ratios [dB] of every layer in execution order; higher is better."""
     series = {
@@ -83,6 +104,7 @@ def layer_sqnr(rows: Sequence[SqnrRow], figure_id: str) -> Markup:
     return _layer_lines([row.name for row in rows], series, figure_id, "SQNR per layer")
 
 
+@_drawn
 def compare_cumulative(runs: Mapping[str, Sequence[SqnrRow]], figure_id: str) -> Markup:
     """Draw the cumulative ratio [dB] of several runs over the layers, by layer name."""
     names: list[str] = []
@@ -95,6 +117,7 @@ def compare_cumulative(runs: Mapping[str, Sequence[SqnrRow]], figure_id: str) ->
     return _layer_lines(names, series, figure_id, "Cumulative SQNR of each run per layer")
 
 
+@_drawn
 def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> Markup:
     """Draw weight and input bits of every layer; a layer left in float stands at the top as 32 bits, hollow."""
     if not rows:
@@ -127,12 +150,14 @@ def layer_bits(rows: Sequence[CoverageRow], figure_id: str) -> Markup:
         return _svg(figure, figure_id, "Bits of weights and input activations per layer")
 
 
+@_drawn
 def batch_norm_gaps(names: Sequence[str], series: Mapping[str, Sequence[float]], figure_id: str) -> Markup:
     """Draw how far sets of images are from the statistics of each batch norm, on a logarithmic axis; low is close."""
     positive = {label: [value if value > 0 else None for value in values] for label, values in series.items()}
     return _layer_lines(names, positive, figure_id, "Distance to each batch norm", "distance", log=True)
 
 
+@_drawn
 def score_histogram(
     edges: Sequence[float], kept: Sequence[int], rejected: Sequence[int], score: str, figure_id: str
 ) -> Markup:
@@ -157,6 +182,7 @@ def score_histogram(
         return _svg(figure, figure_id, f"Histogram of {score}")
 
 
+@_drawn
 def class_balance(names: Sequence[str], pool: Sequence[int], kept: Sequence[int], figure_id: str) -> Markup:
     """Draw how many images of each class the pool had, and how many of these stayed."""
     with _style():
@@ -269,7 +295,6 @@ def _figure(height: float, rows: int) -> tuple[Figure, list[Axes]]:
 @contextmanager
 def _style() -> Iterator[None]:
     """Settings of matplotlib for the time of one figure; the user's own are back afterwards."""
-    require_matplotlib()
     import matplotlib
 
     settings: dict[str, Any] = {
@@ -291,14 +316,6 @@ def _style() -> Iterator[None]:
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the bytes
         matplotlib.rcParams.update(settings)
         yield
-
-
-def require_matplotlib() -> None:
-    """Raise `MissingExtraError` if no figure can be drawn: better before hours of work than after them."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "report") from error
 
 
 def _svg(figure: Figure, figure_id: str, title: str) -> Markup:

@@ -43,6 +43,7 @@ from markupsafe import Markup
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import write_text
+from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
@@ -53,6 +54,7 @@ from synthquant.report.selection import SelectionSection, is_selection, selectio
 from synthquant.report.sheet import Sheet, make_sheet
 
 _WORST_LAYERS = 3
+_NO_PLOTS = "matplotlib is not installed; install it with: pip install 'synthquant[report]'"
 _KINDS = {
     "black": "Black",
     "constant": "Constant",
@@ -90,19 +92,21 @@ class RunSection:
     worst: list[SqnrRow] = field(default_factory=list)
 
 
-def write_report(runs: Sequence[Path | str], out: Path | str) -> Path:
+def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress = QUIET) -> Path:
     """Write the page about `runs`, or about one folder of selected images, to the file `out`, and return `out`.
 
     Reads only files of the run folders and, for the sheet of real images, the evaluation data named there; what cannot
-    be read of the latter is said on the page.
+    be read of the latter is said on the page. Without matplotlib the page has no plots and says so, and so does
+    `progress`.
 
     Raises:
         InputError: no run folder, not a run folder, a selection beside something else, or a table of `run.json` or
             `selection.json` with a wrong value.
-        MissingExtraError: matplotlib is not installed.
         OutputError: `out` cannot be written.
     """
     folders, out = [Path(folder) for folder in runs], Path(out)
+    if not figures.available():
+        progress.warn(f"{out} has no plots: {_NO_PLOTS}")
     selections = [folder for folder in folders if is_selection(folder) and not (folder / "run.json").is_file()]
     if selections:
         if len(folders) > 1:
@@ -147,6 +151,7 @@ def _environment() -> Environment:
     for name in ("percent", "signed_percent", "number", "significant", "count", "size", "quantity", "duration"):
         environment.filters[name] = getattr(formatting, name)
     environment.globals["span"] = _interval_geometry
+    environment.globals["no_plots"] = "" if figures.available() else _NO_PLOTS
     return environment
 
 

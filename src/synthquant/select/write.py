@@ -5,11 +5,9 @@ IMAGES/  part-*.parquet + manifest.json (the image set)   selection.json   rejec
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from glob import escape
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,7 +24,7 @@ from synthquant.models.batch_norm import batch_norm_targets
 from synthquant.models.float_model import FloatModel
 from synthquant.select.batch_norm import BatchNormProbe
 from synthquant.select.scan import TABLE_GIB, Block, scan
-from synthquant.select.sequence import registered_name, run_filters
+from synthquant.select.sequence import Selection, registered_name, run_filters
 from synthquant.select.summary import summarize
 
 SELECTION_NAME = "selection.json"
@@ -83,7 +81,29 @@ def write_selection(
     if _is_finished(folder, identity):
         progress.say(f"{folder}: this selection is finished; it is read from there")
         return ImageSet.open(folder)
-    _remove_leftovers(folder)
+    # From the start, so that a second process is refused before it looks at the pool.
+    with atomic_folder(folder) as temporary:
+        selection, summary = _choose(images, model, filters, rng, real, batch_size, table_gib, progress, workers)
+        selection.kept.save(temporary, _Renamed(progress, temporary, folder))
+        if len(worst := selection.worst(_REJECTED_SHOWN)):
+            selection.pool.subset(worst).save(temporary / REJECTED_NAME, _Silent())
+        write_json(temporary / SELECTION_NAME, {"version": 1, "identity": identity, **summary})
+    _warn_if_farther(folder, progress)
+    return ImageSet.open(folder)
+
+
+def _choose(
+    images: ImageSet,
+    model: FloatModel,
+    filters: Sequence[Selector],
+    rng: Rng,
+    real: ImageSet | None,
+    batch_size: int,
+    table_gib: float,
+    progress: Progress,
+    workers: Workers | None,
+) -> tuple[Selection, dict[str, Any]]:
+    """Return what stays, and what `selection.json` says about it."""
     # Sums that no filter asked for are only taken where they cost little.
     channels = sum(len(target.mean) for target in batch_norm_targets(model.module).values())
     compare_norms = real is not None and 0 < 8 * channels * len(images) <= table_gib * 2**30
@@ -103,16 +123,14 @@ def write_selection(
         chosen = torch.randperm(len(real), generator=rng.generator("real"))[:_REAL_COMPARED].sort().values
         probes = [probe for name, probe in selection.probes.items() if name == BatchNormProbe.name]
         beside = scan(
-            real.subset(chosen), model, probes, batch_size=batch_size, title="look at real images", progress=progress
+            real.subset(chosen),
+            model,
+            probes,
+            batch_size=batch_size,
+            title="look at real images",
+            progress=progress,
         )
-    summary = summarize(selection, model, beside)
-    with atomic_folder(folder) as temporary:
-        selection.kept.save(temporary, _Renamed(progress, temporary, folder))
-        if len(worst := selection.worst(_REJECTED_SHOWN)):
-            selection.pool.subset(worst).save(temporary / REJECTED_NAME, _Silent())
-        write_json(temporary / SELECTION_NAME, {"version": 1, "identity": identity, **summary})
-    _warn_if_farther(folder, progress)
-    return ImageSet.open(folder)
+    return selection, summarize(selection, model, beside)
 
 
 def selection_metrics(folder: Path) -> dict[str, Any]:
@@ -170,13 +188,6 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     return False
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left beside the folder."""
-    if folder.parent.is_dir():
-        for leftover in folder.parent.glob(f".{escape(folder.name)}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 class _Silent(Progress):
     """Says nothing, for a sample of images that nobody asked to check."""
 
@@ -185,7 +196,7 @@ class _Silent(Progress):
 
 
 class _Renamed(Progress):
-    """Speaks of a temporary folder by the name it will have."""
+    """Speaks of a temporary folder by the path it will have."""
 
     def __init__(self, progress: Progress, temporary: Path, folder: Path) -> None:
         self._progress = progress
@@ -194,7 +205,7 @@ class _Renamed(Progress):
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:
-        with self._progress.bar(title.replace(self._temporary.name, self._folder.name), total) as bar:
+        with self._progress.bar(title, total) as bar:
             yield bar
 
     def warn(self, text: str) -> None:

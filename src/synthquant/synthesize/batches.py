@@ -77,7 +77,7 @@ def open_writer(
 
     Raises what `ImageSetWriter` raises.
     """
-    form: ImageForm = getattr(method, "form", ImageForm())
+    form = image_form(method)
     return ImageSetWriter(
         folder,
         method=name,
@@ -89,6 +89,12 @@ def open_writer(
         dtype=form.dtype,
         framing=form.framing,
     )
+
+
+def image_form(method: Synthesizer) -> ImageForm:
+    """Return in which form a method makes its images."""
+    form: ImageForm = getattr(method, "form", ImageForm())
+    return form
 
 
 def no_batch_norm(method: str, model: FloatModel) -> UnsupportedModelError:

@@ -17,7 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from synthquant.core.errors import DataError, InputError
-from synthquant.core.files import write_bytes
+from synthquant.core.files import make_folder, write_bytes
+from synthquant.core.locks import claimed
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.preprocess import Preprocess, input_batches
@@ -105,11 +106,27 @@ def tune_prompt(
 
     Raises `DataError` if a class has fewer images than `shots`, a label has no name or an image is broken;
     `UnsupportedModelError` if the pipeline is not of the build of Stable Diffusion; `InputError` if the token or the
-    initial word does not do, the loss stops being finite, or `path` holds another embedding.
+    initial word does not do, the loss stops being finite, or `path` holds another embedding; `OutputError` if `path`
+    cannot be written, or another process is making it.
     """
+    if path is None:
+        return _tune(generator, images, names, settings, rng, None, progress)
+    make_folder(Path(path).parent)
+    with claimed(Path(path)):
+        return _tune(generator, images, names, settings, rng, Path(path), progress)
+
+
+def _tune(
+    generator: TextToImagePipeline,
+    images: ImageSet,
+    names: Sequence[str],
+    settings: PromptTuning,
+    rng: Rng,
+    path: Path | None,
+    progress: Progress,
+) -> Embedding:
     require_template(settings.template, places=2)
     networks = LatentDiffusion(generator)
-    path = None if path is None else Path(path)
     tokens = networks.tokenize([settings.template.format(name, settings.token) for name in names], settings.token)
     shots = _encode_shots(networks, images, names, settings, rng, progress)
     origin = _origin(settings, rng.seed, generator.fingerprint, shots.fingerprint, names)
@@ -118,8 +135,6 @@ def tune_prompt(
         _require_same(embedding.origin, origin, path)
         progress.say(f"{path}: this token is finished")
         return embedding
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
     if settings.save_memory:
         networks.save_memory()
     state = TuningState.start(networks.word_vector(settings.initial_word), settings.lr)
