@@ -93,7 +93,5 @@ def test_a_full_disk_that_another_library_met_is_told_too_and_nothing_kept_is_no
 def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     require_space(tmp_path / "not" / "yet", {"images": free // 4})
-    with pytest.raises(
-        OutputError, match=r"run needs about .* \(images .* GiB, work .*\) but its disk has .* free; free some"
-    ):
+    with pytest.raises(OutputError, match=r"run needs about .* \(images .* GiB, work .*\) but its disk has"):
         require_space(tmp_path / "run", {"images": 2 * free, "work": 2**20, "nothing": 0})

@@ -32,11 +32,11 @@ def working_folder(folder: Path, worthless: Collection[str]) -> Iterator[None]:
         OutputError: the folder cannot be made or written, another process is writing it, or the disk is full; the
             message then says what is kept.
     """
+    require_writable(folder)
     with made_folder(folder), locked_folder(folder):
         remove_leftovers(folder)
         is_new = not any(folder.iterdir())
         try:
-            require_writable(folder)
             yield
         except OSError as error:
             kept = not is_new or not _removed(folder, worthless)
