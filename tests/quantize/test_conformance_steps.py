@@ -6,6 +6,7 @@ is left out, swapped or put in shows; that the comparison would see each part is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -109,9 +110,9 @@ def quantize(name: str) -> Result:
     return Result(model, report, drawn)
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, Result]:
-    return {name: quantize(name) for name in OWN}
+@functools.cache
+def result_of(name: str) -> Result:
+    return quantize(name)
 
 
 Change = Callable[[Pass], Pass]
@@ -176,8 +177,8 @@ def deviation(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> 
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_every_step_is_the_paper_s(results: dict[str, Result], name: str) -> None:
-    result = results[name]
+def test_every_step_is_the_paper_s(name: str) -> None:
+    result = result_of(name)
     method, traces = slow(name, result)
     found, wanted = shown(result), numbers(traces)
     assert found.keys() == wanted.keys()
@@ -195,8 +196,8 @@ def test_every_step_is_the_paper_s(results: dict[str, Result], name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["qdrop", "genie_m"])
-def test_masks_are_fresh_and_as_often_the_quantized_value_as_asked(results: dict[str, Result], name: str) -> None:
-    drawn = results[name].drawn
+def test_masks_are_fresh_and_as_often_the_quantized_value_as_asked(name: str) -> None:
+    drawn = result_of(name).drawn
     assert drawn.probabilities == {0.25}
     # A mixture for each unit and step, and a mask for each of the two step sizes that are learned.
     assert len(drawn.masks) == STEPS * (len(READS) + len(LEARNS))
@@ -231,8 +232,18 @@ PARTS: list[tuple[str, str, Change]] = [
 
 
 @pytest.mark.parametrize(("name", "part", "change"), PARTS, ids=[f"{name}: {part}" for name, part, _ in PARTS])
-def test_without_a_part_the_steps_are_others(results: dict[str, Result], name: str, part: str, change: Change) -> None:
+def test_without_a_part_the_steps_are_others(name: str, part: str, change: Change) -> None:
     """The comparison above would see it: ten times its tolerance."""
-    _, traces = slow(name, results[name], change)
-    wanted, found = numbers(traces), shown(results[name])
+    _, traces = slow(name, result_of(name), change)
+    wanted, found = numbers(traces), shown(result_of(name))
     assert deviation(found, wanted) > 0.01
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_how_many_images_are_cached_at_a_time_does_not_matter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The results above are of one chunk of 10 images; these of chunks of 4, 4 and 2."""
+    monkeypatch.setattr(reconstruct, "_CHUNK", 4)
+    found, wanted = shown(quantize(name)), shown(result_of(name))
+    assert found.keys() == wanted.keys()
+    for key, values in wanted.items():
+        assert found[key] == pytest.approx(values, rel=1e-3, abs=1e-7), key
