@@ -109,7 +109,7 @@ def synthesize(
     rng = Rng(seed).child("images")
     with working_folder(folder, (JOURNAL_NAME,)):
         require_space(folder, {"images": _image_bytes(section, model) - size_of(folder)})
-        writer = open_writer(folder, section.method, method, section.count, seed, model)
+        writer = open_writer(folder, section.method, method, section.count, seed, model, progress)
         if ray is not None:
             return ray.synthesize(method, model, section.count, rng, writer, progress)
         return method.synthesize(model, section.count, rng, writer=writer, progress=progress)

@@ -106,3 +106,8 @@ def test_finished_parts_are_skipped_and_the_rest_is_the_same(
     assert resumed.manifest == whole.manifest
     assert [part.count for part in whole.manifest.parts] == [4, 4, 2]
     assert torch.equal(pixels(whole), pixels(method.synthesize(model, 10, Rng(0))))
+    for number in (0, 1):
+        part = tmp_path / f"killed/part-0000{number}.parquet"
+        part.write_bytes(part.read_bytes()[:-9])
+    mended = method.synthesize(model, 10, Rng(0), writer=writer("killed"))
+    assert mended.manifest == whole.manifest, "parts before those that are there are made as if those were not"

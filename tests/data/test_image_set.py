@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tests.damage import same_or_refused
 
 from synthquant.core.errors import DataError, OutputError
-from synthquant.core.files import read_json, write_json
+from synthquant.core.files import read_json, read_sealed_json, sha256_file, write_json, write_sealed_json
 from synthquant.core.progress import ConsoleProgress
 from synthquant.data import image_set as module
 from synthquant.data.image_set import ImageSet
@@ -268,12 +269,40 @@ def test_damaged_parts_are_noticed(tmp_path: Path, damage: str) -> None:
     image_set = ImageSet.open(tmp_path / "set")
     with pytest.raises(DataError, match=r"part-00000\.parquet is damaged: its hash differs"):
         image_set.verify()
-    if damage == "truncated":
-        with pytest.raises(DataError, match=r"part-00000\.parquet is damaged or not a Parquet file"):
-            image_set[0]
-    if damage == "other":
-        with pytest.raises(DataError, match="has 3 rows where 50 are expected"):
-            image_set[0]
+    for read in (lambda: image_set[0], lambda: image_set.labels, lambda: list(image_set.subset([3]).batches(1))):
+        with pytest.raises(DataError, match=r"part-00000\.parquet is damaged: its hash differs"):
+            read()
+
+
+def test_a_part_is_held_against_its_hash_once_when_it_is_first_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synthquant.data.image_set._PART_COUNT", 10)
+    monkeypatch.setattr("synthquant.data.image_set._SAVED_TOGETHER", 10)
+    monkeypatch.setattr("synthquant.data.parts._OPEN_FILES", 1)
+    ImageSet.from_tensors(_floats(30)).save(tmp_path / "set")
+    hashed = []
+    monkeypatch.setattr("synthquant.data.parts.sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
+    image_set = ImageSet.open(tmp_path / "set")
+    assert hashed == []
+    image_set.detached([12])
+    assert hashed == ["part-00001.parquet"]
+    for _ in range(2):
+        list(image_set.batches(4))
+    assert sorted(hashed) == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+
+
+def test_every_flip_in_a_part_or_a_manifest_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    ImageSet.from_tensors(_floats(20), torch.arange(20)).save(folder)
+
+    def content() -> tuple[object, ...]:
+        image_set = ImageSet.open(folder)
+        images = torch.stack([image for batch in image_set.batches(8) for image in batch.images])
+        return image_set.fingerprint, image_set.manifest, images.numpy().tobytes()
+
+    assert same_or_refused(folder / "part-00000.parquet", content, flips=22) == 22 + 6
+    assert same_or_refused(folder / "manifest.json", content, flips=150) > 140
 
 
 def test_verify_notices_a_part_that_vanished_later(tmp_path: Path) -> None:
@@ -290,20 +319,36 @@ def test_wrong_manifests_are_refused(tmp_path: Path) -> None:
         ImageSet.open(tmp_path)
     ImageSet.from_tensors(_floats(5)).save(tmp_path / "set")
     path = tmp_path / "set/manifest.json"
-    good = read_json(path)
+    good = read_sealed_json(path)
+    part = good["parts"][0]
     for change, message in (
-        ({"version": 9}, "has format version 9, this release reads version 1"),
+        ({"version": 9}, "has format version 9, this release reads versions 1 to 2"),
         ({"count": 6}, "promises 6 images"),
         ({"colour": "red"}, "unknown setting 'colour'"),
         ({"count": -1}, "count = -1"),
+        ({"parts": [{**part, "name": "../part-00000.parquet"}]}, r"parts\.0\.name = '\.\./part-00000\.parquet': "),
+        ({"parts": [{**part, "name": "/etc/passwd"}]}, "name = '/etc/passwd': "),
+        ({"parts": [part, part], "count": 10}, r"part-00000\.parquet is listed more than once"),
+        ({"parts": [{**part, "sha256": "0"}]}, "sha256 = '0': "),
     ):
-        write_json(path, {**good, **change})
+        write_sealed_json(path, {**good, **change})
         with pytest.raises(DataError, match=message):
             ImageSet.open(tmp_path / "set")
-    for text, message in (("{", "is not a JSON file"), ("[]", "is not a manifest")):
+    for text, message in (("{", "is not a JSON file"), ("[]", "holds no fields")):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             ImageSet.open(tmp_path / "set")
+
+
+def test_a_set_of_the_first_format_is_read_and_says_the_second_when_it_is_written(tmp_path: Path) -> None:
+    ImageSet.from_tensors(_floats(5)).save(tmp_path / "set")
+    path = tmp_path / "set/manifest.json"
+    write_json(path, {**read_sealed_json(path), "version": 1})
+    again = ImageSet.open(tmp_path / "set").save(tmp_path / "again")
+    assert (len(again), again.manifest.version) == (5, 2)
+    write_json(path, {**read_json(path), "version": 2})
+    with pytest.raises(DataError, match=r"manifest\.json was changed or damaged since it was written"):
+        ImageSet.open(tmp_path / "set")
 
 
 @pytest.mark.parametrize(

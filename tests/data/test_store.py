@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.damage import Warned, same_or_refused
 
 from synthquant.core.errors import DataError, OutputError
 from synthquant.core.progress import ConsoleProgress
@@ -167,14 +168,55 @@ def test_a_folder_of_another_run_is_refused(
     assert _bytes(tmp_path) == before
 
 
-def test_damaged_unfinished_sets_are_refused(tmp_path: Path) -> None:
-    _append(_writer(tmp_path), 0)
-    part = tmp_path / "part-00000.parquet"
-    part.write_bytes(part.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"part-00000\.parquet is missing or damaged, remove .* and start again"):
-        _writer(tmp_path)
-    (tmp_path / "parts.json").write_text('{"half": ')
-    with pytest.raises(DataError, match=r"parts\.json is damaged, remove .* and start again"):
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("spoilt", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_damaged_parts_are_made_again_and_the_others_stay(
+    tmp_path: Path, spoilt: tuple[int, ...], finished: bool
+) -> None:
+    for folder in (tmp_path / "whole", tmp_path / "set"):
+        for number in range(3):
+            _append(_writer(folder), number)
+    _writer(tmp_path / "whole").finish()
+    if finished:
+        _writer(tmp_path / "set").finish()
+    paths = [tmp_path / f"set/part-0000{number}.parquet" for number in range(3)]
+    for number in spoilt:
+        data = paths[number].read_bytes()
+        paths[number].write_bytes(data[:600] + b"?" + data[601:])
+    if len(spoilt) == 3:
+        paths[0].unlink()
+    written = [path.stat().st_mtime_ns for path in paths if path.exists()]
+    progress = Warned()
+    writer = _writer(tmp_path / "set", progress=progress)
+    assert progress.warnings == [
+        f"{paths[number]} is missing or not as it was written; it is made again" for number in spoilt
+    ]
+    assert writer.missing_parts(3) == list(spoilt)
+    assert (writer.finished_parts, writer.finished_count) == (
+        3 - len(spoilt),
+        COUNT - sum(len(_batch(n)) for n in spoilt),
+    )
+    images = writer.written()
+    assert (0 if images is None else len(images)) == writer.finished_count
+    with pytest.raises(DataError, match="not a finished image set"):
+        ImageSet.open(tmp_path / "set")
+    for number in spoilt:  # killed after each: what is missing is found again
+        writer = _writer(tmp_path / "set")
+        assert writer.missing_parts(3)[0] == number
+        _append(writer, number)
+    _writer(tmp_path / "set").finish()
+    assert _bytes(tmp_path / "set") == _bytes(tmp_path / "whole")
+    kept = [path.stat().st_mtime_ns for number, path in enumerate(paths) if number not in spoilt]
+    assert set(kept) <= set(written)
+
+
+def test_a_journal_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
+    for number in range(2):
+        _append(_writer(tmp_path), number)
+    journal = tmp_path / "parts.json"
+    assert same_or_refused(journal, lambda: _writer(tmp_path).finished_count, flips=150) > 140
+    journal.write_text('{"half": ')
+    with pytest.raises(DataError, match=r"parts\.json is not a JSON file.*choose another folder or remove"):
         _writer(tmp_path)
 
 

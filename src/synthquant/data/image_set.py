@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from synthquant.core.errors import DataError, did_you_mean
-from synthquant.core.files import atomic_folder, sha256_file
+from synthquant.core.files import atomic_folder
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.codec import MAX_PIXELS, encode, regular_file
 from synthquant.data.manifest import Framing, ImageDtype, Manifest, SetAside, read_manifest, write_manifest
 from synthquant.data.part_writer import PartsWriter
-from synthquant.data.parts import ParquetRows, PartFile
+from synthquant.data.parts import ParquetRows, PartFile, require_hash
 from synthquant.data.pixels import checked_columns, checked_labels, stored_pixels
 from synthquant.data.reading import Decoded, ReadingNotes, Transform, decode_ahead, pixels
 from synthquant.data.rows import DetachedRows, MemoryRows, Rows, Stored
@@ -117,7 +117,7 @@ class ImageSet:
     def open(cls, folder: Path | str) -> ImageSet:
         """Open a finished image set; raises `DataError` if it is none, or a part is missing.
 
-        Hashes are not checked here but in `verify`.
+        The hash of a part is checked when it is first read; `verify` checks all.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -132,15 +132,10 @@ class ImageSet:
         return image_set
 
     def verify(self) -> None:
-        """Raise `DataError` naming the first part whose hash is not the manifest's."""
-        if self.folder is None:
-            return
-        for part in self.manifest.parts:
-            path = self.folder / part.name
-            if not path.is_file():
-                raise DataError(f"{path} is missing; make the image set again")
-            if sha256_file(path) != part.sha256:
-                raise DataError(f"{path} is damaged: its hash differs from the manifest; make the image set again")
+        """Raise `DataError` naming the first part that is missing or whose hash is not the manifest's."""
+        if self.folder is not None:
+            for part in self.manifest.parts:
+                require_hash(self.folder / part.name, part.sha256)
 
     def __len__(self) -> int:
         return len(self._rows) if self._positions is None else len(self._positions)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synthquant.core.errors import DataError, InputError
-from synthquant.core.files import read_json, write_json
+from synthquant.core.files import read_sealed_json, write_sealed_json
 from synthquant.core.settings import Settings, parse_settings
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since 2 a manifest carries the hash of its own content (`core.files.write_sealed_json`)."""
+_UNSEALED_VERSION = 1
 
 ImageDtype = Literal["uint8", "float16"]
 Framing = Literal["cropped", "raw"]
@@ -21,11 +23,11 @@ Framing = Literal["cropped", "raw"]
 class Part(Settings):
     """One Parquet file of a set."""
 
-    name: str
-    """File name."""
+    name: str = Field(pattern=r"^part-[0-9]+\.parquet$")
+    """File name, in the folder of the manifest."""
     count: int = Field(ge=0)
     """Images in it."""
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Hash of the file."""
 
 
@@ -85,21 +87,33 @@ class Manifest(Settings):
     redrawn: dict[str, int] = Field(default_factory=dict)
     """How many images the method made and did not take, by reason; each was made again."""
 
+    @field_validator("parts")
+    @classmethod
+    def _check_each_part_once(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        names = [part.name for part in parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is listed more than once")
+        return parts
+
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an image set; raises `DataError` if it is missing, broken or of another version."""
+    """Read the manifest of an image set; raises `DataError` if it is missing, damaged or of another version."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise DataError(f"{folder} is not a finished image set: it has no {MANIFEST_NAME}")
+    return read_manifest_file(path)
+
+
+def read_manifest_file(path: Path) -> Manifest:
+    """Read what `write_manifest_file` wrote; raises `DataError` if it is missing, damaged or of another version."""
     try:
-        content = read_json(path)
-        if not isinstance(content, dict):
-            raise DataError(f"{path} is not a manifest: it holds no fields")
-        if content.get("version") != FORMAT_VERSION:
+        content = read_sealed_json(path, unsealed={"version": _UNSEALED_VERSION})
+        if content.get("version") not in (_UNSEALED_VERSION, FORMAT_VERSION):
             raise DataError(
-                f"{path} has format version {content.get('version')!r}, this release reads version {FORMAT_VERSION}"
+                f"{path} has format version {content.get('version')!r}, this release reads versions"
+                f" {_UNSEALED_VERSION} to {FORMAT_VERSION}"
             )
-        return parse_settings(Manifest, content, str(path))
+        return parse_settings(Manifest, {**content, "version": FORMAT_VERSION}, str(path))
     except DataError:
         raise
     except InputError as error:
@@ -108,4 +122,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which makes the set a finished one; raises `OutputError`."""
-    write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+    write_manifest_file(folder / MANIFEST_NAME, manifest)
+
+
+def write_manifest_file(path: Path, manifest: Manifest) -> None:
+    """Write a manifest that carries the hash of its own content; raises `OutputError`."""
+    write_sealed_json(path, manifest.model_dump(mode="json"))

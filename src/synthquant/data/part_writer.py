@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ _IMAGE_FIELDS = [pa.field("bytes", pa.binary()), pa.field("path", pa.string())]
 class PartsWriter:
     """Writes parts one after another into a folder and remembers what their manifest will say."""
 
-    def __init__(self, folder: Path, parts: Sequence[Part] = ()) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.parts = list(parts)
+        self.parts: list[Part] = []
         self.scan = ImageScan()
-        self._schema = open_parquet(folder / self.parts[0].name).schema_arrow if self.parts else None
+        self._schema: pa.Schema | None = None
 
     @property
     def count(self) -> int:
@@ -67,6 +67,13 @@ class PartsWriter:
         self.parts.append(part)
         self.scan.add(images)
         return part
+
+    def take(self, part: Part, images: Iterable[Tensor]) -> None:
+        """Go on after a part that is there, with these images, as if it had been written now."""
+        if self._schema is None:
+            self._schema = open_parquet(self.folder / part.name).schema_arrow
+        self.parts.append(part)
+        self.scan.add(images)
 
     def manifest_fields(self) -> dict[str, Any]:
         """Return the manifest's fields that follow from the images written."""

@@ -35,7 +35,10 @@ class PartFile:
 
 
 class ParquetRows:
-    """Images in Parquet files; row groups are read when asked for and the last few are kept."""
+    """Images in Parquet files; row groups are read when asked for and the last few are kept.
+
+    Where hashes are known, a file is held against its own when it is first opened, once.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class ParquetRows:
         self._image_column = image_column
         self._label_column = label_column
         self._known_hashes = known_hashes
+        self._unverified = set(range(len(self._files) if known_hashes else 0))
         self._starts = [0, *accumulate(file.count for file in files)]
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._group_starts: dict[int, list[int]] = {}
@@ -142,6 +146,9 @@ class ParquetRows:
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
             known = self._files[number]
+            if number in self._unverified and self._known_hashes is not None:
+                require_hash(known.path, self._known_hashes[number])
+                self._unverified.remove(number)
             file = open_parquet(known.path)
             if file.metadata.num_rows != known.count:
                 raise DataError(f"{known.path} has {file.metadata.num_rows} rows where {known.count} are expected")
@@ -160,6 +167,18 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def require_hash(path: Path, sha256: str) -> None:
+    """Raise `DataError` if a part is missing or is not the file that was written."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; make the image set again")
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if found != sha256:
+        raise DataError(f"{path} is damaged: its hash differs from the manifest; make the image set again")
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -1,23 +1,33 @@
-"""Writing an image set while it is being made, so that a killed run continues from its last finished part."""
+"""Writing an image set while it is being made, so that a killed run continues with the parts that are missing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from synthquant.core.errors import DataError, InputError, OutputError
-from synthquant.core.files import make_folder, read_json, require_writable, sha256_file, write_json
+from synthquant.core.errors import DataError, OutputError
+from synthquant.core.files import make_folder, require_writable
 from synthquant.core.locks import remove_leftovers
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings, parse_settings
+from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.data.manifest import MANIFEST_NAME, Framing, ImageDtype, Manifest, Part, read_manifest, write_manifest
+from synthquant.data.manifest import (
+    MANIFEST_NAME,
+    Framing,
+    ImageDtype,
+    Manifest,
+    Part,
+    read_manifest,
+    read_manifest_file,
+    write_manifest,
+    write_manifest_file,
+)
 from synthquant.data.part_writer import PartsWriter
-from synthquant.data.parts import ParquetRows, PartFile
+from synthquant.data.parts import ParquetRows, PartFile, require_hash
 from synthquant.data.pixels import checked_columns, checked_labels, stored_pixels
 from synthquant.data.reading import pixels
 
@@ -51,7 +61,8 @@ class ImageSetWriter:
     """Writes a set of `target_count` images part by part.
 
     A journal names the finished parts. Opened again after a kill with the same arguments, the writer continues there,
-    and ends with the same bytes as an uninterrupted run. Opened on a finished set, it has nothing left to do.
+    and ends with the same bytes as an uninterrupted run. Opened on a finished set, it has nothing left to do. Parts
+    that are gone or damaged are to be made again, with a warning; all others stay.
     """
 
     def __init__(
@@ -66,11 +77,12 @@ class ImageSetWriter:
         target_count: int,
         dtype: ImageDtype = "float16",
         framing: Framing = "cropped",
+        progress: Progress = QUIET,
     ) -> None:
         """Open a new, an unfinished or a finished folder. Without `image_size` the first images say it.
 
-        Raises `DataError` if the folder holds images made in another way or is damaged, `OutputError` if it holds other
-        things or cannot be written.
+        Raises `DataError` if the folder holds images made in another way or does not say which, `OutputError` if it
+        holds other things or cannot be written.
         """
         if target_count < 1:
             raise DataError(f"an image set needs at least 1 image, {target_count} were asked for")
@@ -87,17 +99,24 @@ class ImageSetWriter:
             model_fingerprint=model_fingerprint,
         )
         self._finished: ImageSet | None = None
-        self._writer = self._open()
+        self._writer = PartsWriter(self.folder)  # holds the first parts, up to one that is missing
+        self._recorded: tuple[Part, ...] = ()  # parts of former sittings,
+        self._whole: set[int] = set()  # and which of them are as they were written
+        self._open(progress)
 
     @property
     def finished_parts(self) -> int:
         """Parts that need not be made again."""
-        return len(self._writer.parts)
+        return len(self._finished_parts())
 
     @property
     def finished_count(self) -> int:
         """Images in those parts."""
-        return self._writer.count
+        return sum(part.count for part in self._finished_parts())
+
+    def missing_parts(self, total: int) -> list[int]:
+        """Return which parts are to be made and appended, in this order, of `total` in the set."""
+        return [index for index in range(len(self._writer.parts), total) if index not in self._whole]
 
     def append(
         self,
@@ -118,11 +137,12 @@ class ImageSetWriter:
             raise DataError(f"{len(images)} images more than the {self.target_count} promised for {self.folder}")
         checked = None if labels is None else checked_labels(labels, len(images))
         self._writer.write(list(images), checked, checked_columns(columns, len(images)))
+        self._take_whole_parts()
         self._write_journal()
 
     def written(self) -> ImageSet | None:
         """Return the images of the finished parts; none before the first."""
-        parts = self._writer.parts
+        parts = self._finished_parts()
         if not parts:
             return None
         rows = ParquetRows([PartFile(self.folder / part.name, part.count) for part in parts])
@@ -145,52 +165,71 @@ class ImageSetWriter:
             self._finished = ImageSet.open(self.folder)
         return self._finished
 
-    def _open(self) -> PartsWriter:
-        if self.folder.is_dir():
-            if (self.folder / MANIFEST_NAME).is_file():
-                found = read_manifest(self.folder)
-                self._require_same(found)
+    def _open(self, progress: Progress) -> None:
+        if (self.folder / MANIFEST_NAME).is_file():
+            self._find_parts(read_manifest(self.folder), progress)
+            if self.missing_parts(len(self._recorded)):
+                self._take_whole_parts()
+                # In this order: killed in between, the set is still a finished one with parts missing.
+                self._write_journal()
+                (self.folder / MANIFEST_NAME).unlink()
+            else:
                 self._finished = ImageSet.open(self.folder)
                 (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
-                return PartsWriter(self.folder, found.parts)
-            if (self.folder / JOURNAL_NAME).is_file():
-                return self._resume()
+            return
+        if (self.folder / JOURNAL_NAME).is_file():
+            self._find_parts(self._read_journal(), progress)
+            self._take_whole_parts()
+            return
         require_writable(self.folder)
         remove_leftovers(self.folder)
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise OutputError(f"{self.folder} is not empty and holds no image set; choose another folder or empty it")
         make_folder(self.folder)
-        writer = PartsWriter(self.folder)
         # Written before the first part: from now on the folder is known to be an unfinished set.
-        self._write_journal(writer)
-        return writer
+        self._write_journal()
 
-    def _resume(self) -> PartsWriter:
+    def _read_journal(self) -> Manifest:
         path = self.folder / JOURNAL_NAME
         try:
-            found = parse_settings(Manifest, read_json(path), str(path))
-        except (InputError, TypeError) as error:
-            raise DataError(f"{path} is damaged, remove {self.folder} and start again: {error}") from error
+            return read_manifest_file(path)
+        except DataError as error:
+            raise DataError(f"{error}; without it, choose another folder or remove {self.folder}") from error
+
+    def _find_parts(self, found: Manifest, progress: Progress) -> None:
+        """Learn which parts of a former sitting are as they were written."""
         self._require_same(found)
         self._manifest = self._manifest.model_copy(update={"image_size": found.image_size})
         remove_leftovers(self.folder)
-        for part in found.parts:
-            file = self.folder / part.name
-            if not file.is_file() or sha256_file(file) != part.sha256:
-                raise DataError(f"{file} is missing or damaged, remove {self.folder} and start again")
-        writer = PartsWriter(self.folder, found.parts)
-        # Statistics go over all images, also over those of the former sitting.
-        for part in found.parts:
-            rows = ParquetRows([PartFile(self.folder / part.name, part.count)])
-            for start in range(0, part.count, _READ_TOGETHER):
-                stored = rows.fetch(range(start, min(start + _READ_TOGETHER, part.count)))
-                writer.scan.add(pixels(one) for one in stored)
-        return writer
+        self._recorded = found.parts
+        for index, part in enumerate(found.parts):
+            try:
+                require_hash(self.folder / part.name, part.sha256)
+            except DataError:
+                progress.warn(f"{self.folder / part.name} is missing or not as it was written; it is made again")
+            else:
+                self._whole.add(index)
 
-    def _write_journal(self, writer: PartsWriter | None = None) -> None:
-        parts: tuple[Part, ...] = tuple((writer or self._writer).parts)
-        journal = self._manifest.model_copy(update={"parts": parts})
-        write_json(self.folder / JOURNAL_NAME, journal.model_dump(mode="json"))
+    def _take_whole_parts(self) -> None:
+        """Go on behind the next parts, as long as they are there."""
+        while (index := len(self._writer.parts)) in self._whole:
+            self._writer.take(self._recorded[index], self._images_of(self._recorded[index]))
+
+    def _images_of(self, part: Part) -> Iterator[Tensor]:
+        rows = ParquetRows([PartFile(self.folder / part.name, part.count)])
+        for start in range(0, part.count, _READ_TOGETHER):
+            for stored in rows.fetch(range(start, min(start + _READ_TOGETHER, part.count))):
+                yield pixels(stored)
+
+    def _finished_parts(self) -> list[Part]:
+        """All parts that are there, in order; they need not be the first ones."""
+        later = sorted(index for index in self._whole if index >= len(self._writer.parts))
+        return [*self._writer.parts, *(self._recorded[index] for index in later)]
+
+    def _write_journal(self) -> None:
+        # A part that is still missing stays in the journal as it was, and is found missing again after a kill.
+        parts = (*self._writer.parts, *self._recorded[len(self._writer.parts) :])
+        write_manifest_file(self.folder / JOURNAL_NAME, self._manifest.model_copy(update={"parts": parts}))
 
     def _require_same(self, found: Manifest) -> None:
         for name, what in _IDENTITY.items():

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from synthquant.core.errors import InputError, UnsupportedModelError
+from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.store import ImageForm, ImageSetWriter
 from synthquant.methods import SYNTHESIZERS, Synthesizer
 
 if TYPE_CHECKING:
-    from synthquant.core.progress import Progress
     from synthquant.core.rng import Rng
     from synthquant.models.float_model import FloatModel
 
@@ -47,10 +47,9 @@ def collect(
 
     Batch `b` draws from `rng.child(f"batch-{b}")` only. With a writer each batch is one part.
     """
-    done = 0 if writer is None else writer.finished_parts
     kept: list[Tensor] = []
-    for index, size in enumerate(sizes[done:], start=done):
-        normalized = make_batch(index, size, rng.child(f"batch-{index}"))
+    for index in range(len(sizes)) if writer is None else writer.missing_parts(len(sizes)):
+        normalized = make_batch(index, sizes[index], rng.child(f"batch-{index}"))
         pixels = model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
         pixels = pixels.contiguous(memory_format=torch.contiguous_format)
         if writer is None:
@@ -71,7 +70,13 @@ def collect(
 
 
 def open_writer(
-    folder: Path, name: str, method: Synthesizer, count: int, seed: int, model: FloatModel
+    folder: Path,
+    name: str,
+    method: Synthesizer,
+    count: int,
+    seed: int,
+    model: FloatModel,
+    progress: Progress = QUIET,
 ) -> ImageSetWriter:
     """Return the writer of a new or unfinished image set of `count` images of the method registered as `name`.
 
@@ -88,6 +93,7 @@ def open_writer(
         target_count=count,
         dtype=form.dtype,
         framing=form.framing,
+        progress=progress,
     )
 
 

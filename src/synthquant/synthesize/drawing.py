@@ -206,13 +206,13 @@ def collect_drawn(
     Raises `DataError` if the parts on disk are of another generator, `InputError` as `Drawing.draw` does.
     """
     seen, batches = SeenImages(), []
-    done = 0 if writer is None else writer.finished_parts
+    missing = range(len(sizes)) if writer is None else writer.missing_parts(len(sizes))
     if writer is not None:
         _take_up(writer, source.fingerprint, seen)
     places = [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
     with progress.bar("text_to_image", sum(sizes)) as bar:
-        bar.advance(sum(sizes[:done]))
-        for drawn in source.batches(places[done:]):
+        bar.advance(sum(sizes) - sum(sizes[index] for index in missing))
+        for drawn in source.batches([places[index] for index in missing]):
             batch = settle(drawn, source, seen)
             if writer is None:
                 batches.append(batch)

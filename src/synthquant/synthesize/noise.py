@@ -46,7 +46,7 @@ class Noise(Settings):
         height, width = model.preprocess.input_size
         with progress.bar("noise", count) as bar:
             # What an earlier run left on disk is done.
-            bar.advance(0 if writer is None else sum(sizes[: writer.finished_parts]))
+            bar.advance(0 if writer is None else writer.finished_count)
 
             def draw(index: int, size: int, source: Rng) -> Tensor:
                 del index
