@@ -79,7 +79,7 @@ def test_a_killed_selection_leaves_nothing_and_ends_with_the_same_bytes(
 
     command = ["select", data, *network, "--by", "bn_sensitivity:0.5", "--by", "energy:0.5", "--out"]
     assert synthquant(*command, tmp_path / "whole").status == 0
-    for place in ("write_json", "summarize"):
+    for place in ("write_sealed_json", "summarize"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(f"synthquant.select.write.{place}", die)
             synthquant(*command, tmp_path / "killed")

@@ -347,7 +347,7 @@ def test_a_set_of_the_first_format_is_read_and_says_the_second_when_it_is_writte
     again = ImageSet.open(tmp_path / "set").save(tmp_path / "again")
     assert (len(again), again.manifest.version) == (5, 2)
     write_json(path, {**read_json(path), "version": 2})
-    with pytest.raises(DataError, match=r"manifest\.json was changed or damaged since it was written"):
+    with pytest.raises(DataError, match=r"manifest\.json lacks the hash that this package writes"):
         ImageSet.open(tmp_path / "set")
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.damage import same_or_refused
 from tests.small_networks import calibrated_model, small_float_model
 
 from synthquant.core.errors import ModelError, OutputError
-from synthquant.core.files import sha256_file
+from synthquant.core.files import read_sealed_json, sha256_file, write_json, write_sealed_json
 from synthquant.evaluate.cost import quantized_cost
 from synthquant.export.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, load_checkpoint, save_checkpoint
 from synthquant.nn.quant_model import QuantModel
@@ -161,6 +162,32 @@ def test_damaged_weights_are_found(model: QuantModel, tmp_path: Path) -> None:
         load_checkpoint(path.parent)
 
 
+@pytest.mark.parametrize(("name", "least"), [(CONFIG_NAME, 40), (WEIGHTS_NAME, 30 + 6)])
+def test_no_damage_to_a_checkpoint_changes_the_network(
+    model: QuantModel, tmp_path: Path, name: str, least: int
+) -> None:
+    folder = save_checkpoint(model, tmp_path / "model")
+    inputs = model.float_model.example_input(2)
+
+    def logits() -> list[float]:
+        with torch.no_grad():
+            return load_checkpoint(folder, float_model=model.float_model)(inputs).flatten().tolist()
+
+    assert same_or_refused(folder / name, logits, flips=least if name == CONFIG_NAME else 30) >= least - 2
+
+
+def test_a_checkpoint_of_the_first_version_is_read(model: QuantModel, tmp_path: Path) -> None:
+    folder = save_checkpoint(model, tmp_path / "model")
+    fields = read_sealed_json(folder / CONFIG_NAME)
+    write_json(folder / CONFIG_NAME, {**fields, "format_version": 1})
+    inputs = model.float_model.example_input(2)
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(folder, float_model=model.float_model)(inputs), model(inputs))
+    write_json(folder / CONFIG_NAME, fields)
+    with pytest.raises(ModelError, match=r"quant_config\.json lacks the hash that this package writes"):
+        load_checkpoint(folder)
+
+
 def test_a_file_of_another_kind_is_refused(model: QuantModel, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
     (folder / WEIGHTS_NAME).write_bytes(b"not safetensors at all")
@@ -170,12 +197,12 @@ def test_a_file_of_another_kind_is_refused(model: QuantModel, tmp_path: Path) ->
 
 
 def _rewrite(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> None:
-    """Change tensors or fields of the description, with the hash made right again."""
+    """Change tensors or fields of the description, with the hashes made right again."""
     if tensors is not None:
         save_file(tensors, folder / WEIGHTS_NAME)
-    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    content = read_sealed_json(folder / CONFIG_NAME)
     content |= {"weights_sha256": sha256_file(folder / WEIGHTS_NAME), **config}
-    (folder / CONFIG_NAME).write_text(json.dumps(content), encoding="utf-8")
+    write_sealed_json(folder / CONFIG_NAME, content)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, tmp_path: Path) -> None:
@@ -198,11 +225,11 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, t
 
 def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    _rewrite(folder, format_version=2)
-    with pytest.raises(ModelError, match="has version 2, this release reads 1"):
+    config = read_sealed_json(folder / CONFIG_NAME)
+    _rewrite(folder, format_version=3)
+    with pytest.raises(ModelError, match="has version 3, this release reads 1 to 2"):
         load_checkpoint(folder)
-    _rewrite(folder, format_version=1, format="other")
+    _rewrite(folder, format_version=2, format="other")
     with pytest.raises(ModelError, match="its format is not 'synthquant-packed'"):
         load_checkpoint(folder)
     _rewrite(folder, format="synthquant-packed", layers=config["layers"][:-1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from synthquant.core.files import write_json, write_text
+from synthquant.core.files import write_sealed_json, write_text
 from synthquant.core.record import RunRecord, StageRecord
 from synthquant.data.image_set import ImageSet
 
@@ -109,7 +109,7 @@ def make_run(folder: Path, data: str | None = None, seed: int = 0, **changes: An
     write_text(folder / "recipe.yaml", "model: {source: zoo/small}  # <b>not bold</b>\n")
     preprocess = {"input_size": [16, 16], "resize": 16, "mean": [0.5] * 3, "std": [0.25] * 3}
     (folder / "model").mkdir()
-    write_json(folder / "model" / "quant_config.json", {"preprocess": preprocess})
+    write_sealed_json(folder / "model" / "quant_config.json", {"preprocess": preprocess})
     images = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 1.5 - 0.25
     labels = torch.arange(9) % 3
     ImageSet.from_tensors(images, labels=labels, dtype="float16", method="genie_d").save(folder / "images")

@@ -13,6 +13,7 @@ import pytest
 from tests.report.run_folders import LAYERS, make_run, real_images
 
 from synthquant.core.errors import InputError, OutputError
+from synthquant.core.files import write_sealed_json
 from synthquant.core.progress import QUIET
 from synthquant.report.html import write_report
 
@@ -195,7 +196,7 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(InputError, match=r"run\.json: stages\.evaluate\.metrics\.accuracy\.1\.top1: "):
         write_report([run], tmp_path / "report.html")
-    (run / "model" / "quant_config.json").write_text('{"preprocess": {"input_size": [0, 0]}}', encoding="utf-8")
+    write_sealed_json(run / "model" / "quant_config.json", {"preprocess": {"input_size": [0, 0]}})
     content["stages"]["evaluate"]["metrics"]["accuracy"] = []
     (run / "run.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(InputError, match=r"quant_config\.json: "):

@@ -13,6 +13,7 @@ from tests.report.test_html import Page
 from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import InputError
+from synthquant.core.files import read_sealed_json, write_sealed_json
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.report import figures
@@ -99,7 +100,7 @@ def test_a_selection_without_labels_real_images_or_batch_norm_filter(tmp_path: P
 
 def test_what_comes_from_the_file_is_escaped(selection: Path, tmp_path: Path) -> None:
     path = selection / "selection.json"
-    path.write_text(path.read_text().replace('"name": "build"', '"name": "<script>alert(1)</script>"'))
+    write_sealed_json(path, read_sealed_json(path) | {"model": {"name": "<script>alert(1)</script>"}})
     _, page = page_of(selection, out=tmp_path / "page.html")
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.words
 
@@ -108,9 +109,9 @@ def test_a_selection_beside_a_run_and_a_damaged_one_are_refused(selection: Path,
     with pytest.raises(InputError, match="is a selection of images; a report shows runs, or one selection alone"):
         write_report([selection, make_run(tmp_path / "run")], tmp_path / "page.html")
     path = selection / "selection.json"
-    content = json.loads(path.read_text())
+    content = read_sealed_json(path)
     content["steps"][0]["entered"] = "many"
-    path.write_text(json.dumps(content))
+    write_sealed_json(path, content)
     with pytest.raises(InputError, match=r"selection.json: steps.0.entered: Input should be a valid integer"):
         write_report([selection], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
@@ -118,9 +119,9 @@ def test_a_selection_beside_a_run_and_a_damaged_one_are_refused(selection: Path,
 
 def test_many_classes_are_told_not_drawn(selection: Path, tmp_path: Path) -> None:
     path = selection / "selection.json"
-    content = json.loads(path.read_text())
+    content = read_sealed_json(path)
     content["classes"] = {"pool": [2] * 150, "kept": [1] * 149 + [0]}
-    path.write_text(json.dumps(content))
+    write_sealed_json(path, content)
     text, page = page_of(selection, out=tmp_path / "page.html")
     assert "Of the 150 classes in the pool, between 0% and 50% of the images were kept; 1 classes" in page.words
     assert 'id="selection-classes' not in text

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.damage import same_or_refused
 from tests.select.networks import Tokens, float_model
 from tests.small_networks import small_float_model, small_images
 
@@ -61,6 +62,28 @@ def test_it_is_read_again_only_if_everything_is_the_same(model: FloatModel, tmp_
     ):
         with pytest.raises(OutputError, match=rf"holds another selection \(other ({differs})\)"):
             write_selection(tmp_path / "out", *changed)
+
+
+def test_images_of_a_finished_selection_that_are_damaged_are_made_again(model: FloatModel, tmp_path: Path) -> None:
+    arguments = (tmp_path / "out", small_images(9), model, [Energy(keep=4)], Rng(0))
+    write_selection(*arguments)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for name in ("part-00000.parquet", "rejected/part-00000.parquet", "rejected/manifest.json"):
+        path, listen = tmp_path / "out" / name, Listen()
+        path.write_bytes(before[path][:100] + b"?" + before[path][101:])
+        write_selection(*arguments, progress=listen)
+        assert len(listen.told) == 1 and name in listen.told[0] and "the selection is made again" in listen.told[0]
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_summary_is_refused(model: FloatModel, tmp_path: Path) -> None:
+    arguments = (tmp_path / "out", small_images(9), model, [Energy(keep=4)], Rng(0))
+    write_selection(*arguments)
+
+    def again() -> object:
+        return write_selection(*arguments).fingerprint, selection_metrics(tmp_path / "out")
+
+    assert same_or_refused(tmp_path / "out" / "selection.json", again, flips=60) > 50
 
 
 def test_warnings_speak_of_the_folder_that_was_asked_for(model: FloatModel, tmp_path: Path) -> None:

@@ -83,9 +83,11 @@ def read_sealed_json(path: Path, *, unsealed: Mapping[str, Any] | None = None) -
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise InputError(f"{path} holds no fields; it is not what this package wrote")
-    if SEAL not in fields and unsealed and all(fields.get(name) == value for name, value in unsealed.items()):
-        return fields
-    found = fields.pop(SEAL, None)
+    if SEAL not in fields:
+        if unsealed and all(fields.get(name) == value for name, value in unsealed.items()):
+            return fields
+        raise InputError(f"{path} lacks the hash that this package writes: it is another file, or was changed since")
+    found = fields.pop(SEAL)
     try:
         fits = found == _seal(fields)
     except ValueError:  # a number that is not finite, which is never written

@@ -26,7 +26,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from synthquant.core.errors import InputError, ModelError, VerificationError
-from synthquant.core.files import atomic_folder, read_json, sha256_bytes, write_bytes, write_json
+from synthquant.core.files import atomic_folder, read_sealed_json, sha256_bytes, write_bytes, write_sealed_json
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import package_version
 from synthquant.core.settings import Settings, parse_settings
@@ -44,7 +44,9 @@ from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 CONFIG_NAME = "quant_config.json"
 WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "synthquant-packed"
-_VERSION = 1
+_VERSION = 2
+# Of the first version, which did not carry the hash of its own content.
+_UNSEALED = {"format": _FORMAT, "format_version": 1}
 
 
 class LayerEntry(LayerScheme):
@@ -83,7 +85,7 @@ class QuantConfig(Settings):
     format: str = _FORMAT
     """Always `synthquant-packed`."""
     format_version: int = _VERSION
-    """Version of the format."""
+    """Version of the format; since 2 the file carries the hash of its own content."""
     synthquant_version: str
     """Release that wrote the checkpoint."""
     scheme: QuantScheme
@@ -154,7 +156,7 @@ def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
     config = _config(quant_model, sha256_bytes(weights))
     with atomic_folder(folder, replace=True) as temporary:
         write_bytes(temporary / WEIGHTS_NAME, weights)
-        write_json(temporary / CONFIG_NAME, config.model_dump(mode="json"))
+        write_sealed_json(temporary / CONFIG_NAME, config.model_dump(mode="json"))
     return folder
 
 
@@ -223,11 +225,13 @@ def read_config(folder: Path) -> QuantConfig:
     if not path.is_file():
         raise ModelError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
     try:
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        content = read_sealed_json(path, unsealed=_UNSEALED)
+        if content.get("format") != _FORMAT:
             raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
-        if content.get("format_version") != _VERSION:
-            raise ModelError(f"{path} has version {content.get('format_version')!r}, this release reads {_VERSION}")
+        if content.get("format_version") not in (_UNSEALED["format_version"], _VERSION):
+            raise ModelError(
+                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_VERSION}"
+            )
         return parse_settings(QuantConfig, content, str(path))
     except ModelError:
         raise

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from synthquant.core.errors import InputError
-from synthquant.core.files import read_json
+from synthquant.core.files import read_sealed_json
 from synthquant.core.record import RunRecord, StageRecord
 from synthquant.nn.coverage import CoverageSummary
 
@@ -105,7 +105,9 @@ class RunFiles:
         self.coverage = self._rows("quantize", "coverage", CoverageRow)
         self.coverage_summary = self._read("quantize", "coverage_summary", CoverageSummary)
         config = folder / "model" / "quant_config.json"
-        self.quant_config: dict[str, Any] = read_json(config) if config.is_file() else {}
+        self.quant_config: dict[str, Any] = {}
+        if config.is_file():
+            self.quant_config = read_sealed_json(config, unsealed={"format_version": 1})
 
     def value(self, stage: str, key: str) -> Any:
         """Return one metric of a stage, or none."""

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import Field, ValidationError
 
 from synthquant.core.errors import InputError
-from synthquant.core.files import read_json
+from synthquant.core.files import read_sealed_json
 from synthquant.data.image_set import ImageSet
 from synthquant.report import figures
 from synthquant.report.run_files import Row
@@ -125,7 +125,7 @@ def selection_section(folder: Path, class_names: Sequence[str], anchor: str) -> 
     """
     path = folder / SELECTION_NAME
     try:
-        found = SelectionFile.model_validate(read_json(path))
+        found = SelectionFile.model_validate(read_sealed_json(path, unsealed={"version": 1}))
     except ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(str(part) for part in detail["loc"])

@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from synthquant.core.errors import OutputError
-from synthquant.core.files import atomic_folder, read_json, require_writable, write_json
+from synthquant.core.errors import DataError, OutputError
+from synthquant.core.files import atomic_folder, read_sealed_json, require_writable, write_sealed_json
 from synthquant.core.progress import QUIET, Bar, Progress
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
@@ -68,7 +68,8 @@ def write_selection(
 ) -> ImageSet:
     """Choose from `images` with `filters`, leave the result in `folder`, and return the image set there.
 
-    Everything appears at once when it is done; the same call again reads it. `real` images change nothing but stand
+    Everything appears at once when it is done; the same call again reads it, or makes it again if images of it are gone
+    or not as they were written. `real` images change nothing but stand
     beside pool and selection in `selection.json`: pixel statistics, over up to 1,024 of them, and batch-norm statistics
     if a filter reads these or the pool's fit into `table_gib`. `workers` run the network over the pool in place of this
     process; that changes nothing else.
@@ -78,16 +79,17 @@ def write_selection(
         UnsupportedModelError, DataError: as `run_filters`; then nothing is left behind.
     """
     identity = _identity(images, model, filters, rng, real)
-    if _is_finished(folder, identity):
+    finished = _is_finished(folder, identity)
+    if finished and _is_whole(folder, progress):
         progress.say(f"{folder}: this selection is finished; it is read from there")
         return ImageSet.open(folder)
     # From the start, so that a second process is refused before it looks at the pool.
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=finished) as temporary:
         selection, summary = _choose(images, model, filters, rng, real, batch_size, table_gib, progress, workers)
         selection.kept.save(temporary, _Renamed(progress, temporary, folder))
         if len(worst := selection.worst(_REJECTED_SHOWN)):
             selection.pool.subset(worst).save(temporary / REJECTED_NAME, _Silent())
-        write_json(temporary / SELECTION_NAME, {"version": 1, "identity": identity, **summary})
+        write_sealed_json(temporary / SELECTION_NAME, {"version": 2, "identity": identity, **summary})
     _warn_if_farther(folder, progress)
     return ImageSet.open(folder)
 
@@ -139,7 +141,7 @@ def selection_metrics(folder: Path) -> dict[str, Any]:
     `filters`: for each its `method`, the `column` of its scores, how many images `entered` and how many it `kept`.
     `bn_distance`: of the sets `pool`, `kept` and perhaps `real`, summed over batch norms; none if not measured.
     """
-    content = read_json(folder / SELECTION_NAME)
+    content = _read(folder)
     gaps = content["batch_norm"]
     return {
         "filters": [{key: step[key] for key in ("method", "column", "entered", "kept")} for step in content["steps"]],
@@ -175,8 +177,7 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether the folder holds this very selection; raises `OutputError` if it holds anything else."""
     require_writable(folder)
     if (folder / SELECTION_NAME).is_file():
-        content = read_json(folder / SELECTION_NAME)
-        there = content.get("identity", {}) if isinstance(content, dict) else {}
+        there = _read(folder).get("identity", {})
         if there == identity:
             return True
         different = [key for key in identity if there.get(key) != identity[key]]
@@ -186,6 +187,22 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     if folder.is_dir() and any(folder.iterdir()):
         raise OutputError(f"{folder} already exists and is not empty; choose another folder or remove it")
     return False
+
+
+def _is_whole(folder: Path, progress: Progress) -> bool:
+    """Whether the images of a finished selection are as they were written; says so if not."""
+    try:
+        for part in (folder, folder / REJECTED_NAME) if (folder / REJECTED_NAME).exists() else (folder,):
+            ImageSet.open(part).verify()
+    except DataError as error:
+        progress.warn(f"{error}: the selection is made again")
+        return False
+    return True
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    # Of version 1, which did not carry the hash of its own content.
+    return read_sealed_json(folder / SELECTION_NAME, unsealed={"version": 1})
 
 
 class _Silent(Progress):
