@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.damage import same_or_refused
 from tests.small_networks import calibrated_model, small_float_model, small_images
 
 from synthquant.core.errors import MissingExtraError, ModelError, RecipeError, UnsupportedModelError, VerificationError
 from synthquant.core.files import sha256_file
 from synthquant.export.checkpoint import WEIGHTS_NAME, load_checkpoint, save_checkpoint
 from synthquant.export.onnx import Onnx, open_onnx
+from synthquant.export.onnx_metadata import seal
 from synthquant.export.onnx_runtime import ort_network, read_metadata, session
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
@@ -174,15 +176,59 @@ def test_a_broken_graph_fails_verification(full_file: Path, full_model: QuantMod
         Onnx().verify(full_model, tmp_path / "broken.onnx", small_images())
 
 
+def unsealed(path: Path, version: str) -> Any:
+    """A file without its hash."""
+    file = onnx.load(str(path))
+    entries = {entry.key: entry.value for entry in file.metadata_props}
+    del entries["synthquant.sha256"]
+    onnx.helper.set_model_props(file, {**entries, "synthquant.format_version": version})
+    return file
+
+
 def test_a_file_that_a_runtime_cannot_load_is_named(full_file: Path, tmp_path: Path) -> None:
-    file = onnx.load(str(full_file))
+    file = unsealed(full_file, "2")
     file.graph.node[0].op_type = "NoSuchOperator"
-    onnx.save(file, str(tmp_path / "broken.onnx"))
+    (tmp_path / "broken.onnx").write_bytes(seal(file.SerializeToString()))
     with pytest.raises(ModelError, match=r"ONNX Runtime cannot load .*broken\.onnx"):
         open_onnx(tmp_path / "broken.onnx")
     pytest.importorskip("openvino")
     with pytest.raises(ModelError, match=r"OpenVINO cannot load .*broken\.onnx"):
         open_onnx(tmp_path / "broken.onnx", "openvino")
+
+
+def test_no_damage_to_a_file_changes_the_network(full_file: Path, full_model: QuantModel, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(full_file.read_bytes())
+    inputs = full_model.float_model.example_input(2)
+
+    def logits() -> list[float]:
+        network, _ = open_onnx(path)
+        return network(inputs).flatten().tolist()
+
+    assert same_or_refused(path, logits, flips=120) == 120 + 6
+    end = len(path.read_bytes()) - 87
+    for place in range(end, end + 87):
+        data = full_file.read_bytes()
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(ModelError, match=r"net\.onnx"):
+            read_metadata(path)
+
+
+def test_a_file_that_was_written_again_by_others_is_refused(full_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    file = onnx.load(str(full_file))
+    file.doc_string = "mine"
+    onnx.save(file, str(path))
+    with pytest.raises(ModelError, match=r"net\.onnx was changed or damaged .* hash does not fit\); export it again"):
+        read_metadata(path)
+    onnx.save(unsealed(full_file, "2"), str(path))
+    with pytest.raises(ModelError, match=r"net\.onnx lacks the hash that synthquant export writes"):
+        read_metadata(path)
+    onnx.save(unsealed(full_file, "3"), str(path))
+    with pytest.raises(ModelError, match="metadata of version 3, this release reads 1 to 2"):
+        read_metadata(path)
+    onnx.save(unsealed(full_file, "1"), str(path))
+    assert read_metadata(path).preset == "ort-cpu", "the first version had no hash"
 
 
 SPECTRAL = """

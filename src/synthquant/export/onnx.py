@@ -29,7 +29,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
 from synthquant.export.compare import Network
 from synthquant.export.deploy import OPSET, OneInput, Symbols, deploy, packed_layers
-from synthquant.export.onnx_metadata import OnnxMetadata
+from synthquant.export.onnx_metadata import OnnxMetadata, seal
 from synthquant.export.presets import Preset, find_preset
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import FloatModel
@@ -97,7 +97,7 @@ class Onnx(Settings):
         onnx_graph.finish(
             model, producer="synthquant", version=metadata.synthquant_version, metadata=metadata.to_properties()
         )
-        write_bytes(path, onnx_graph.to_bytes(model))
+        write_bytes(path, seal(onnx_graph.to_bytes(model)))
         return path
 
     def verify(

@@ -9,19 +9,27 @@ from typing import Any
 from pydantic import Field
 
 from synthquant.core.errors import ModelError
+from synthquant.core.files import sha256_bytes
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.checkpoint import FloatModelEntry
 from synthquant.nn.scheme import QuantScheme
 
 _PREFIX = "synthquant."
+_VERSION = "2"
+_UNSEALED_VERSION = "1"
+_HASH = f"{_PREFIX}sha256"
+# One more entry of the model's metadata (field 14 of ModelProto: a key, field 1, and a value, field 2). A message that
+# another is appended to is the two merged, so that the entry is read like all others, and the hash is one of all bytes
+# before it.
+_SEAL = b"\x72%c\x0a%c%b\x12\x40" % (len(_HASH) + 68, len(_HASH), _HASH.encode())
 
 
 class OnnxMetadata(Settings):
     """Origin and use of an exported network."""
 
-    format_version: int = 1
-    """Version of these keys."""
+    format_version: int = int(_VERSION)
+    """Version of these keys; since 2 a file carries the hash of its own content."""
     synthquant_version: str
     """Release that wrote the file."""
     preset: str
@@ -56,7 +64,7 @@ class OnnxMetadata(Settings):
         """Read what `to_properties` wrote.
 
         Raises:
-            ModelError: the file is not one of ours, or of another version.
+            ModelError: the file is not one of ours, or of another version, or lost the hash that `require_seal` reads.
         """
         own = {key.removeprefix(_PREFIX): value for key, value in properties.items() if key.startswith(_PREFIX)}
         if "format_version" not in own:
@@ -64,8 +72,15 @@ class OnnxMetadata(Settings):
                 f"{where} was not exported by synthquant: it does not say how images are prepared; export it with"
                 " synthquant export"
             )
-        if own["format_version"] != "1":
-            raise ModelError(f"{where} has metadata of version {own['format_version']}, this release reads 1")
+        version, sealed = own["format_version"], own.pop(_HASH.removeprefix(_PREFIX), None) is not None
+        if version not in (_UNSEALED_VERSION, _VERSION):
+            raise ModelError(
+                f"{where} has metadata of version {version}, this release reads {_UNSEALED_VERSION} to {_VERSION}"
+            )
+        if not sealed and version != _UNSEALED_VERSION:
+            raise ModelError(
+                f"{where} lacks the hash that synthquant export writes: it was changed since; export again"
+            )
         values: dict[str, Any] = {}
         for key, text in own.items():
             field = cls.model_fields.get(key)
@@ -77,3 +92,18 @@ class OnnxMetadata(Settings):
             return parse_settings(cls, values, where)
         except ValueError as error:
             raise ModelError(str(error)) from error
+
+
+def seal(content: bytes) -> bytes:
+    """Return the bytes of an ONNX model with one more entry of metadata: the hash of all of them."""
+    return content + _SEAL + sha256_bytes(content).encode()
+
+
+def require_seal(content: bytes, properties: Mapping[str, str], where: str) -> None:
+    """Raise `ModelError` if the metadata hold a hash that is not that of `content`, or not at its end."""
+    body = content[: -len(_SEAL) - 64]
+    if _HASH in properties and content != seal(body):
+        raise ModelError(
+            f"{where} was changed or damaged since it was written (its hash does not fit); export it again with"
+            " synthquant export"
+        )

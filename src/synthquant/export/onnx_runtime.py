@@ -18,7 +18,7 @@ from torch import Tensor
 
 from synthquant.core.errors import MissingExtraError, ModelError
 from synthquant.export.compare import Network
-from synthquant.export.onnx_metadata import OnnxMetadata
+from synthquant.export.onnx_metadata import OnnxMetadata, require_seal
 from synthquant.export.presets import RUNTIMES
 
 _ERRORS_ONLY = 3
@@ -30,22 +30,25 @@ _RUNTIME_ERRORS = (
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """Return the metadata of an ONNX file.
+    """Return the metadata of an ONNX file, whose hash must fit if it carries one.
 
     Raises:
-        ModelError: there is no such file, or it is not ONNX.
+        ModelError: there is no such file, it is not ONNX, or it is not as synthquant wrote it.
     """
     if not path.is_file():
         raise ModelError(f"no such file: {path}")
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        content = path.read_bytes()
+        model = onnx.load_model_from_string(content)
     except (DecodeError, OSError) as error:
         raise ModelError(f"{path} is not an ONNX file: {error}") from error
-    return {entry.key: entry.value for entry in model.metadata_props}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    require_seal(content, properties, str(path))
+    return properties
 
 
 def read_metadata(path: Path) -> OnnxMetadata:
-    """Return what a file of ours says about itself; raises `ModelError` if it is not one of ours."""
+    """Return what a file of ours says about itself; raises `ModelError` if it is not one of ours, as it was written."""
     return OnnxMetadata.from_properties(read_properties(path), str(path))
 
 
@@ -92,7 +95,10 @@ def ort_network(loaded: onnxruntime.InferenceSession) -> Network:
     image = loaded.get_inputs()[0].name
 
     def run(inputs: Tensor) -> Tensor:
-        (logits, *_) = loaded.run(None, {image: inputs.detach().cpu().numpy()})
+        try:
+            (logits, *_) = loaded.run(None, {image: inputs.detach().cpu().numpy()})
+        except _RUNTIME_ERRORS as error:
+            raise ModelError(f"ONNX Runtime cannot run the network: {error}") from error
         return torch.from_numpy(logits)
 
     return run
