@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from zero_shot_matrix import SCHEMES, row_of
 
 from synthquant.core.files import write_json
 from synthquant.core.progress import ConsoleProgress
@@ -39,6 +38,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.pipeline import select, synthesize
 from synthquant.recipe import SelectSection, SynthesizeSection
+from zero_shot_matrix import SCHEMES, row_of
 
 
 def drawn_by(kind: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import generated_tables
+import robustness_table
 
 ROOT = Path(__file__).parent.parent
 ZOO = ROOT / "src" / "synthquant" / "models" / "zoo"
@@ -354,6 +355,8 @@ def main() -> None:
         (folder / "stable-diffusion.md").write_text(stable_diffusion(results))
     if results := load("generated_images"):
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
+    if results := load("robustness"):
+        (folder / "robustness.md").write_text(robustness_table.page(results, table))
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, content in (("demo", demo()), ("zero_shot", promise())):
