@@ -68,6 +68,7 @@ def quantize(
     method: options.QuantMethod = "genie_m",
     scheme: Annotated[str, typer.Option(help="Bits, as W<bits>A<bits>; more with --set scheme.FIELD=VALUE.")] = "W4A4",
     data: options.OptionalData = None,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -85,9 +86,9 @@ def quantize(
     section = apply_overrides({"method": method, "scheme": {"preset": scheme}}, settings or [])
     values = {
         "model": options.model_section(model, weights, input_size, mean, std, num_classes),
-        "images": {"source": images},
+        "images": {"source": images, "max_pixels": max_pixels},
         "quantize": section,
-        "evaluate": data,
+        "evaluate": None if data is None else {"data": data, "max_pixels": max_pixels},
         "device": device,
         "seed": seed,
     }
@@ -98,6 +99,7 @@ def quantize(
 def evaluate(
     model: ModelOrRun,
     data: options.Data,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -113,7 +115,8 @@ def evaluate(
 
     --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32. The seed changes nothing.
     """
-    section = parse_settings(EvaluateSection, apply_overrides({"data": data}, settings or []), "command line")
+    values = apply_overrides({"data": data, "max_pixels": max_pixels}, settings or [])
+    section = parse_settings(EvaluateSection, values, "command line")
     source: ModelSource | Path = Path(model)
     if model.endswith(".onnx"):
         row = measure.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
