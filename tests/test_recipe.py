@@ -69,11 +69,11 @@ def test_filters_are_written_as_text_as_mapping_or_with_the_settings_of_the_pass
 
 
 def test_a_setting_of_one_filter_is_reached_by_its_number(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(Recipe.parse(values(select=["energy:0.5", "bn_distance:9"])).to_yaml())
-    changes = ["select.by.1.spread=std", "select.by.0.keep=4", "select.batch_size=3"]
+    (tmp_path / "recipe.yaml").write_text(Recipe.parse(values(select=["energy:0.5", "bn_distance:1"])).to_yaml())
+    changes = ["select.by.1.spread=std", "select.by.0.keep=2", "select.batch_size=3"]
     section = Recipe.load(tmp_path / "recipe.yaml", changes).select
     assert section is not None and section.batch_size == 3
-    assert section.by[1].settings["spread"] == "std" and section.by[0].settings["keep"] == 4
+    assert section.by[1].settings["spread"] == "std" and section.by[0].settings["keep"] == 2
 
 
 def test_the_resolved_recipe_holds_every_field_of_the_method() -> None:
@@ -160,7 +160,7 @@ def test_overrides_leave_what_they_are_given_as_it_was() -> None:
         ("iterations", "write it as FIELD=VALUE"),
         ("=3", "write it as FIELD=VALUE"),
         ("seed.x=3", "seed is 0, it has no fields"),
-        ("seed=[1", "is not a YAML value"),
+        ("seed=[1", "its value is not YAML"),
         ("by.2=1", "by is a list with entries 0 to 1, not '2'"),
         ("by.first.x=1", "by is a list with entries 0 to 1, not 'first'"),
     ],
@@ -174,7 +174,7 @@ def test_an_override_that_cannot_be_read_is_quoted(text: str, message: str) -> N
     ("content", "message"),
     [
         (None, "cannot read recipe"),
-        ("a: [1", "is not a YAML file"),
+        ("a: [1", "is not YAML"),
         ("- 1", "must be a mapping"),
         (b"\xff\xfe", "cannot read"),
     ],

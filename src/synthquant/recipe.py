@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
+from synthquant.core.plain_yaml import LONGEST, parse_yaml
 from synthquant.core.registry import Registry
-from synthquant.core.settings import Settings, parse_settings
-from synthquant.data.codec import MAX_PIXELS
-from synthquant.data.image_set import ImageSet
-from synthquant.data.sources import open_images
+from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS, MemoryBudget, QuantStep, Selector, Synthesizer
 from synthquant.models.float_model import ModelSource
 from synthquant.nn.scheme import QuantScheme
+from synthquant.select.sequence import require_enough
 
 M = TypeVar("M")
 
@@ -40,7 +39,7 @@ class SynthesizeSection(Settings):
 
     method: str
     """Registered name of a synthesis method."""
-    count: int = Field(default=1024, ge=1)
+    count: int = Field(default=1024, ge=1, le=10**9)
     """How many images to make."""
     settings: dict[str, Any]
     """All fields of the method; written beside `method` in a recipe."""
@@ -59,16 +58,10 @@ class SynthesizeSection(Settings):
 class SourceSection(Settings):
     """Images that exist."""
 
-    source: str
+    source: str = Field(min_length=1)
     """An image set folder, a folder of class folders, a Parquet file or folder, or a `datasets` name."""
     count: int | None = Field(default=None, ge=1)
     """How many of them to use, drawn at random; none: all."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
-
-    def open(self) -> ImageSet:
-        """Return all of the images; raises as `open_images`."""
-        return open_images(self.source, max_pixels=self.max_pixels)
 
 
 class FilterSection(Settings):
@@ -147,16 +140,10 @@ class QuantizeSection(Settings):
 class EvaluateSection(Settings):
     """What float and quantized network are measured on."""
 
-    data: str
+    data: str = Field(min_length=1)
     """Labelled images, in any form that `images.source` takes."""
     batch_size: int = Field(default=128, ge=1)
     """Images per forward pass; does not change the result beyond rounding."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
-    """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
-
-    def open(self) -> ImageSet:
-        """Return the images; raises as `open_images`."""
-        return open_images(self.data, max_pixels=self.max_pixels)
 
 
 class Recipe(Settings):
@@ -174,12 +161,18 @@ class Recipe(Settings):
     """How the network is quantized."""
     evaluate: EvaluateSection | None = None
     """What to measure on; a plain string is its `data`; none: only what needs no labelled images is measured."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_INT)
     """Seed of all random numbers of the run."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ... or `auto`: an accelerator if there is one."""
     memory: MemoryBudget = MemoryBudget()
     """Memory that caches may take."""
+
+    @model_validator(mode="after")
+    def _enough_images(self) -> Recipe:
+        if self.select is not None and self.images.count is not None:
+            require_enough(self.select.build(), self.images.count)
+        return self
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -207,11 +200,14 @@ class Recipe(Settings):
             RecipeError: the file is missing or not YAML, and all that `parse` raises.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            with Path(path).open(encoding="utf-8") as file:
+                text = file.read(LONGEST + 1)
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL character in the name
             raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not a YAML file: {error}") from error
+        try:
+            values = parse_yaml(text)
+        except RecipeError as error:
+            raise RecipeError(f"{path} {error}") from error
         return cls.parse(apply_overrides(_expand(_mapping(values, str(path))), overrides), str(path))
 
     def resolved(self) -> dict[str, Any]:
@@ -259,12 +255,14 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str], prefix:
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():
-            raise RecipeError(f"--set {text!r}: write it as FIELD=VALUE, for example --set {prefix}iterations=500")
+            raise RecipeError(
+                f"--set {_shortened(text)!r}: write it as FIELD=VALUE, for example --set {prefix}iterations=500"
+            )
         try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value") from error
-        changed = _with(changed, f"{prefix}{path.strip()}".split("."), read, f"--set {text!r}", "")
+            read = parse_yaml(value)
+        except RecipeError as error:
+            raise RecipeError(f"--set {_shortened(text)!r}: its value {error}") from error
+        changed = _with(changed, f"{prefix}{path.strip()}".split("."), read, f"--set {_shortened(text)!r}", "")
     return changed
 
 
@@ -338,6 +336,10 @@ def _split(
     own = {key: value for key, value in values.items() if key in own_names}
     fields = {key: value for key, value in values.items() if key not in own_names}
     return own, method_settings(build_method(registry, method, fields, f"{where}: {name}"))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import pytest
 from pydantic import Field, ValidationError, field_validator
 
 from synthquant.core.errors import RecipeError
-from synthquant.core.settings import Settings, allowed_range, parse_settings
+from synthquant.core.settings import LARGEST_INT, Settings, allowed_range, parse_settings
 
 
 class _Loss(Settings):
@@ -85,3 +86,45 @@ def test_settings_are_frozen() -> None:
 def test_allowed_range() -> None:
     assert allowed_range(_Method.model_fields["rate"]) == "< 1"
     assert allowed_range(_Method.model_fields["kind"]) == ""
+
+
+class _Wide(Settings):
+    count: int = 1
+    """A number."""
+    rate: float = 1.0
+    """A share."""
+    name: str = "x"
+    """A text."""
+    names: tuple[str, ...] = ()
+    """Texts."""
+    flag: bool = False
+    """Whether."""
+    loose: dict[str, Any] = Field(default_factory=dict)
+    """Anything."""
+    inner: _Loss = _Loss()
+    """Settings."""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": True}, "count = True: a number or a text is wanted here, not true or false"),
+        ({"rate": False}, "rate = False: a number or a text is wanted here"),
+        ({"names": [True]}, "a number or a text is wanted here"),
+        ({"count": LARGEST_INT + 1}, "the number is too large"),
+        ({"count": -(10**30)}, "the number is too large"),
+        ({"rate": 1e300}, "rate = 1e+300: the number is too large"),
+        ({"name": "a\0b"}, "the text has a NUL character in it"),
+        ({"names": ["a", "\udcff"]}, "the text is not UTF-8"),
+        ({"loose": {"a": [{"b": "\0"}]}}, "the text has a NUL character in it"),
+        ({"inner": {"power": True}}, "inner.power = True: a number or a text is wanted here"),
+    ],
+)
+def test_values_that_networks_and_files_cannot_hold(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        parse_settings(_Wide, values, "here")
+
+
+def test_values_at_the_border_are_taken() -> None:
+    wide = parse_settings(_Wide, {"count": LARGEST_INT, "rate": 3e38, "flag": True, "loose": {"a": False}}, "here")
+    assert (wide.count, wide.rate, wide.flag, wide.loose) == (LARGEST_INT, 3e38, True, {"a": False})

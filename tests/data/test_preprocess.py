@@ -147,9 +147,9 @@ def test_empty_batch_has_the_right_shape() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"std": (0.2, 0.0, 0.2)}, "std must be above 0"),
-        ({"input_size": (0, 8)}, "sizes must be at least 1"),
-        ({"resize": 0}, "sizes must be at least 1"),
+        ({"std": (0.2, 0.0, 0.2)}, "greater than or equal to 0.0001"),
+        ({"input_size": (0, 8)}, "greater than or equal to 1"),
+        ({"resize": 0}, "greater than or equal to 1"),
         ({"mean": (0.5, 0.5)}, "mean"),
         ({"interpolation": "magic"}, "interpolation"),
     ],

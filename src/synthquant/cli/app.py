@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache, partial
 
 import typer
 from typer.exceptions import TyperException
@@ -30,11 +31,14 @@ for command in (
 app.command("list", cls=Command)(show.list_methods)
 app.command("tune-prompt", cls=Command)(tune_prompt.tune_prompt)
 
+_LONGEST_LINE = 2000
+_commands = cache(partial(typer.main.get_command, app))
+
 
 def run(arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit status; errors become one line on standard error."""
     try:
-        status = app(args=arguments, prog_name="synthquant", standalone_mode=False)
+        status = _commands()(args=arguments, prog_name="synthquant", standalone_mode=False)
     except TyperException as error:
         return _fail(f"{error.format_message()} (see synthquant --help)", 2)
     except Stopped as stopped:
@@ -54,5 +58,8 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, status: int = 1) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     return status

@@ -11,7 +11,7 @@ from synthquant.cli import options
 from synthquant.cli.output import print_json
 from synthquant.core.errors import RecipeError
 from synthquant.core.progress import ConsoleProgress
-from synthquant.export.onnx_speed import benchmark_onnx
+from synthquant.export.onnx_speed import SpeedTest, benchmark_onnx
 from synthquant.export.presets import PRESETS
 from synthquant.export.write import export_run
 from synthquant.methods import EXPORTERS
@@ -33,7 +33,6 @@ def export(
     to: To = "onnx",
     preset: PresetName = None,
     data: VerifyData = None,
-    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     verify: Annotated[bool, typer.Option(help="Run the file and compare it with the quantized network.")] = True,
     settings: options.Set = None,
     json: options.Json = False,
@@ -42,21 +41,23 @@ def export(
 
     --set takes any field of the exporter, for example --set min_agreement=0.995; `synthquant show onnx` lists them.
     """
+    if not verify:
+        options.require_not_given("--no-verify looks at no images", {"data": data})
     values: dict[str, Any] = {}
     if preset is not None:
         if to != "onnx":
             raise RecipeError(f"--preset belongs to --to onnx, not to --to {to}")
         values["preset"] = preset
     exporter = build_method(EXPORTERS, to, apply_overrides(values, settings or []), "export")
-    result = export_run(run, exporter, out, data=data, max_pixels=max_pixels, verify=verify, progress=ConsoleProgress())
+    result = export_run(run, exporter, out, data=data, verify=verify, progress=ConsoleProgress())
     print_json(result) if json else _print_export(result)
 
 
 def benchmark(
     file: OnnxFile,
-    batch: Annotated[int, typer.Option(min=1, help="Images in one call.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 2,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time to measure each of the two networks for.")] = 10.0,
+    batch: Annotated[int, typer.Option(help=options.setting_help(SpeedTest, "batch"))] = 1,
+    threads: Annotated[int, typer.Option(help=options.setting_help(SpeedTest, "threads"))] = 2,
+    seconds: Annotated[float, typer.Option(help=options.setting_help(SpeedTest, "seconds"))] = 10.0,
     json: options.Json = False,
 ) -> None:
     """Measure an exported network beside the float export of the same architecture, in turns, in ONNX Runtime."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from synthquant.core.errors import RecipeError
-from synthquant.core.settings import Settings, parse_settings
+from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.methods import QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource
@@ -23,7 +24,6 @@ def setting_help(settings: type[Settings], field: str) -> str:
 # Defaults have one source, the settings; here they only get names.
 COUNT: int = SynthesizeSection.model_fields["count"].default
 SELECT_BATCH_SIZE: int = SelectSection.model_fields["batch_size"].default
-MAX_PIXELS: int = SourceSection.model_fields["max_pixels"].default
 DEVICE: str = Recipe.model_fields["device"].default
 SEED: int = Recipe.model_fields["seed"].default
 
@@ -39,13 +39,12 @@ NumClasses = Annotated[int | None, typer.Option(help=setting_help(ModelSource, "
 Images = Annotated[str, typer.Option(metavar="IMAGES", help=setting_help(SourceSection, "source"), show_default=False)]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
-MaxPixels = Annotated[int, typer.Option(min=1, help=setting_help(SourceSection, "max_pixels"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
 QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
 
 Count = Annotated[int, typer.Option(min=1, help=setting_help(SynthesizeSection, "count"))]
 Device = Annotated[str, typer.Option(help=setting_help(Recipe, "device"))]
-Seed = Annotated[int, typer.Option(min=0, help=setting_help(Recipe, "seed"))]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_INT, help=setting_help(Recipe, "seed"))]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on standard output, and nothing else there.")
 ]
@@ -74,6 +73,15 @@ def workers(address: str | None, count: int | None) -> RayWorkers | None:
     if address is None and count is not None:
         raise RecipeError("--ray-workers needs --ray ADDRESS, or --ray local")
     return None if address is None else RayWorkers(address, count)
+
+
+def require_not_given(why: str, values: Mapping[str, object]) -> None:
+    """Raise `RecipeError` naming the options, whose names stand without dashes, that were given and change nothing."""
+    given = [f"--{name}" for name, value in values.items() if value is not None]
+    if given:
+        raise RecipeError(
+            f"{why}: {', '.join(given)} would change nothing; leave {'it' if len(given) == 1 else 'them'} out"
+        )
 
 
 def model_section(

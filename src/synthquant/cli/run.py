@@ -10,6 +10,7 @@ import typer
 from synthquant import pipeline
 from synthquant.cli import options
 from synthquant.cli.output import accuracy_rows, print_json, print_run, print_table
+from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
 from synthquant.core.progress import ConsoleProgress
@@ -60,7 +61,9 @@ def demo(
     require_writable(out)
     progress = ConsoleProgress()
     values = apply_overrides(_DEMO | {"device": device, "seed": seed}, settings or [])
-    runs = _demo_runs(Recipe.parse(values, "demo"), out)
+    genie = Recipe.parse(values, "demo")
+    resolve_device(genie.device)
+    runs = _demo_runs(genie, out)
     rows: dict[str, dict[str, Any]] = {}
     environments: list[dict[str, str]] = []
     for title, (folder, recipe) in runs.items():

@@ -11,7 +11,8 @@ from synthquant import measure, pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_result, print_run, print_table
 from synthquant.core.device import resolve_device
-from synthquant.core.errors import RecipeError
+from synthquant.core.errors import RecipeError, UnknownNameError
+from synthquant.core.files import require_writable
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
 from synthquant.export.presets import RUNTIMES
@@ -54,8 +55,9 @@ def synthesize(
     values = apply_overrides({"method": method, "count": count}, settings or [])
     section = SynthesizeSection.parse(values, "command line")
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    float_model = open_model(source, device=resolve_device(device))
-    workers = options.workers(ray, ray_workers)
+    place, workers = resolve_device(device), options.workers(ray, ray_workers)
+    require_writable(out)
+    float_model = open_model(source, device=place)
     images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
     print_result(result, device) if json else print(f"{len(images)} images in {out}")
@@ -68,7 +70,6 @@ def quantize(
     method: options.QuantMethod = "genie_m",
     scheme: Annotated[str, typer.Option(help="Bits, as W<bits>A<bits>; more with --set scheme.FIELD=VALUE.")] = "W4A4",
     data: options.OptionalData = None,
-    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -86,9 +87,9 @@ def quantize(
     section = apply_overrides({"method": method, "scheme": {"preset": scheme}}, settings or [])
     values = {
         "model": options.model_section(model, weights, input_size, mean, std, num_classes),
-        "images": {"source": images, "max_pixels": max_pixels},
+        "images": {"source": images},
         "quantize": section,
-        "evaluate": None if data is None else {"data": data, "max_pixels": max_pixels},
+        "evaluate": data,
         "device": device,
         "seed": seed,
     }
@@ -99,7 +100,6 @@ def quantize(
 def evaluate(
     model: ModelOrRun,
     data: options.Data,
-    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -115,16 +115,30 @@ def evaluate(
 
     --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32. The seed changes nothing.
     """
-    values = apply_overrides({"data": data, "max_pixels": max_pixels}, settings or [])
-    section = parse_settings(EvaluateSection, values, "command line")
-    source: ModelSource | Path = Path(model)
-    if model.endswith(".onnx"):
-        row = measure.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
-        print_result(row, device) if json else print_table([row])
-        return
-    if runtime is not None:
+    section = parse_settings(EvaluateSection, apply_overrides({"data": data}, settings or []), "command line")
+    resolve_device(device)
+    exported = model.endswith(".onnx")
+    if runtime is not None and not exported:
         raise RecipeError(f"--runtime belongs to an exported FILE.onnx, not to {model}")
-    if not Path(model).is_dir():
+    if runtime is not None and runtime not in RUNTIMES:
+        raise UnknownNameError("runtime", runtime, RUNTIMES)
+    source: ModelSource | Path = Path(model)
+    if exported or Path(model).is_dir():
+        options.require_not_given(
+            f"{model} brings its network with it",
+            {
+                "weights": weights,
+                "input-size": input_size,
+                "mean": mean,
+                "std": std,
+                "num-classes": num_classes,
+                "device": device if exported and device not in ("auto", "cpu") else None,
+            },
+        )
+    else:
         source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    row = measure.evaluate(source, section, device, ConsoleProgress())
+    if exported:
+        row = measure.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
+    else:
+        row = measure.evaluate(source, section, device, ConsoleProgress())
     print_result(row, device) if json else print_table([row])

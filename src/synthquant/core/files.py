@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,15 @@ def require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {_reason(error)}") from error
+
+
+def require_outside(out: Path, sources: Iterable[str | Path | None]) -> None:
+    """Raise `OutputError` if `out` is one of the sources or lies inside one: the next who reads it would read both."""
+    for source in sources:
+        if source is None or not (path := Path(source).expanduser()).exists():
+            continue
+        if path.resolve() in (resolved := out.expanduser().resolve(), *resolved.parents):
+            raise OutputError(f"{out} is, or lies inside, {source}, which is read; choose another --out")
 
 
 def _swap(new: Path, path: Path, former: Path) -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from synthquant.core.errors import InputError
+from synthquant.core.settings import LARGEST_INT
+
 
 @dataclass(frozen=True)
 class Rng:
@@ -20,6 +23,10 @@ class Rng:
     """The run's seed."""
     path: tuple[str, ...] = ()
     """Purposes from the outermost to the innermost."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_INT:
+            raise InputError(f"seed {self.seed} is not within 0 and {LARGEST_INT}; choose a smaller one")
 
     def child(self, purpose: str) -> Rng:
         """Return the random source of a part of the work, independent of all its siblings."""

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from synthquant.core.errors import RecipeError, did_you_mean
 
+LARGEST_INT = 2**63 - 1
+"""The largest whole number a setting takes: tensors, files and random generators hold no larger one."""
+_LARGEST_FLOAT = 3.4e38
+
 
 class Settings(BaseModel):
-    """Base of everything that is configured: immutable, no unknown fields, each field explained below it."""
+    """Base of everything that is configured: immutable, no unknown fields, each field explained below it.
+
+    Beyond their types, values must be ones that networks and files can hold: numbers within 64 and float32 bits, text
+    without NUL that can be written as UTF-8, and `true` only where a field says `bool`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        types = list(_types_in(cls.model_fields[str(info.field_name)].annotation))
+        if not isinstance(value, Mapping) or not any(_is_settings(one) for one in types):  # those look for themselves
+            _require_plain(value, bools=any(one is bool or one is Any for one in types))
+        return value
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -35,6 +52,17 @@ def parse_settings(cls: type[S], values: Mapping[str, Any], where: str) -> S:
         raise RecipeError(f"{where}: {'; '.join(problems)}") from error
 
 
+def text_problem(text: str) -> str | None:
+    """Return why a text cannot be a name or a path, or `None`."""
+    if "\0" in text:
+        return "has a NUL character in it"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return None
+
+
 def allowed_range(field: FieldInfo) -> str:
     """Return the bounds of a numeric field as text, for example `>= 1 and <= 8`; empty if it has none."""
     bounds = []
@@ -49,6 +77,32 @@ def allowed_range(field: FieldInfo) -> str:
             case Lt(lt=bound):
                 bounds.append(f"< {bound}")
     return " and ".join(bounds)
+
+
+def _require_plain(value: Any, *, bools: bool) -> None:
+    """Raise `ValueError` if something in plain data is of no use anywhere."""
+    if isinstance(value, bool):
+        if not bools:
+            raise ValueError("a number or a text is wanted here, not true or false")
+    elif isinstance(value, int | float):
+        if abs(value) > (LARGEST_INT if isinstance(value, int) else _LARGEST_FLOAT) and not math.isinf(value):
+            raise ValueError("the number is too large")
+    elif isinstance(value, str):
+        if problem := text_problem(value):
+            raise ValueError(f"the text {problem}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _require_plain(inner, bools=bools)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            _require_plain(key, bools=bools)
+            _require_plain(inner, bools=True)
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _types_in(inner)
 
 
 def _problem(cls: type[BaseModel], detail: ErrorDetails) -> str:
@@ -80,8 +134,8 @@ def _owner(cls: type[BaseModel], parts: list[str]) -> type[BaseModel] | None:
 
 
 def _settings_in(annotation: Any) -> type[BaseModel] | None:
-    candidates = (annotation, *get_args(annotation))
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    return next((one for one in (annotation, *get_args(annotation)) if _is_settings(one)), None)
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +19,12 @@ from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import Framing
 
+Side = Annotated[int, Field(ge=1, le=16384)]
+"""Pixels of a side of what a network sees."""
+ChannelMean = Annotated[float, Field(ge=-1e4, le=1e4)]
+"""Pixels are in 0..1; networks that want 0..255 have means up to 255."""
+ChannelStd = Annotated[float, Field(ge=1e-4, le=1e4)]
+"""As `ChannelMean`; what is beyond leaves nothing of an image in float32, or makes it infinite."""
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
 _FILTERS = {
@@ -36,29 +42,18 @@ class Preprocess(Settings):
     resized to `input_size` if it has another size. Then `(pixels - mean) / std`.
     """
 
-    input_size: tuple[int, int]
+    input_size: tuple[Side, Side]
     """Height and width the network sees."""
-    resize: int | tuple[int, int] | None = None
+    resize: Side | tuple[Side, Side] | None = None
     """Short side, or exact height and width, that a raw image is resized to before the crop; none: no resize."""
-    mean: tuple[float, float, float]
+    mean: tuple[ChannelMean, ChannelMean, ChannelMean]
     """Mean of each channel, in pixel space."""
-    std: tuple[float, float, float]
+    std: tuple[ChannelStd, ChannelStd, ChannelStd]
     """Standard deviation of each channel, in pixel space."""
     interpolation: Interpolation = "bilinear"
     """Resampling filter, with antialiasing as in Pillow."""
     crop: bool = Field(default=True)
     """Crop a raw image in the centre (padding a smaller one with black); without it, resize to `input_size`."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Preprocess:
-        sizes = [*self.input_size]
-        if self.resize is not None:
-            sizes += [self.resize] if isinstance(self.resize, int) else self.resize
-        if min(sizes) < 1:
-            raise ValueError(f"sizes must be at least 1, got input_size {self.input_size} and resize {self.resize}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, got {self.std}")
-        return self
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return network input of pixel-space values `[B,3,H,W]` (or `[3,H,W]`); differentiable."""

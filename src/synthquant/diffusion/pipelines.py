@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from synthquant.core.device import resolve_device
 from synthquant.core.errors import InputError, MissingExtraError, ModelError, UnknownNameError, UnsupportedModelError
 from synthquant.core.hub import hub_or_cache
 from synthquant.core.settings import Settings
@@ -220,9 +221,9 @@ def open_text_to_image(
     text-to-image, `UnknownNameError` for the scheduler, `MissingExtraError` if diffusers is not installed, `InputError`
     if the device cannot be used.
     """
-    diffusers = _diffusers()
-    place = torch.device(device)
+    place = torch.device(resolve_device(str(device)))
     location = _location(source)
+    diffusers = _diffusers()
     with quiet(), nullcontext() if Path(location).is_dir() else hub_or_cache():
         cls = _pipeline_class(diffusers, location, source)
         options: dict[str, Any] = {"dtype": _dtype(dtype, place), "use_safetensors": True}
@@ -238,12 +239,7 @@ def open_text_to_image(
             # Stable Diffusion's PNDM starts without Runge-Kutta steps; other schedulers do not know the word.
             options = {"skip_prk_steps": True} if scheduler == "pndm" else {}
             pipeline.scheduler = _scheduler(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
-        try:
-            pipeline.to(place)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(
-                f"device {str(device)!r} cannot be used ({one_line(error)}); choose cpu or cuda"
-            ) from error
+        pipeline.to(place)
         pipeline.set_progress_bar_config(disable=True)
     if compiled:
         for part in ("unet", "transformer"):

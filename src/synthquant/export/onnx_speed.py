@@ -9,9 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import environment
+from synthquant.core.settings import Settings, parse_settings
 from synthquant.export.compare import Network
 from synthquant.export.onnx import export_module, require_onnx
 from synthquant.models.float_model import FloatModel
@@ -20,6 +22,17 @@ from synthquant.models.open import open_model
 _WARM_UP = 3
 # Seconds of a turn.
 _TURN = 0.25
+
+
+class SpeedTest(Settings):
+    """How speed is measured."""
+
+    batch: int = Field(default=1, ge=1, le=65_536)
+    """Images in one call."""
+    threads: int = Field(default=2, ge=1, le=1024)
+    """Threads of the runtime."""
+    seconds: float = Field(default=10.0, ge=0.1, le=86_400)
+    """Time to measure each of the two networks for."""
 
 
 def benchmark_onnx(
@@ -42,9 +55,11 @@ def benchmark_onnx(
         `size_ratio`, `batch`, `threads`, `vnni`, `environment`.
 
     Raises:
+        RecipeError: a number is out of its range.
         ModelError: the file is not one of ours, or its architecture cannot be built again.
         MissingExtraError: a package is not installed.
     """
+    parse_settings(SpeedTest, {"batch": batch, "threads": threads, "seconds": seconds}, "benchmark")
     require_onnx()
     from synthquant.export import onnx_runtime
 

@@ -7,35 +7,36 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
-from synthquant.data.preprocess import Preprocess
+from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
 
 
 class ModelSource(Settings):
     """Where a network comes from: enough to build the same architecture again."""
 
-    source: str
+    source: str = Field(min_length=1)
     """`timm/NAME`, `torchvision/NAME`, `transformers/REPO_OR_FOLDER`, `zoo/NAME` or `FILE.py:FUNCTION`."""
 
-    weights: str | None = None
+    weights: str | None = Field(default=None, min_length=1)
     """File of weights (.safetensors, or one that `torch.load` reads with `weights_only=True`) used instead of the
     published ones."""
 
-    input_size: tuple[int, int] | None = None
+    input_size: tuple[Side, Side] | None = None
     """Height and width in pixels, where they differ from what the model says or it says nothing."""
 
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[ChannelMean, ChannelMean, ChannelMean] | None = None
     """Mean of each channel (pixels in 0..1), where it differs from what the model says or it says nothing."""
 
-    std: tuple[float, float, float] | None = None
+    std: tuple[ChannelStd, ChannelStd, ChannelStd] | None = None
     """Standard deviation of each channel (pixels in 0..1), where it differs from what the model says or it says
     nothing."""
 
-    num_classes: int | None = None
+    num_classes: int | None = Field(default=None, ge=1, le=10**7)
     """Number of classes, where it differs from the architecture's own."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synthquant.core.device import resolve_device
 from synthquant.core.errors import InputError, MissingExtraError, ModelError, UnsupportedModelError
 from synthquant.core.hub import hub_or_cache
 from synthquant.core.settings import parse_settings
@@ -82,7 +83,7 @@ def open_model(
     classifier of images, `MissingExtraError` if its library is not installed, `InputError` if there is no such device.
     """
     request = _request(source, weights, input_size, mean, std, num_classes)
-    place = _device(device)
+    place = torch.device(resolve_device(str(device)))
     published = pretrained and request.weights is None
     if published and request.num_classes is not None and not request.source.partition(":")[0].endswith(".py"):
         raise ModelError(f"{request.source}: another number of classes needs weights of your own; give --weights FILE")
@@ -120,27 +121,7 @@ def _request(
         "num_classes": num_classes,
     }
     merged = base.model_dump() | {key: value for key, value in given.items() if value is not None}
-    request = parse_settings(ModelSource, merged, where=f"model {base.source}")
-    if request.num_classes is not None and request.num_classes < 1:
-        raise ModelError(f"{request.source}: {request.num_classes} classes; the number of classes must be 1 or more")
-    if request.input_size is not None and min(request.input_size) < 1:
-        raise ModelError(f"{request.source}: input size {request.input_size} must be at least 1 pixel each way")
-    if request.std is not None and not all(value > 0 for value in request.std):
-        raise ModelError(f"{request.source}: std {request.std} must be greater than 0 in every channel")
-    return request
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {str(device)!r} cannot be used ({one_line(error)}); choose cpu, cuda or mps"
-        ) from error
-    if place.type == "meta":
-        raise InputError("device 'meta' holds no numbers; choose cpu, cuda or mps")
-    return place
+    return parse_settings(ModelSource, merged, where=f"model {base.source}")
 
 
 def _build(request: ModelSource, published: bool) -> _Opened:

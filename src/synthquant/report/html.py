@@ -41,14 +41,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from synthquant.core.errors import InputError
+from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import write_text
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
-from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.report import figures, formatting
 from synthquant.report.run_files import CoverageRow, RunFiles, SqnrRow, differing_settings, open_runs
 from synthquant.report.selection import SelectionSection, is_selection, selection_section
@@ -61,7 +60,6 @@ _KINDS = {
     "constant": "Constant",
     "nan": "NaN",
     "duplicate": "Duplicate",
-    "outside": "Far outside 0..1",
     "saturated": "Saturated",
 }
 
@@ -107,6 +105,8 @@ def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress
         OutputError: `out` cannot be written.
     """
     folders, out = [Path(folder) for folder in runs], Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{out} must end in .html: it is a page that a browser opens")
     if not figures.available():
         progress.warn(f"{out} has no plots: {_NO_PLOTS}")
     selections = [folder for folder in folders if is_selection(folder) and not (folder / "run.json").is_file()]
@@ -200,8 +200,7 @@ def _sheet_of(section: RunSection, source: str, what: str, classes: tuple[int, .
         section.notes.append(f"The {what} images are not shown: {source} is not on this machine.")
         return None
     try:
-        images = in_classes_of(open_images(source), Classes(run.label, run.class_names, None), source, None)
-        return make_sheet(images, _preprocess(run), run.class_names, classes=classes)
+        return make_sheet(open_images(source), _preprocess(run), run.class_names, classes=classes)
     except InputError as error:
         section.notes.append(f"The {what} images are not shown: {error}")
         return None

@@ -108,8 +108,7 @@ def run_filters(
     """
     if not filters:
         raise InputError("no filter to select with; name at least one")
-    labels = _labels(filters, images)
-    _require_enough(filters, len(images), labels)
+    labels = require_pool(filters, images)
     own = [filter_.probe(model) for filter_ in filters]
     # Filters that ask for the same probe share one; its rows are made once.
     probes = {probe.name: probe for probe in (*own, *also)}
@@ -146,6 +145,32 @@ def require_supported(filters: Sequence[Selector], model: FloatModel) -> None:
         filter_.probe(model)
 
 
+def require_pool(filters: Sequence[Selector], images: ImageSet) -> Tensor | None:
+    """Return the labels, int64 `[n]`, if a filter needs them.
+
+    Raises `DataError` if it does and one is missing, or if more images, or more of a class, are to stay than there are.
+    """
+    labels = _labels(filters, images)
+    require_enough(filters, len(images), labels)
+    return labels
+
+
+def require_enough(filters: Sequence[Selector], count: int, labels: Tensor | None = None) -> None:
+    """Raise `DataError` for a count to keep that `count` images cannot meet whatever their scores are.
+
+    Without `labels`, int64 `[count]`, filters that keep images of each class are only held to the number of all.
+    """
+    left = torch.tensor([count])
+    for filter_ in filters:
+        with _named(registered_name(filter_)):
+            if filter_.per_class and labels is not None:
+                _require_classes(filter_, labels, torch.arange(count))
+                return  # which classes are left behind earlier filters is not known yet
+            left = quotas(filter_.keep, left)
+            if filter_.per_class:
+                return  # nor how many, where the classes are not known
+
+
 def registered_name(filter_: Selector) -> str:
     """Return the name a filter is registered under; raises `InputError` if it is not."""
     for name, cls in SELECTORS.items():
@@ -168,17 +193,6 @@ def _labels(filters: Sequence[Selector], images: ImageSet) -> Tensor | None:
     return images.labels
 
 
-def _require_enough(filters: Sequence[Selector], count: int, labels: Tensor | None) -> None:
-    """Raise `DataError` for a count that cannot be met whatever the scores are, before the pass that makes them."""
-    left = torch.tensor([count])
-    for filter_ in filters:
-        with _named(registered_name(filter_)):
-            if filter_.per_class and labels is not None:
-                _require_classes(filter_, labels, torch.arange(count))
-                return  # which classes are left behind earlier filters is not known yet
-            left = quotas(filter_.keep, left)
-
-
 def _require_classes(filter_: Selector, labels: Tensor, places: Tensor) -> None:
     """Raise `DataError` if a class of the pool has fewer images at `places` than the count to keep, or none."""
     if isinstance(filter_.keep, int):
@@ -198,6 +212,10 @@ def _named(method: str) -> Iterator[None]:
 def _usable(seen: Scan, images: ImageSet, progress: Progress) -> Tensor:
     """Rows of the images whose numbers are all finite, int64; others would spoil every sum they are part of."""
     rows = seen.finite.nonzero().flatten()
+    if len(seen.positions) < len(images):
+        told = images.set_aside[-1]
+        missing = len(images) - len(seen.positions)
+        progress.warn(f"{missing} of {len(images)} images cannot be read, for example {told.name}: {told.reason}")
     if len(rows) < len(seen.finite):
         where = ", ".join(str(place) for place in seen.positions[~seen.finite][:5].tolist())
         progress.warn(

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field, model_validator
 
 from synthquant.core.progress import QUIET, Progress
-from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
 from synthquant.data.store import ImageForm
 from synthquant.diffusion.embedding import Embedding, read_embedding
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
-    from synthquant.models.class_labels import Classes, in_classes_of
-from synthquant.models.float_model import FloatModel
+    from synthquant.models.float_model import FloatModel
 
 TOKEN_FILE = "token.safetensors"
 """Where the token that `tuning` learns lies, in the folder of the image set."""
@@ -49,7 +47,7 @@ TOKEN_FILE = "token.safetensors"
 class FewShotTuning(PromptTuning):
     """Prompt tuning of GenQ (arXiv:2312.05272) before drawing, on real images."""
 
-    images: str
+    images: str = Field(min_length=1)
     """A few real images with labels: an image set, a folder of class folders, a Parquet file or a `datasets` name."""
 
 
@@ -70,7 +68,7 @@ class TextToImage(Sampling):
     needs_batch_norm: ClassVar[bool] = False
     form: ClassVar[ImageForm] = ImageForm(dtype="uint8", framing="raw", sized_by_network=False)
 
-    generator: str = DEFAULT_GENERATOR
+    generator: str = Field(default=DEFAULT_GENERATOR, min_length=1)
     """A diffusers text-to-image pipeline: a folder, `zoo/NAME`, or a name on the hub."""
 
     classes: str | tuple[str, ...] = "model"
@@ -93,7 +91,7 @@ class TextToImage(Sampling):
     templates: tuple[str, ...] = ()
     """Prompts with a place {} for the class, and a second one for the learned token; empty: the paper's."""
 
-    embedding: str | None = None
+    embedding: str | None = Field(default=None, min_length=1)
     """File of a learned token (textual inversion, safetensors)."""
 
     tuning: FewShotTuning | None = None
@@ -184,12 +182,8 @@ class TextToImage(Sampling):
         assert self.tuning is not None
         names = [names[0] for names in prompt_names(task.classes)]
         path = None if folder is None else folder / TOKEN_FILE
-        source = self.tuning.images
-        real = in_classes_of(open_images(source), Classes("the network", names, len(names)), source, progress)
-        rng = task.rng.child("tuning")
-        found = tune_prompt(generator, real, names, self.tuning, rng, path=path, progress=progress)
-        say_what_was_read(real, progress, source)
-        return found
+        real = open_images(self.tuning.images)
+        return tune_prompt(generator, real, names, self.tuning, task.rng.child("tuning"), path=path, progress=progress)
 
 
 @dataclass(frozen=True)
