@@ -1,0 +1,45 @@
+"""How far each search of ranges goes: the shares of the whole range that its paper's code tries, and no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synthquant.nn.observers import OBSERVERS, Samples
+
+# BRECQ (arXiv:2102.05426), code: 80 shares, 1.00 to 0.21. Genie (arXiv:2212.04780), code: 100 shares, 1.00 to 0.01.
+# QDrop (arXiv:2203.05740), code: 100 shares up to the whole.
+SHARES = {
+    "minmax": [1.0],
+    "brecq": [1 - step / 100 for step in range(80)],
+    "genie": [1 - step / 100 for step in range(100)],
+    "qdrop": [step / 100 for step in range(1, 101)],
+}
+
+
+def samples(share: float, low: float) -> Samples:
+    """Values that the grid over this share of the range holds exactly, and ends that count for next to nothing."""
+    values = torch.tensor([[low, 1.0, share / 3, share * 2 / 3, share]])
+    counts = torch.tensor([[1e-9, 1e-9, 0.3, 0.3, 0.4]])
+    return Samples(values, counts, torch.tensor([low]), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.parametrize("wanted", [1.0, 0.99, 0.5, 0.22, 0.21, 0.2, 0.19, 0.02, 0.01])
+def test_the_share_of_the_range_that_fits_is_found_where_it_is_searched(name: str, wanted: float) -> None:
+    found, zero_point = OBSERVERS.get(name)(samples(wanted, 0.0), 2, symmetric=False, zero_inside=True)
+    assert float(zero_point) == 0
+    there = min(abs(share - wanted) for share in SHARES[name]) < 1e-9
+    assert (float(found) * 3 == pytest.approx(wanted, rel=1e-4)) == there
+    assert min(abs(share - float(found) * 3) for share in SHARES[name]) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_mirrored_range_has_its_zero_at_the_even_middle(bits: int) -> None:
+    """Whatever float32 makes of the division: half of an odd number of steps is a tie (Genie, BRECQ: half to even)."""
+    largest = torch.rand(2000, generator=torch.Generator().manual_seed(0)) * 10
+    rows = torch.stack([-largest, largest], 1)
+    for symmetric in (False, True):
+        scale, zero_point = OBSERVERS.get("minmax")(Samples.of_rows(rows), bits, symmetric=symmetric, zero_inside=True)
+        assert bool((zero_point == 2 ** (bits - 1)).all())
+        torch.testing.assert_close(scale, 2 * largest / (2**bits - 1))
