@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synthquant.nn.observers import OBSERVERS, Samples
+from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.observers import OBSERVERS, ActivationHistogram, Samples
+from synthquant.nn.scheme import QuantArgs
+from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
 
 # BRECQ (arXiv:2102.05426), code: 80 shares, 1.00 to 0.21. Genie (arXiv:2212.04780), code: 100 shares, 1.00 to 0.01.
 # QDrop (arXiv:2203.05740), code: 100 shares up to the whole.
@@ -43,3 +46,17 @@ def test_a_mirrored_range_has_its_zero_at_the_even_middle(bits: int) -> None:
         scale, zero_point = OBSERVERS.get("minmax")(Samples.of_rows(rows), bits, symmetric=symmetric, zero_inside=True)
         assert bool((zero_point == 2 ** (bits - 1)).all())
         torch.testing.assert_close(scale, 2 * largest / (2**bits - 1))
+
+
+def test_weights_need_no_zero_and_activations_do() -> None:
+    """BRECQ and Genie, code: ends of weights are raw; QDrop, code: padding needs the zero of activations."""
+    values = torch.linspace(1, 2, 50)
+    weights = WeightQuantizer(WeightLayout((1, 50)), QuantArgs(num_bits=4, strategy="channel"))
+    weights.calibrate(values[None], "minmax")
+    assert float(weights.scale) == pytest.approx(1 / 15) and float(weights.zero_point) == -15
+    activations = ActivationQuantizer(QuantArgs(num_bits=4))
+    activations.histogram, activations.headroom = ActivationHistogram(), 1.5
+    activations.histogram.observe_range(values)
+    activations.histogram.observe(values)
+    activations.calibrate("minmax")
+    assert float(activations.scale) == pytest.approx(1.5 * 2 / 15) and float(activations.zero_point) == 0

@@ -183,7 +183,7 @@ def test_every_step_is_the_paper_s(name: str) -> None:
     found, wanted = shown(result), numbers(traces)
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
-        assert found[key] == pytest.approx(values, rel=1e-3, abs=1e-7), key
+        assert found[key] == pytest.approx(values, rel=2e-4, abs=1e-7), key
     for unit in READS:
         quantizer = result.model.layers[unit].weight_quantizer
         assert quantizer is not None
@@ -233,7 +233,7 @@ PARTS: list[tuple[str, str, Change]] = [
 
 @pytest.mark.parametrize(("name", "part", "change"), PARTS, ids=[f"{name}: {part}" for name, part, _ in PARTS])
 def test_without_a_part_the_steps_are_others(name: str, part: str, change: Change) -> None:
-    """The comparison above would see it: ten times its tolerance."""
+    """The comparison above would see it: fifty times its tolerance."""
     _, traces = slow(name, result_of(name), change)
     wanted, found = numbers(traces), shown(result_of(name))
     assert deviation(found, wanted) > 0.01
@@ -246,4 +246,4 @@ def test_how_many_images_are_cached_at_a_time_does_not_matter(monkeypatch: pytes
     found, wanted = shown(quantize(name)), shown(result_of(name))
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
-        assert found[key] == pytest.approx(values, rel=1e-3, abs=1e-7), key
+        assert found[key] == pytest.approx(values, rel=2e-4, abs=1e-7), key
