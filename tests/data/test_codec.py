@@ -117,6 +117,8 @@ def test_files_are_read(tmp_path: Path, noise: torch.Tensor) -> None:
         (_png_of_size(40, 40), "damaged or truncated: "),
         (b"\x93NUMPY\x01\x00", "damaged .npy header"),
         (b"\x93NUMPY\x01\x00\x10\x00{'descr': oops}\n", "damaged .npy header"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f2',\n", "damaged .npy header"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'shape': ((((((\n", "damaged .npy header"),
     ],
 )
 def test_broken_bytes_give_a_reason(content: bytes, reason: str) -> None:

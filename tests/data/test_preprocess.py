@@ -177,3 +177,14 @@ def test_what_no_picture_holds_is_cut_off_channel_by_channel() -> None:
     assert torch.allclose(found, preprocess.normalize(pixels.clamp(0, 1)), atol=1e-6)
     picture = preprocess.normalize(torch.tensor([0.0, 77 / 255, 1.0]).expand(2, 3, 1, 3))
     assert torch.equal(preprocess.cut_off(picture), picture)
+
+
+def test_long_and_narrow_images_are_no_bombs() -> None:
+    """A million pixels in a row, resized to 256 at the short side, would be 65 thousand million."""
+    preprocess = Preprocess(input_size=(224, 224), resize=256, mean=MEAN, std=STD)
+    images = torch.zeros(1, 3, 1, 10**6, dtype=torch.uint8)
+    with pytest.raises(DataError, match=r"^too long and narrow: 1000000x1 would be resized to 256000000x256$"):
+        preprocess.fit(images[0], "raw")
+    narrow = ImageSet.from_tensors(images, framing="raw")
+    assert list(input_batches(narrow, preprocess)) == []
+    assert [entry.reason[:19] for entry in narrow.set_aside] == ["too long and narrow"]

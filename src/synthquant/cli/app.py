@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import cache, partial
 
@@ -37,6 +38,8 @@ _commands = cache(partial(typer.main.get_command, app))
 
 def run(arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit status; errors become one line on standard error."""
+    # Broken images are set aside with a reason of ours.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status = _commands()(args=arguments, prog_name="synthquant", standalone_mode=False)
     except TyperException as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import struct
+import tokenize
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +31,9 @@ from PIL import (  # noqa: F401
 from torch import Tensor
 
 from synthquant.core.errors import DataError
+
+# What Pillow logs of damaged files is in our reasons; without a handler it would be on the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 50_000_000
 """Larger images are set aside: no photograph for a classifier has more, but mistakes, scans and attacks do."""
@@ -235,7 +240,7 @@ def _decode_npy(stream: IO[bytes], size: int, max_pixels: int) -> Tensor:
 def _npy_shape(start: bytes) -> tuple[int, int, int]:
     try:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(start[len(_NPY_MAGIC) :]))
-    except (ValueError, EOFError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+    except (*_DAMAGED, tokenize.TokenError, RecursionError, MemoryError) as error:  # it is read as a Python literal
         raise DataError(f"damaged .npy header: {error}") from error
     if fortran_order or dtype != np.float16 or len(shape) != 3 or shape[0] != 3:
         raise DataError(f".npy array is {dtype} {shape}, not float16 [3, height, width]")

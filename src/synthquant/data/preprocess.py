@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from synthquant.core.errors import DataError
 from synthquant.core.settings import Settings
+from synthquant.data.codec import MAX_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import Framing
 
@@ -78,11 +79,18 @@ class Preprocess(Settings):
         return torch.clamp(normalized, black, white)
 
     def fit(self, image: Tensor, framing: Framing) -> Tensor:
-        """Return one image `[3,h,w]` in the size the network sees, `[3,H,W]`, same pixel type; no normalisation."""
+        """Return one image `[3,h,w]` in the size the network sees, `[3,H,W]`, same pixel type; no normalisation.
+
+        Raises `DataError` if it is so long and narrow that resizing its short side would make a giant of it.
+        """
         if framing == "cropped":
             return _resized(image, self.input_size, self.interpolation)
         if isinstance(self.resize, int):
-            image = _resized(image, _short_side_size(image, self.resize), self.interpolation)
+            size = _short_side_size(image, self.resize)
+            if size[0] * size[1] > max(MAX_PIXELS, image[0].numel()):
+                sides = f"{image.shape[-1]}x{image.shape[-2]}"
+                raise DataError(f"too long and narrow: {sides} would be resized to {size[1]}x{size[0]}")
+            image = _resized(image, size, self.interpolation)
         elif self.resize is not None:
             image = _resized(image, self.resize, self.interpolation)
         if self.crop:
