@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 
+from tests.damage import Warned, damages
 from tests.small_pipeline import WIDTH, build_small_pipeline
 
 from synthquant.core.errors import DataError, InputError
@@ -142,10 +143,30 @@ def test_a_file_of_another_tuning_is_kept(generator: TextToImagePipeline, real: 
         ):
             tune_prompt(generator, images, names, settings, Rng(seed), path=path)
     assert path.read_bytes() == content
-    state = tmp_path / "new.state.safetensors"
-    state.write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"new\.state\.safetensors is damaged; remove it"):
-        tune_prompt(generator, real, NAMES, SMALL, Rng(0), path=tmp_path / "new.safetensors")
+
+
+def test_a_damaged_state_is_left_alone_and_that_is_said(
+    generator: TextToImagePipeline, real: ImageSet, tmp_path: Path
+) -> None:
+    path, other, progress = tmp_path / "new.safetensors", tmp_path / "other.safetensors", Warned()
+    path.with_name("new.state.safetensors").write_bytes(b"broken")
+    first = tune_prompt(generator, real, NAMES, SMALL, Rng(0), path=path, progress=progress)
+    assert len(progress.warnings) == 1 and "new.state.safetensors is not as it was written" in progress.warnings[0]
+    assert torch.equal(first.vectors, tune_prompt(generator, real, NAMES, SMALL, Rng(0), path=other).vectors)
+
+
+def test_every_damage_to_a_state_is_found(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.state.safetensors", TuningState.start(torch.randn(4), 0.1)
+    state.vector.grad = torch.ones(4)
+    state.optimizer.step()
+    state.step = 1
+    state.save(path, {"seed": "0"})
+    for what, content in damages(path.read_bytes(), 100):
+        path.write_bytes(content)
+        found, progress = TuningState.start(torch.zeros(4), 0.1), Warned()
+        found.load(path, {"seed": "0"}, progress)
+        whole = found.step == 1 and torch.equal(found.vector, state.vector) and not progress.warnings
+        assert whole or (found.step == 0 and not found.vector.any() and len(progress.warnings) == 1), what
 
 
 def test_shots_are_drawn_by_class(real: ImageSet) -> None:

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from synthquant.core.errors import ModelError
-from synthquant.core.files import write_bytes
+from synthquant.core.errors import InputError, ModelError
+from synthquant.core.tensor_file import read_tensors, write_sealed_tensors
 
 
 @dataclass(frozen=True)
@@ -28,25 +26,26 @@ class Embedding:
 
 
 def read_embedding(path: Path) -> Embedding:
-    """Read an embedding of one token; raises `ModelError` if the file is missing, damaged or holds something else."""
+    """Read an embedding of one token, by `write_embedding`, whose hash must fit, or by others.
+
+    Raises `ModelError` if the file is missing, damaged or holds something else.
+    """
     if not path.is_file():
         raise ModelError(f"embedding {path} does not exist; give the file that tune-prompt wrote")
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            origin = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"embedding {path} cannot be read: {error}; it must be a safetensors file") from error
+        found = read_tensors(path)
+    except InputError as error:
+        raise ModelError(f"embedding: {error}") from error
+    tensors = found.tensors
     if len(tensors) != 1:
         raise ModelError(f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:3])}), not one embedding")
     ((token, vectors),) = tensors.items()
     vectors = vectors.float().reshape(-1, vectors.shape[-1]) if vectors.ndim in (1, 2) else vectors
     if vectors.ndim != 2 or not vectors.numel() or not bool(torch.isfinite(vectors).all()):
         raise ModelError(f"{path} holds no embedding: {token!r} has shape {list(vectors.shape)} or is not finite")
-    return Embedding(token, vectors, origin)
+    return Embedding(token, vectors, found.texts)
 
 
 def write_embedding(path: Path, embedding: Embedding) -> None:
-    """Write an embedding so that it is there whole or not at all; raises `OutputError`."""
-    tensors = {embedding.token: embedding.vectors.detach().float().cpu().contiguous()}
-    write_bytes(path, save(tensors, metadata=dict(embedding.origin)))
+    """Write an embedding, with its hash, so that it is there whole or not at all; raises `OutputError`."""
+    write_sealed_tensors(path, {embedding.token: embedding.vectors.float()}, embedding.origin)

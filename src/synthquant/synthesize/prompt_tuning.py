@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from synthquant.core.errors import DataError, InputError
-from synthquant.core.files import make_folder, write_bytes
+from synthquant.core.files import make_folder
 from synthquant.core.locks import claimed
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
+from synthquant.core.tensor_file import read_sealed_tensors, write_sealed_tensors
 from synthquant.data.preprocess import Preprocess, input_batches
 from synthquant.diffusion.embedding import Embedding, read_embedding, write_embedding
 from synthquant.diffusion.latent import LatentDiffusion
@@ -140,7 +139,7 @@ def _tune(
     state = TuningState.start(networks.word_vector(settings.initial_word), settings.lr)
     checkpoint = None if path is None else path.with_name(f"{path.stem}.state.safetensors")
     if checkpoint is not None and checkpoint.is_file():
-        state.load(checkpoint, origin)
+        state.load(checkpoint, origin, progress)
     with progress.bar("tune prompt", settings.iterations) as bar:
         bar.advance(state.step)
         while state.step < settings.iterations:
@@ -182,28 +181,24 @@ class TuningState:
         """Write the state so that it is there whole or not at all."""
         held = self.optimizer.state[self.vector]
         tensors = {"vector": self.vector.detach(), "exp_avg": held["exp_avg"], "exp_avg_sq": held["exp_avg_sq"]}
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_bytes(path, save(tensors, metadata={**origin, "step": str(self.step)}))
+        write_sealed_tensors(path, tensors, {**origin, "step": str(self.step)})
 
-    def load(self, path: Path, origin: dict[str, str]) -> None:
-        """Take up a state; raises `InputError` if it is damaged or of another tuning."""
+    def load(self, path: Path, origin: dict[str, str], progress: Progress = QUIET) -> None:
+        """Take up a state; one that is not as it was written is left alone, which is said.
+
+        Raises `InputError` if it is of another tuning.
+        """
         try:
-            with safe_open(path, "pt", device=str(self.vector.device)) as file:
-                found, tensors = dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step = int(found.pop("step"))
-            _require_same(found, origin, path)
-            with torch.no_grad():
-                self.vector.copy_(tensors["vector"])
-            self.optimizer.state[self.vector] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors["exp_avg"],
-                "exp_avg_sq": tensors["exp_avg_sq"],
-            }
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is damaged; remove it to start again ({error})") from error
-        self.step = step
+            found = read_sealed_tensors(path)
+        except InputError:
+            progress.warn(f"{path} is not as it was written (its hash does not fit); the tuning starts again")
+            return
+        _require_same(found.texts, origin, path)
+        held = {name: value.to(self.vector.device) for name, value in found.tensors.items()}
+        with torch.no_grad():
+            self.vector.copy_(held.pop("vector"))
+        self.optimizer.state[self.vector] = {"step": torch.tensor(float(found.texts["step"])), **held}
+        self.step = int(found.texts["step"])
 
 
 def _steps(
