@@ -163,7 +163,9 @@ def test_images_that_exist_are_used_as_they_are(recipe: dict[str, Any], tmp_path
         "quantize": {"method": "rtn", "scheme": "W8A8"},
     }
     record = pipeline.run(Recipe.parse(given), tmp_path / "run")
-    assert record.stages["images"].metrics == {"method": "given", "source": str(tmp_path / "data"), "count": 9}
+    metrics = record.stages["images"].metrics
+    assert metrics.pop("suspicious")["looked_at"] == 9
+    assert metrics == {"method": "given", "source": str(tmp_path / "data"), "count": 9}
     assert not (tmp_path / "run" / "images").exists()
     with pytest.raises(InputError, match=r"images.count is 99 but .* holds 21"):
         pipeline.run(
@@ -230,7 +232,7 @@ def test_broken_images_are_set_aside_and_told(recipe: dict[str, Any], tmp_path: 
     }
     record = pipeline.run(Recipe.parse(recipe), tmp_path / "run", Listen())
     assert [entry["name"] for entry in record.stages["evaluate"].metrics["set_aside"]] == ["3/b.png"]
-    assert any("1 images set aside" in text and "3/b.png" in text for text in told)
+    assert any("1 image set aside" in text and "3/b.png" in text for text in told)
 
 
 def test_loading_the_checkpoint_again_gives_the_same_logits(

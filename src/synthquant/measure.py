@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from synthquant.core.device import resolve_device
-from synthquant.core.errors import MissingExtraError, ModelError
+from synthquant.core.errors import DataError, MissingExtraError, ModelError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
-from synthquant.data.sources import open_images
-from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model
+from synthquant.data.quality import say_what_was_read
+from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model, wilson_interval
 from synthquant.evaluate.cost import float_cost, quantized_cost
 from synthquant.export.checkpoint import CONFIG_NAME, FloatModelEntry, load_checkpoint, read_config
 from synthquant.export.onnx import open_onnx
+from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.nn.coverage import summarize
@@ -40,19 +41,25 @@ def evaluate(
         DataError: the images cannot be used, or a label is not a class of the network.
     """
     place = resolve_device(device)
-    data = open_images(section.data)
+    data = section.open()
     if isinstance(source, ModelSource):
         model = open_model(source, device=place)
-        return _measure(model.module, model, data, section.batch_size, progress).row(model.name)
+        data = in_classes_of(data, classes_of(model), section.data, progress)
+        result = _measure(model.module, model, data, section.batch_size, progress)
+        _warn_of_guessing(result.top1, result, section.data, progress)
+        return result.row(model.name) | say_what_was_read(data, progress, section.data)
     folder = source if (source / CONFIG_NAME).is_file() else source / "model"
     float_model = _same_float_model(read_config(folder).float_model, place, progress)
     quant_model = load_checkpoint(folder, float_model=float_model, device=place)
+    data = in_classes_of(data, classes_of(quant_model.float_model), section.data, progress)
     logits = None
     if float_model is not None:
         logits = _logits(float_model.module, float_model, data, section.batch_size, progress)
     result = _measure(quant_model, quant_model.float_model, data, section.batch_size, progress, logits)
-    coverage = {"coverage": asdict(summarize(quant_model.coverage()))}
-    return result.row(quant_model.scheme.name) | quantized_cost(quant_model).row() | coverage
+    _warn_of_guessing(result.reference_top1, result, section.data, progress)
+    row = result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
+    row |= {"coverage": asdict(summarize(quant_model.coverage()))}
+    return row | say_what_was_read(data, progress, section.data)
 
 
 def evaluate_onnx(
@@ -66,7 +73,9 @@ def evaluate_onnx(
         DataError: the images cannot be used, or a label is not a class of the network.
     """
     network, metadata = open_onnx(path, runtime)
-    data = open_images(section.data)
+    entry = metadata.float_model
+    classes = Classes(entry.name, entry.class_names, entry.num_classes)
+    data = in_classes_of(section.open(), classes, section.data, progress)
     float_model = _same_float_model(metadata.float_model, "cpu", progress)
     reference = None
     if float_model is not None:
@@ -80,7 +89,9 @@ def evaluate_onnx(
         progress=progress,
         title=f"evaluate in {runtime}",
     )
-    return result.row(metadata.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
+    _warn_of_guessing(result.reference_top1, result, section.data, progress)
+    row = result.row(metadata.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
+    return row | say_what_was_read(data, progress, section.data)
 
 
 def float_beside_quantized(
@@ -93,9 +104,10 @@ def float_beside_quantized(
         batch_size = section.batch_size if section else EvaluateSection.model_fields["batch_size"].default
         reference = _logits(model.module, model, images, batch_size, progress)
         logits = _logits(quant_model, model, images, batch_size, progress)
-        result = replace(compare_logits(logits, None, reference), set_aside=_set_aside(images))
+        result = compare_logits(logits, None, reference)
         return [{"name": "float"} | float_cost(quant_model).row(), result.row(name) | cost], result
     before = _measure(model.module, model, images, section.batch_size, progress)
+    _warn_of_guessing(before.top1, before, section.data, progress)
     result = _measure(quant_model, model, images, section.batch_size, progress, before.logits)
     return [before.row("float") | float_cost(quant_model).row(), result.row(name) | cost], result
 
@@ -128,15 +140,30 @@ def _logits(network: nn.Module, model: FloatModel, images: ImageSet, batch_size:
         for batch in input_batches(images, model.preprocess, batch_size):
             parts.append(network(batch.inputs.to(model.device)).float().cpu())
             bar.advance(len(batch.inputs))
+    if not parts:
+        raise DataError(f"none of {len(images)} images can be read: {images.set_aside[-1].reason}")
     return torch.cat(parts)
+
+
+def _warn_of_guessing(top1: float | None, seen: Evaluation, source: str, progress: Progress) -> None:
+    """Warn if a float network's `top1` on the images of `seen` is no better than chance can be (95% Wilson interval).
+
+    Trained networks are better; then labels, preprocessing and weights do not belong together.
+    """
+    if top1 is None:
+        return
+    classes = seen.logits.shape[1]
+    low, high = wilson_interval(round(top1 * seen.count), seen.count)
+    if low <= 1 / classes:
+        progress.warn(
+            f"the float network's top-1 on {source} is {top1:.2%} (95% interval {low:.2%} to {high:.2%} of {seen.count}"
+            f" images): no better than guessing among {classes} classes; check that labels, preprocessing and weights"
+            " belong together"
+        )
 
 
 def _title(network: nn.Module, model: FloatModel) -> str:
     return "evaluate float" if network is model.module else "evaluate quantized"
-
-
-def _set_aside(images: ImageSet) -> tuple[tuple[str, str], ...]:
-    return tuple((entry.name, entry.reason) for entry in images.set_aside)
 
 
 def _same_float_model(entry: FloatModelEntry, device: str, progress: Progress) -> FloatModel | None:

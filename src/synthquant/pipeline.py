@@ -21,12 +21,13 @@ from synthquant.core.rng import Rng
 from synthquant.core.run_folder import RunFolder
 from synthquant.core.working_folder import require_space, size_of, working_folder
 from synthquant.data.image_set import ImageSet
-from synthquant.data.sources import open_images
+from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.data.store import JOURNAL_NAME
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.measure import float_beside_quantized
+from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.coverage import summarize
@@ -72,7 +73,7 @@ def _do_stages(folder: RunFolder, recipe: Recipe, device: str, progress: Progres
     model = open_model(recipe.model, device=device)
     real = None
     if recipe.evaluate is not None:
-        real = open_images(recipe.evaluate.data)
+        real = in_classes_of(recipe.evaluate.open(), classes_of(model), recipe.evaluate.data, progress)
         _require_labels(real, recipe.evaluate.data, model, progress)
     if recipe.select is not None:
         require_supported(recipe.select.build(), model)
@@ -172,10 +173,12 @@ def _get_images(
     folder: RunFolder, section: SynthesizeSection | SourceSection, model: FloatModel, seed: int, progress: Progress
 ) -> ImageSet:
     if isinstance(section, SourceSection):
-        images = _draw(open_images(section.source), section, seed)
+        known = in_classes_of(section.open(), classes_of(model), section.source, progress)
+        images = _draw(known, section, seed)
         if not folder.is_done("images"):
             with folder.stage("images") as metrics:
                 metrics |= {"method": "given", "source": section.source, "count": len(images)}
+                metrics |= warn_of_suspicious(images, progress, section.source)
         return images
     if folder.is_done("images"):
         return ImageSet.open(folder.images)
@@ -234,6 +237,8 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
             memory=recipe.memory,
         )
         metrics |= report.model_dump(mode="json")
+        given = recipe.images.source if isinstance(recipe.images, SourceSection) else "the images to quantize with"
+        metrics |= say_what_was_read(images, progress, given)
         metrics |= {
             "scheme": recipe.quantize.scheme.describe(),
             "coverage": [asdict(row) for row in coverage],
@@ -257,13 +262,10 @@ def _evaluate(
         return
     with folder.stage("evaluate") as metrics:
         rows, result = float_beside_quantized(section, model, quant_model, images, progress)
-        if result.set_aside:
-            name, reason = result.set_aside[0]
-            progress.warn(f"{len(result.set_aside)} images set aside, for example {name}: {reason}")
+        metrics |= say_what_was_read(images, progress, section.data if section else "the images to quantize with")
         metrics |= {
             "data": section.data if section else None,
             "count": result.count,
-            "set_aside": [{"name": name, "reason": reason} for name, reason in result.set_aside],
             "accuracy": rows,
             "sqnr": [row.row() for row in measure_sqnr(quant_model, images, float_model=model, progress=progress)],
         }

@@ -33,6 +33,7 @@ def export(
     to: To = "onnx",
     preset: PresetName = None,
     data: VerifyData = None,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     verify: Annotated[bool, typer.Option(help="Run the file and compare it with the quantized network.")] = True,
     settings: options.Set = None,
     json: options.Json = False,
@@ -49,7 +50,7 @@ def export(
             raise RecipeError(f"--preset belongs to --to onnx, not to --to {to}")
         values["preset"] = preset
     exporter = build_method(EXPORTERS, to, apply_overrides(values, settings or []), "export")
-    result = export_run(run, exporter, out, data=data, verify=verify, progress=ConsoleProgress())
+    result = export_run(run, exporter, out, data=data, max_pixels=max_pixels, verify=verify, progress=ConsoleProgress())
     print_json(result) if json else _print_export(result)
 
 

@@ -24,6 +24,7 @@ def setting_help(settings: type[Settings], field: str) -> str:
 # Defaults have one source, the settings; here they only get names.
 COUNT: int = SynthesizeSection.model_fields["count"].default
 SELECT_BATCH_SIZE: int = SelectSection.model_fields["batch_size"].default
+MAX_PIXELS: int = SourceSection.model_fields["max_pixels"].default
 DEVICE: str = Recipe.model_fields["device"].default
 SEED: int = Recipe.model_fields["seed"].default
 
@@ -39,6 +40,7 @@ NumClasses = Annotated[int | None, typer.Option(help=setting_help(ModelSource, "
 Images = Annotated[str, typer.Option(metavar="IMAGES", help=setting_help(SourceSection, "source"), show_default=False)]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
+MaxPixels = Annotated[int, typer.Option(min=1, help=setting_help(SourceSection, "max_pixels"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
 QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
 

@@ -11,6 +11,8 @@ from synthquant.core.device import resolve_device
 from synthquant.core.record import RunRecord, environment
 from synthquant.nn.coverage import CoverageSummary
 
+_READ = ("set_aside_count", "set_aside", "changed")
+
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
@@ -28,6 +30,9 @@ def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
     coverage = quantization.get("coverage_summary")
     if as_json:
         found = {key: evaluation[key] for key in ("accuracy", "data", "count")}
+        # Of the images that were measured on, and of those that were used to quantize.
+        found |= {key: evaluation[key] for key in _READ if key in evaluation}
+        found["images"] = {key: quantization[key] for key in _READ if key in quantization}
         print_json({"out": str(out), **found, "coverage": coverage, "environment": record.environment})
         return
     print(quantization["scheme"])

@@ -15,6 +15,7 @@ from synthquant.core.files import require_outside
 from synthquant.core.progress import ConsoleProgress
 from synthquant.data.sources import open_images
 from synthquant.methods import SELECTORS
+from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import SelectSection, SourceSection, apply_overrides, expand_filter
@@ -53,6 +54,7 @@ def select(
     out: options.ImagesOut,
     per_class: Annotated[bool, typer.Option("--per-class", help="KEEP is meant for each class by itself.")] = False,
     data: Real = None,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     batch_size: BatchSize = options.SELECT_BATCH_SIZE,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
@@ -78,12 +80,14 @@ def select(
     require_outside(out, (images, data))
     place = resolve_device(device)
     workers = options.workers(ray, ray_workers)
-    pool = open_images(images)
+    pool = open_images(images, max_pixels=max_pixels)
     require_pool(section.build(), pool)
-    real = None if data is None else open_images(data)
+    real = None if data is None else open_images(data, max_pixels=max_pixels)
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
     float_model = open_model(source, device=place)
-    kept = pipeline.select(pool, float_model, section, seed, out, ConsoleProgress(), real=real, ray=workers)
+    progress = ConsoleProgress()
+    pool = in_classes_of(pool, classes_of(float_model), images, progress)
+    kept = pipeline.select(pool, float_model, section, seed, out, progress, real=real, ray=workers)
     metrics = selection_metrics(out)
     if json:
         counts = {"count": len(kept), "pool": len(pool), "rejected": len(pool) - len(kept)}

@@ -70,6 +70,7 @@ def quantize(
     method: options.QuantMethod = "genie_m",
     scheme: Annotated[str, typer.Option(help="Bits, as W<bits>A<bits>; more with --set scheme.FIELD=VALUE.")] = "W4A4",
     data: options.OptionalData = None,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -87,9 +88,9 @@ def quantize(
     section = apply_overrides({"method": method, "scheme": {"preset": scheme}}, settings or [])
     values = {
         "model": options.model_section(model, weights, input_size, mean, std, num_classes),
-        "images": {"source": images},
+        "images": {"source": images, "max_pixels": max_pixels},
         "quantize": section,
-        "evaluate": data,
+        "evaluate": None if data is None else {"data": data, "max_pixels": max_pixels},
         "device": device,
         "seed": seed,
     }
@@ -100,6 +101,7 @@ def quantize(
 def evaluate(
     model: ModelOrRun,
     data: options.Data,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
     mean: options.Mean = None,
@@ -115,7 +117,8 @@ def evaluate(
 
     --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32. The seed changes nothing.
     """
-    section = parse_settings(EvaluateSection, apply_overrides({"data": data}, settings or []), "command line")
+    values = apply_overrides({"data": data, "max_pixels": max_pixels}, settings or [])
+    section = parse_settings(EvaluateSection, values, "command line")
     resolve_device(device)
     exported = model.endswith(".onnx")
     if runtime is not None and not exported:

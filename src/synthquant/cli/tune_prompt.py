@@ -15,8 +15,11 @@ from synthquant.core.files import require_writable
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.rng import Rng
 from synthquant.core.settings import parse_settings
+from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
 from synthquant.diffusion.pipelines import open_text_to_image
+from synthquant.models.class_labels import Classes as NetworkClasses
+from synthquant.models.class_labels import in_classes_of
 from synthquant.recipe import apply_overrides
 from synthquant.synthesize.class_names import class_names, prompt_names
 from synthquant.synthesize.prompt_tuning import PromptTuning
@@ -49,6 +52,7 @@ def tune_prompt(
     images: Real,
     classes: Classes,
     out: Out,
+    max_pixels: options.MaxPixels = options.MAX_PIXELS,
     dtype: Precision = "auto",
     device: options.Device = options.DEVICE,
     seed: options.Seed = options.SEED,
@@ -64,11 +68,13 @@ def tune_prompt(
         raise OutputError(f"--out {out} must end in .safetensors")
     require_writable(out.parent)
     names = [own[0] for own in prompt_names(class_names(classes))]
-    real = open_images(images)
-    opened = open_text_to_image(generator, device=resolve_device(device), dtype=dtype, safety_checker=False)
     progress = ConsoleProgress()
+    real = open_images(images, max_pixels=max_pixels)
+    real = in_classes_of(real, NetworkClasses(f"--classes {classes}", names, len(names)), images, progress)
+    opened = open_text_to_image(generator, device=resolve_device(device), dtype=dtype, safety_checker=False)
     embedding = tune(opened, real, names, section, Rng(seed).child("tuning"), path=out, progress=progress)
-    result = {"out": str(out), "token": embedding.token, "width": embedding.vectors.shape[1]}
+    read = say_what_was_read(real, progress, images)
+    result = {"out": str(out), **read, "token": embedding.token, "width": embedding.vectors.shape[1]}
     print_result(result, device) if json else print(f"{embedding.token} in {out}")
 
 

@@ -9,6 +9,9 @@ from synthquant.core.progress import Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.data.scan import ImageScan, QualityReport
 
+_LOOKED_AT = 1024
+_LOOKED_AT_TOGETHER = 64
+
 
 def check_images(image_set: ImageSet, batch_size: int = 256) -> QualityReport:
     """Return the positions of black, constant, not finite, duplicate and saturated images.
@@ -19,6 +22,23 @@ def check_images(image_set: ImageSet, batch_size: int = 256) -> QualityReport:
     for batch in image_set.batches(batch_size):
         scan.add(batch.images, batch.indices)
     return scan.report()
+
+
+def warn_of_suspicious(images: ImageSet, progress: Progress, source: str) -> dict[str, Any]:
+    """Warn about black, constant and similar images among the first 1,024 of a set that no method made.
+
+    Returns `suspicious` for JSON: how many of how many (`looked_at`) are of each kind.
+    """
+    if images.manifest.method is not None:  # they were looked at when they were made
+        return {}
+    scan = ImageScan()
+    for batch in images.batches(_LOOKED_AT_TOGETHER, range(min(len(images), _LOOKED_AT))):
+        scan.add(batch.images, batch.indices)
+    report = scan.report()
+    for warning in report.warnings():
+        progress.warn(f"{source}: {warning}")
+    kinds = {kind: found for kind, found in report.model_dump(mode="json").items() if isinstance(found, list)}
+    return {"suspicious": {"looked_at": report.count} | {kind: len(found) for kind, found in kinds.items()}}
 
 
 def say_what_was_read(images: ImageSet, progress: Progress, source: str = "") -> dict[str, Any]:
@@ -37,12 +57,12 @@ def say_what_was_read(images: ImageSet, progress: Progress, source: str = "") ->
     aside = images.set_aside
     if aside:
         counted = f"{len(aside)} image{'s' if len(aside) > 1 else ''} set aside"
-        _tell_once(images, progress.warn, f"{counted}, for example {aside[0].name}: {aside[0].reason}{where}")
+        _tell_once(images, progress.warn, f"{counted}, for example {aside[0].name}: {aside[0].reason}", where)
     changed = {change: len(names) for change, names in sorted(images.notes.changed.items())}
     for change, count in changed.items():
         example = next(iter(images.notes.changed[change].values()))
         counted = f"{count} image{'s' if count > 1 else ''}"
-        _tell_once(images, progress.say, f"{counted} read with a change: {change}, for example {example}{where}")
+        _tell_once(images, progress.say, f"{counted} read with a change: {change}, for example {example}", where)
     return {
         "set_aside_count": len(aside),
         "set_aside": [{"name": one.name, "reason": one.reason} for one in aside],
@@ -50,7 +70,7 @@ def say_what_was_read(images: ImageSet, progress: Progress, source: str = "") ->
     }
 
 
-def _tell_once(images: ImageSet, tell: Callable[[str], None], text: str) -> None:
+def _tell_once(images: ImageSet, tell: Callable[[str], None], text: str, where: str) -> None:
     if text not in images.notes.told:
         images.notes.told.add(text)
-        tell(text)
+        tell(f"{text}{where}")

@@ -17,6 +17,8 @@ BLACK_BELOW = 3 / 255
 """An image whose largest value is lower is black."""
 CONSTANT_BELOW = 1 / 255
 """An image whose channels each vary by less is constant."""
+FAR_OUTSIDE = (-2.0, 3.0)
+"""An image with values below or above is no image in 0..1; synthesis stays far inside even without cutting off."""
 SATURATED_SHARE = 0.9
 """An image with at least this share of values at or beyond 0 or 1 is saturated."""
 
@@ -34,6 +36,8 @@ class QualityReport(Settings):
     """Holds NaN or infinity."""
     duplicate: tuple[int, ...] = ()
     """The same pixels as an earlier image."""
+    outside: tuple[int, ...] = ()
+    """Holds values far outside 0..1."""
     saturated: tuple[int, ...] = ()
     """Nearly all values at the ends of 0..1 or beyond."""
 
@@ -44,6 +48,9 @@ class QualityReport(Settings):
             "constant": self.constant,
             "not finite (NaN or infinity)": self.nan,
             "duplicates of earlier ones": self.duplicate,
+            f"far outside 0..1 (below {FAR_OUTSIDE[0]:g} or above {FAR_OUTSIDE[1]:g}; 0 is black and 1 is white)": (
+                self.outside
+            ),
             "saturated (values at or beyond 0 or 1)": self.saturated,
         }
         return [
@@ -60,7 +67,7 @@ class ImageScan:
         self.count = 0
         self._sizes: set[tuple[int, int]] = set()
         self._dtypes: set[ImageDtype] = set()
-        self._found: dict[str, list[int]] = {"black": [], "constant": [], "nan": [], "saturated": []}
+        self._found: dict[str, list[int]] = {"black": [], "constant": [], "nan": [], "outside": [], "saturated": []}
         self._digests = array("Q")  # 8 bytes an image: a million images stay small
         self._positions = array("Q")
         self._pixels = 0
@@ -98,6 +105,7 @@ class ImageScan:
             constant=tuple(self._found["constant"]),
             nan=tuple(self._found["nan"]),
             duplicate=tuple(positions[repeated].tolist()),
+            outside=tuple(self._found["outside"]),
             saturated=tuple(self._found["saturated"]),
         )
 
@@ -129,6 +137,8 @@ class ImageScan:
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             self._found["nan"].append(position)
             return
+        if low.min() < FAR_OUTSIDE[0] or high.max() > FAR_OUTSIDE[1]:
+            self._found["outside"].append(position)
         if high.max() < BLACK_BELOW and low.min() > -BLACK_BELOW:
             self._found["black"].append(position)
         elif (high - low).max() < CONSTANT_BELOW:

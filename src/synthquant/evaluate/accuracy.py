@@ -55,6 +55,9 @@ class Evaluation:
     recovery: float | None
     """`top1` divided by the reference's `top1`."""
 
+    reference_top1: float | None
+    """The reference's `top1`."""
+
     non_finite: int
     """Images whose logits held NaN or infinity; they count as wrong and as not agreeing, and are left out of `kl`."""
 
@@ -172,7 +175,7 @@ def compare_logits(logits: Tensor, labels: Tensor | None, reference_logits: Tens
     if labels is None and reference_logits is None:
         raise DataError("the images have no labels and there is no reference network to compare with; add labels")
     finite = torch.isfinite(logits).all(dim=1)
-    top1 = top5 = recovery = None
+    top1 = top5 = recovery = reference_top1 = None
     interval = None
     if labels is not None:
         _check_labels(labels, logits)
@@ -195,6 +198,7 @@ def compare_logits(logits: Tensor, labels: Tensor | None, reference_logits: Tens
         agreement=agreement,
         kl=kl,
         recovery=recovery,
+        reference_top1=reference_top1,
         non_finite=int((~finite).sum()),
         seconds=0.0,
         set_aside=(),

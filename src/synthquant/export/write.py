@@ -11,7 +11,9 @@ from synthquant.core.files import atomic_path, require_writable, sha256_file
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import RunRecord
 from synthquant.core.settings import Settings
+from synthquant.data.codec import MAX_PIXELS
 from synthquant.data.image_set import ImageSet
+from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint
 from synthquant.methods import Exporter
@@ -25,6 +27,7 @@ def export_run(
     out: Path | str,
     *,
     data: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     verify: bool = True,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def export_run(
         exporter: the form.
         out: the file; it is there only once it is verified.
         data: images to verify on; none: those the run quantized with.
+        max_pixels: larger images are set aside.
         verify: whether to verify at all.
         progress: messages and bars.
 
@@ -53,13 +57,14 @@ def export_run(
     checkpoint = _checkpoint(run)
     _require_own_file(run, out)
     require_writable(out.parent)
-    images = _images(run, data) if verify else None
+    images = _images(run, data, max_pixels) if verify else None
     quant_model = load_checkpoint(checkpoint)
     with atomic_path(out) as temporary:
         exporter.export(quant_model, temporary, origin=_origin(run))
         verification = None
         if images is not None:
             verification = exporter.verify(quant_model, temporary, images, progress=progress)
+            verification |= say_what_was_read(images, progress, data or "the images to verify with")
     return {
         "out": str(out),
         "scheme": quant_model.scheme.describe(),
@@ -90,16 +95,16 @@ def _checkpoint(run: Path) -> Path:
     return run / "model"
 
 
-def _images(run: Path, data: str | None) -> ImageSet:
+def _images(run: Path, data: str | None, max_pixels: int) -> ImageSet:
     """The images given, or those that the run quantized with."""
     if data is not None:
-        return open_images(data)
+        return open_images(data, max_pixels=max_pixels)
     record = run / "run.json"
     if not record.is_file():
         raise DataError(f"{run} does not say which images it was made with: give --data, or --no-verify")
     source = RunRecord.load(record).recipe.get("images", {}).get("source", run / "images")
     try:
-        return open_images(str(source))
+        return open_images(str(source), max_pixels=max_pixels)
     except DataError as error:
         raise DataError(f"no images to verify with: {error}; give --data, or --no-verify") from error
 

@@ -48,6 +48,7 @@ from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
+from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.report import figures, formatting
 from synthquant.report.run_files import CoverageRow, RunFiles, SqnrRow, differing_settings, open_runs
 from synthquant.report.selection import SelectionSection, is_selection, selection_section
@@ -60,6 +61,7 @@ _KINDS = {
     "constant": "Constant",
     "nan": "NaN",
     "duplicate": "Duplicate",
+    "outside": "Far outside 0..1",
     "saturated": "Saturated",
 }
 
@@ -200,7 +202,8 @@ def _sheet_of(section: RunSection, source: str, what: str, classes: tuple[int, .
         section.notes.append(f"The {what} images are not shown: {source} is not on this machine.")
         return None
     try:
-        return make_sheet(open_images(source), _preprocess(run), run.class_names, classes=classes)
+        images = in_classes_of(open_images(source), Classes(run.label, run.class_names, None), source, None)
+        return make_sheet(images, _preprocess(run), run.class_names, classes=classes)
     except InputError as error:
         section.notes.append(f"The {what} images are not shown: {error}")
         return None

@@ -212,10 +212,6 @@ def _named(method: str) -> Iterator[None]:
 def _usable(seen: Scan, images: ImageSet, progress: Progress) -> Tensor:
     """Rows of the images whose numbers are all finite, int64; others would spoil every sum they are part of."""
     rows = seen.finite.nonzero().flatten()
-    if len(seen.positions) < len(images):
-        told = images.set_aside[-1]
-        missing = len(images) - len(seen.positions)
-        progress.warn(f"{missing} of {len(images)} images cannot be read, for example {told.name}: {told.reason}")
     if len(rows) < len(seen.finite):
         where = ", ".join(str(place) for place in seen.positions[~seen.finite][:5].tolist())
         progress.warn(

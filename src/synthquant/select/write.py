@@ -19,6 +19,7 @@ from synthquant.core.progress import QUIET, Bar, Progress
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
+from synthquant.data.quality import say_what_was_read
 from synthquant.methods import Selector
 from synthquant.models.batch_norm import batch_norm_targets
 from synthquant.models.float_model import FloatModel
@@ -132,7 +133,8 @@ def _choose(
             title="look at real images",
             progress=progress,
         )
-    return selection, summarize(selection, model, beside)
+    read = say_what_was_read(images, progress, "the pool")
+    return selection, summarize(selection, model, beside) | {"read": read}
 
 
 def selection_metrics(folder: Path) -> dict[str, Any]:
@@ -140,12 +142,14 @@ def selection_metrics(folder: Path) -> dict[str, Any]:
 
     `filters`: for each its `method`, the `column` of its scores, how many images `entered` and how many it `kept`.
     `bn_distance`: of the sets `pool`, `kept` and perhaps `real`, summed over batch norms; none if not measured.
+    Beside them what `say_what_was_read` returns of the pool.
     """
     content = _read(folder)
     gaps = content["batch_norm"]
     return {
         "filters": [{key: step[key] for key in ("method", "column", "entered", "kept")} for step in content["steps"]],
         "bn_distance": gaps and {name: sum(gaps[name]) for name in ("pool", "kept", "real") if name in gaps},
+        **content.get("read", {}),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 
 from synthquant.core.progress import QUIET, Progress
+from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
 from synthquant.data.store import ImageForm
 from synthquant.diffusion.embedding import Embedding, read_embedding
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
-    from synthquant.models.float_model import FloatModel
+    from synthquant.models.class_labels import Classes, in_classes_of
+from synthquant.models.float_model import FloatModel
 
 TOKEN_FILE = "token.safetensors"
 """Where the token that `tuning` learns lies, in the folder of the image set."""
@@ -182,8 +184,12 @@ class TextToImage(Sampling):
         assert self.tuning is not None
         names = [names[0] for names in prompt_names(task.classes)]
         path = None if folder is None else folder / TOKEN_FILE
-        real = open_images(self.tuning.images)
-        return tune_prompt(generator, real, names, self.tuning, task.rng.child("tuning"), path=path, progress=progress)
+        source = self.tuning.images
+        real = in_classes_of(open_images(source), Classes("the network", names, len(names)), source, progress)
+        rng = task.rng.child("tuning")
+        found = tune_prompt(generator, real, names, self.tuning, rng, path=path, progress=progress)
+        say_what_was_read(real, progress, source)
+        return found
 
 
 @dataclass(frozen=True)
