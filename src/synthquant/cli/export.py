@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ VerifyData = Annotated[
     str | None, typer.Option(metavar="DATA", help="Images to verify on; without it those the run quantized with.")
 ]
 OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A file that export wrote.", show_default=False)]
+
+_NAMED = 5
 
 
 def export(
@@ -94,4 +97,15 @@ def _print_export(result: dict[str, Any]) -> None:
     if "layers" in found:
         layers = found["layers"]
         print(f"{layers['integer']} of {layers['integer'] + layers['floating']} layers run on integers")
+        if layers["float_layers"]:
+            print(f"in float: {_some(layers['float_layers'])}")
+        products = layers["products_integer"] + layers["products_floating"]
+        if products:
+            print(f"{layers['products_integer']} of {products} products of two activations run on integers")
         print(", ".join(f"{name} {count}" for name, count in layers["operators"].items()))
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

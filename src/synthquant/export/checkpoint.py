@@ -150,8 +150,7 @@ def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    if not quant_model.calibrated:
-        raise ModelError(f"{quant_model.float_model.name}: not calibrated yet; apply a quantization method first")
+    quant_model.require_calibrated()
     weights = save_safetensors(_packed(quant_model))
     config = _config(quant_model, sha256_bytes(weights))
     with atomic_folder(folder, replace=True) as temporary:

@@ -14,11 +14,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from synthquant.core.errors import ModelError, SchemeError
+from synthquant.core.errors import SchemeError, UnsupportedModelError
 from synthquant.export.grids import ActivationGrid, WeightGrid, activation_grid, weight_grid
 from synthquant.export.presets import Preset
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.layers import QuantLayer
+from synthquant.nn.operations import outside_of_scopes
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.weight_quantizers import WeightLayout
 
@@ -142,16 +143,18 @@ class DeployLayer(nn.Module):
     def weight(self) -> Tensor:
         """The decoded weight, in the layer's own shape."""
         decoded = self.decoded()
-        return decoded if self.deploy_layout is None else self.deploy_layout.weight(decoded)
+        with outside_of_scopes():
+            return decoded if self.deploy_layout is None else self.deploy_layout.weight(decoded)
 
     def decoded(self) -> Tensor:
-        """The decoded weight as it is stored."""
+        """The decoded weight as it is stored; decoding it is no operation of the module that looks at it."""
         form = self.deploy_form
         # The buffers, not the tensors of `form`: the exporter finds initialisers among parameters and buffers only.
         grid = WeightGrid(
             self.deploy_codes, self.deploy_scale, self.deploy_zero_point, form.axis, form.block, form.packed_bits
         )
-        return self.operators.dequantize(grid.codes, grid, self.deploy_name)
+        with outside_of_scopes():
+            return self.operators.dequantize(grid.codes, grid, self.deploy_name)
 
 
 class DeployLinear(DeployLayer):
@@ -164,7 +167,8 @@ class DeployLinear(DeployLayer):
     @property
     def weight(self) -> Tensor:
         """The decoded weight, `[out, in]`."""
-        return self.decoded().t()
+        with outside_of_scopes():
+            return self.decoded().t()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W + b` for `x` of any number of dimensions."""
@@ -192,6 +196,14 @@ class OneInput(nn.Module):
         return logits
 
 
+def constant_batch(name: str) -> UnsupportedModelError:
+    """The error for a network that can only be exported for one size of the batch."""
+    return UnsupportedModelError(
+        f"{name} cannot be exported: it computes the batch size as a plain number, which export makes a constant, most"
+        " often by int(x.shape[0] / n) in a forward; write x.shape[0] // n there, or reshape with -1"
+    )
+
+
 def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> QuantModel:
     """Return a copy of `quant_model` on the CPU that computes with integer codes in the forms of `preset`.
 
@@ -201,8 +213,7 @@ def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> Qua
         ModelError: activation ranges are not calibrated.
         SchemeError: the preset cannot express a grid; names it.
     """
-    if not quant_model.calibrated:
-        raise ModelError(f"{quant_model.float_model.name}: not calibrated yet; apply a quantization method first")
+    quant_model.require_calibrated()
     packed = packed_layers(quant_model, preset)
     copied = copy.deepcopy(quant_model, {id(quant_model.float_model): quant_model.float_model}).cpu().eval()
     for name, quantizer in copied.quantizers.items():

@@ -28,7 +28,7 @@ from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
 from synthquant.export.compare import Network
-from synthquant.export.deploy import OPSET, OneInput, Symbols, deploy, packed_layers
+from synthquant.export.deploy import OPSET, OneInput, Symbols, constant_batch, deploy, packed_layers
 from synthquant.export.onnx_metadata import OnnxMetadata, seal
 from synthquant.export.presets import Preset, find_preset
 from synthquant.methods import EXPORTERS
@@ -169,7 +169,8 @@ def export_module(module: torch.nn.Module, float_model: FloatModel) -> ir.Model:
     """Run torch's exporter on a module that takes the images of `float_model`, with a dynamic batch.
 
     Raises:
-        UnsupportedModelError: an operation has no ONNX form; names it, and the module where it stands.
+        UnsupportedModelError: an operation has no ONNX form; names it, and the module where it stands. Or the network
+            works for one size of the batch only.
     """
     network, example = OneInput(module), float_model.example_input(2).cpu()
     shapes = ({0: torch.export.Dim("batch")},)
@@ -190,6 +191,9 @@ def export_module(module: torch.nn.Module, float_model: FloatModel) -> ir.Model:
             raise UnsupportedModelError(f"{float_model.name} cannot be written as ONNX: {where}{reason}") from error
     if program is None:
         raise UnsupportedModelError(f"{float_model.name} cannot be written as ONNX: the exporter returned no graph")
+    shape = program.model.graph.inputs[0].shape
+    if shape is None or isinstance(shape[0], int):
+        raise constant_batch(float_model.name)
     return program.model
 
 

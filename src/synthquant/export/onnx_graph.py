@@ -29,16 +29,25 @@ def merge_duplicates(model: ir.Model) -> None:
 
 def name_nodes(model: ir.Model) -> None:
     """Name every node after the module it was made in, and the graph's ends `images` and `logits`."""
-    taken: dict[str, int] = {}
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "['']"))
         layer = node.metadata_props.get(LAYER_KEY)
         module = layer or next((scope for scope in reversed(scopes[:-1]) if scope), "").removeprefix(_ROOT)
-        name = f"{module}/{node.op_type}" if module else node.op_type
-        taken[name] = taken.get(name, 0) + 1
-        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        node.name = f"{module}/{node.op_type}" if module else node.op_type
+    _number_names(model)
     (image,), (logits,) = model.graph.inputs, model.graph.outputs
     image.name, logits.name = INPUT_NAME, OUTPUT_NAME
+
+
+def _number_names(model: ir.Model) -> None:
+    """Give each node a name of its own, with a number behind it from the second of a name on."""
+    taken: set[str] = set()
+    for node in model.graph:
+        name, count = str(node.name), 1
+        while node.name in taken:
+            count += 1
+            node.name = f"{name}_{count}"
+        taken.add(str(node.name))
 
 
 def pool_by_name(model: ir.Model) -> None:
@@ -110,6 +119,7 @@ def finish(model: ir.Model, *, producer: str, version: str, metadata: Mapping[st
     """Take out what torch noted (file paths among it), drop what nothing reads, and sign the file."""
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
+    _number_names(model)  # passes name what they add after the layer, and a layer may run twice
     for value in list(model.graph.initializers.values()):
         value.name = _own_name(str(value.name))
     model.producer_name, model.producer_version = producer, version

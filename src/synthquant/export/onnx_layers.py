@@ -15,12 +15,18 @@ import onnx
 
 from synthquant.export.onnx_runtime import session
 
-# Kernels that multiply integers, and the float ones that stand in their place where a pattern was not recognised.
-_INTEGER = frozenset(
-    ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
-)
-_FLOAT = frozenset(("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"))
-_DECODES = frozenset(("DequantizeLinear", "Transpose", "Reshape", "Identity", "Cast", "ReorderInput"))
+# Kernels that multiply integers, and the float ones that stand in their place where a pattern was not recognised. With
+# each the position of its factors.
+_INTEGER = {
+    **dict.fromkeys(("QLinearConv", "QGemm", "QLinearMatMul"), (0, 3)),
+    **dict.fromkeys(("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits"), (0, 1)),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"), (0, 1)),
+}
+_FLOAT = {
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "DeformConv"), (0, 1)),
+    **dict.fromkeys(("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "FusedMatMulActivation", "Einsum"), (0, 1)),
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention"), (0, 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,8 @@ class IntegerCoverage:
 
     Attributes:
         operators: how often each operator is in the optimised graph.
-        integer: multiplications with a weight that run on integers.
-        floating: those that run in float.
+        integer: nodes that multiply with a weight and run on integers.
+        floating: those that run in float. A weight is all that does not depend on the images, computed or not.
         float_layers: names of the nodes that run in float, as the runtime calls them.
         products_integer: products of two activations (attention) that run on integers.
         products_floating: those that run in float.
@@ -60,39 +66,27 @@ def integer_coverage(path: Path) -> IntegerCoverage:
 
 
 def count_layers(graph: onnx.GraphProto) -> IntegerCoverage:
-    """Count the layers of a graph."""
-    constants = {tensor.name for tensor in graph.initializer}
-    producers = {output: node for node in graph.node for output in node.output}
-    integer = floating = products_integer = products_floating = 0
+    """Count the nodes of a graph that multiply."""
+    stored = {tensor.name for tensor in graph.initializer}
+    of_images = {value.name for value in graph.input if value.name not in stored}
+    counts: Counter[tuple[bool, bool]] = Counter()
     float_layers = []
     for node in graph.node:
-        if node.op_type not in _INTEGER and node.op_type not in _FLOAT:
+        if of_images.intersection(node.input):
+            of_images.update(node.output)
+        factors = _INTEGER.get(node.op_type) or _FLOAT.get(node.op_type)
+        if factors is None:
             continue
         is_integer = node.op_type in _INTEGER
-        if _has_weight(node, constants, producers):
-            integer, floating = integer + is_integer, floating + (not is_integer)
-            if not is_integer:
-                float_layers.append(node.name)
-        else:
-            products_integer += is_integer
-            products_floating += not is_integer
+        has_weight = not of_images.issuperset(node.input[index] for index in factors)
+        counts[has_weight, is_integer] += 1
+        if has_weight and not is_integer:
+            float_layers.append(node.name)
     return IntegerCoverage(
-        dict(Counter(node.op_type for node in graph.node).most_common()),
-        integer,
-        floating,
-        tuple(float_layers),
-        products_integer,
-        products_floating,
+        operators=dict(Counter(node.op_type for node in graph.node).most_common()),
+        integer=counts[True, True],
+        floating=counts[True, False],
+        float_layers=tuple(float_layers),
+        products_integer=counts[False, True],
+        products_floating=counts[False, False],
     )
-
-
-def _has_weight(node: onnx.NodeProto, constants: set[str], producers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether the second factor is a constant, decoded or not."""
-    index = 3 if node.op_type in ("QLinearConv", "QLinearMatMul", "QGemm") else 1
-    name = node.input[index]
-    while name not in constants:
-        producer = producers.get(name)
-        if producer is None or producer.op_type not in _DECODES:
-            return False
-        name = producer.input[0]
-    return True

@@ -91,14 +91,17 @@ def session(
 
 
 def ort_network(loaded: onnxruntime.InferenceSession) -> Network:
-    """Return a session as a function from images `[B, 3, H, W]` to logits `[B, classes]`, on the CPU."""
+    """Return a session as a function from images `[B, 3, H, W]` to logits `[B, classes]`, on the CPU.
+
+    The function raises `ModelError` where the runtime cannot run the file on the images, and says why.
+    """
     image = loaded.get_inputs()[0].name
 
     def run(inputs: Tensor) -> Tensor:
         try:
             (logits, *_) = loaded.run(None, {image: inputs.detach().cpu().numpy()})
         except _RUNTIME_ERRORS as error:
-            raise ModelError(f"ONNX Runtime cannot run the network: {error}") from error
+            raise ModelError(f"ONNX Runtime cannot run the file on images {list(inputs.shape)}: {error}") from error
         return torch.from_numpy(logits)
 
     return run

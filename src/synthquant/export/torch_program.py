@@ -17,7 +17,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import difference, require_close, run_beside
-from synthquant.export.deploy import Arithmetic, OneInput, deploy
+from synthquant.export.deploy import Arithmetic, OneInput, constant_batch, deploy
 from synthquant.export.presets import find_preset
 from synthquant.methods import EXPORTERS
 from synthquant.nn.quant_model import QuantModel
@@ -68,6 +68,8 @@ def export_program(quant_model: QuantModel) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except _TRACING_ERRORS as error:
+        if "specialized it to be a constant" in str(error):
+            raise constant_batch(quant_model.float_model.name) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
             f"{quant_model.float_model.name}: torch.export cannot follow it: {reason}"

@@ -7,9 +7,9 @@ from torch import nn
 _classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def derived_class(addition: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    """The class `kind` with what `addition` adds; one class for each pair."""
+def derived_class(addition: type[nn.Module], kind: type[nn.Module], prefix: str = "Quant") -> type[nn.Module]:
+    """The class `kind` with what `addition` adds, named after it; one class for each pair."""
     pair = (addition, kind)
     if pair not in _classes:
-        _classes[pair] = type(f"Quant{kind.__name__}", pair, {"__module__": kind.__module__})
+        _classes[pair] = type(f"{prefix}{kind.__name__}", pair, {"__module__": kind.__module__})
     return _classes[pair]

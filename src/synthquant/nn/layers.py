@@ -59,7 +59,8 @@ class QuantLayer(nn.Module):
             return self.weight_override
         if self.weight_quantizer is None or not self.weights_enabled:
             return self.float_weight
-        decoded: torch.Tensor = self.weight_quantizer()
+        with outside_of_scopes():  # a forward around the layer may look at its weight, for the dtype
+            decoded: torch.Tensor = self.weight_quantizer()
         return decoded
 
     def drop_float_weight(self) -> None:

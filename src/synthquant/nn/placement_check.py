@@ -11,13 +11,17 @@ from torch import nn
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.models.trace import Value, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
-from synthquant.nn.placement import Flow, Placement, is_move
+from synthquant.nn.placement import Flow, Place, Placement, is_move
 
 _ROOT = "module"
 
 
 def check_placement(
-    holder: nn.Module, placement: Placement, quantizers: Mapping[str, ActivationQuantizer], example: torch.Tensor
+    holder: nn.Module,
+    placement: Placement,
+    quantizers: Mapping[str, ActivationQuantizer],
+    others: Iterable[ActivationQuantizer],
+    example: torch.Tensor,
 ) -> None:
     """Run the network with its quantizers once more and compare, reader by reader, where what is read comes from.
 
@@ -25,6 +29,7 @@ def check_placement(
         holder: a module that calls the network, its attribute `module`, and holds all quantizers.
         placement: where quantizers should be.
         quantizers: those that stand where tensors are made, by name.
+        others: those that stand where layers read.
         example: normalised images.
 
     Raises:
@@ -34,7 +39,7 @@ def check_placement(
     names = {id(part): name for name, part in holder.named_modules()}
     inside = {names[id(quantizer)]: name for name, quantizer in quantizers.items()}
     before = placement.flow
-    with _copying(quantizers.values()):
+    with _copying([*quantizers.values(), *others]):
         seen = trace(holder, example)
     scopes = {_inside(name) for name in before.counts}
     after = Flow(seen, (*(_inside(name) for name in before.layers), *inside), scopes)
@@ -45,8 +50,8 @@ def check_placement(
         place = after.place(after.source(found))
         if place is None or inside.get(place.module) != tensor.place.name:
             raise UnsupportedModelError(
-                f"{reader} reads what {tensor.place.name} stands for without its quantizer: the network changes a"
-                " tensor in place and goes on under its old name; write x = f(x) there, or leave deploy at 'papers'"
+                f"{reader} reads {tensor.place.name} without its quantizer: the network changes a tensor in place and"
+                " goes on under its old name; write x = f(x) there, or leave deploy at 'papers'"
             )
 
 
@@ -62,10 +67,17 @@ def _pairs(before: Flow, after: Flow) -> Iterator[tuple[str, Value, Value]]:
     for first, second in zip(firsts, seconds, strict=True):
         for wanted, found in zip(first.inputs, second.inputs, strict=True):
             place = before.place(first.outputs[0])
-            yield first.name if place is None else place.name, wanted, found
+            yield _where(first.name, place), wanted, found
     for name in before.layers:
         for one, other in zip(before.seen.calls(name), after.seen.calls(_inside(name)), strict=True):
-            yield name, one.inputs[0], other.inputs[0]
+            yield f"layer {name!r}", one.inputs[0], other.inputs[0]
+
+
+def _where(operation: str, place: Place | None) -> str:
+    if place is None or not place.operation:
+        return operation
+    owner = f"forward of module {place.module!r}" if place.module else "network's own forward"
+    return f"{place.operation} in the {owner}"
 
 
 def _inside(name: str) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from synthquant.core.errors import ModelError, SchemeError
-from synthquant.core.modules import get_module
+from synthquant.core.errors import ModelError, SchemeError, UnsupportedModelError
+from synthquant.core.modules import get_module, hooked
 from synthquant.models.batch_norm import fold_batch_norms
 from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_inputs, find_units, shared_inputs
 from synthquant.models.float_model import FloatModel
@@ -20,6 +19,7 @@ from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.coverage import CoverageRow, coverage_rows
 from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
 from synthquant.nn.operations import watch_operations
+from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
 from synthquant.nn.scheme import LayerScheme, QuantScheme
@@ -75,7 +75,7 @@ class QuantModel(nn.Module):
             SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
         """
         scheme = QuantScheme.parse(scheme)
-        module = copy.deepcopy(float_model.module).eval().requires_grad_(False)
+        module = copy_network(float_model.module).eval().requires_grad_(False)
         _run_layers_themselves(module)
         example = float_model.example_input(2)
         folded = fold_batch_norms(module, example)
@@ -99,10 +99,22 @@ class QuantModel(nn.Module):
             model._fix_image_range(seen)
         if not model.layers:
             raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
-        with model.mode(weights=False, activations=False):
-            examples = example, float_model.example_input(3)
-            model._products = find_products(module, examples, float_model.module)
+        model._count(example)
         return model.eval()
+
+    def _count(self, example: torch.Tensor) -> None:
+        """Find all matrix products, and require that every quantizer runs."""
+        ran: set[int] = set()
+        hooks = [(quantizer, lambda part, args: ran.add(id(part))) for quantizer in self.quantizers.values()]
+        examples = example, self.float_model.example_input(3)
+        with self.mode(weights=False, activations=False), hooked(pre=hooks):
+            self._products = find_products(self.module, examples, self.float_model.module)
+        idle = [name for name, quantizer in self.quantizers.items() if id(quantizer) not in ran]
+        if idle:
+            raise UnsupportedModelError(
+                f"{self.float_model.name}: the quantizer {idle[0]} would never run, because something keeps the forward"
+                " of that module's class from being called; put the module on the scheme's ignore list"
+            )
 
     def _fix_image_range(self, seen: Trace) -> None:
         """Let quantizers of the image cover all there can be: calibration images may not reach black or white."""
@@ -193,7 +205,8 @@ class QuantModel(nn.Module):
                 self._insert_layer(name, plan[name], reads.get(name), puts_out.get(name))
             if name not in self.layers:  # float, but what it computes inside is no operation of the module around it
                 quantize_layer(get_module(self.module, name), None, None, puts_out.get(name))
-        check_placement(self, placement, placed, example)
+        with self.mode(weights=False, activations=True):  # what decodes a weight is no operation of the network
+            check_placement(self, placement, placed, reads.values(), example)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of normalised images."""
@@ -249,6 +262,17 @@ class QuantModel(nn.Module):
     def calibrated(self) -> bool:
         """Whether every activation quantizer has its range."""
         return all(quantizer.calibrated for quantizer in self.quantizers.values())
+
+    def require_calibrated(self) -> None:
+        """Raise `ModelError` if an activation quantizer has no range yet; names it."""
+        missing = [name for name, quantizer in self.quantizers.items() if not quantizer.calibrated]
+        if len(missing) == sum(not quantizer.fixed for quantizer in self.quantizers.values()) > 0:
+            raise ModelError(f"{self.float_model.name}: not calibrated yet; apply a quantization method first")
+        if missing:
+            raise ModelError(
+                f"{self.float_model.name}: the quantizer {missing[0]} saw no data while ranges were set: the network"
+                " does not always run the same modules; put that module on the scheme's ignore list"
+            )
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything the quantized network consists of, by name; float weights of quantized layers left out.

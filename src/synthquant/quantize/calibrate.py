@@ -85,9 +85,13 @@ def calibrate_activations(
         count: how many of them to look at; they are gone through twice.
         observer: how ranges are searched where the scheme does not say.
         quantized_weights: watch the network with quantized weights instead of float ones.
+
+    Raises:
+        ModelError: a quantizer saw nothing; names it.
     """
     with model.mode(weights=quantized_weights, activations=False), torch.no_grad():
         observe(model.quantizers.values(), lambda: _run(model, images.batches(count)), observer)
+    model.require_calibrated()
 
 
 def observe(quantizers: Iterable[ActivationQuantizer], run: Callable[[], None], observer: str) -> None:
