@@ -106,11 +106,11 @@ def test_the_checkpoint_is_the_network_that_was_measured(
 ) -> None:
     record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
     section = EvaluateSection(data=str(tmp_path / "data"), batch_size=8)
-    row = measure.evaluate(tmp_path / "run", section, "cpu")
+    row = measure.evaluate(tmp_path / "run", section, "cpu", trust_code=True)
     measured = record.stages["evaluate"].metrics["accuracy"][1]
     same = ("top1", "top5", "agreement", "kl", "recovery", "size_bytes", "count")
     assert {key: row[key] for key in same} == {key: measured[key] for key in same}
-    assert measure.evaluate(tmp_path / "run" / "model", section, "cpu")["top1"] == row["top1"]
+    assert measure.evaluate(tmp_path / "run" / "model", section, "cpu", trust_code=True)["top1"] == row["top1"]
 
 
 def test_equal_recipes_give_equal_files_and_another_seed_gives_others(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_loading_the_checkpoint_again_gives_the_same_logits(
     pipeline.run(Recipe.parse(recipe), tmp_path / "run")
     inputs = model.example_input(5, seed=1)
     with torch.no_grad():
-        first = load_checkpoint(tmp_path / "run" / "model")(inputs)
+        first = load_checkpoint(tmp_path / "run" / "model", trust_code=True)(inputs)
         second = load_checkpoint(tmp_path / "run" / "model", float_model=model)(inputs)
     assert torch.equal(first, second)
 
@@ -353,11 +353,11 @@ def test_the_python_of_the_readme_runs(
 def test_public_functions_take_names_as_well_as_paths(recipe: dict[str, Any], tmp_path: Path) -> None:
     run, out = str(tmp_path / "run"), str(tmp_path / "copy")
     sq.run(Recipe.parse(recipe), run)
-    sq.save_checkpoint(sq.load_checkpoint(f"{run}/model"), out)
+    sq.save_checkpoint(sq.load_checkpoint(f"{run}/model", trust_code=True), out)
     assert files(Path(out)) == files(Path(run) / "model")
     record = RunRecord.load(f"{run}/run.json")
     record.save(f"{out}/run.json")
     assert RunRecord.load(f"{out}/run.json") == record
     assert sq.write_report([run], f"{out}.html").is_file()
-    found = sq.export_run(run, TorchProgram(), f"{out}.pt2")
+    found = sq.export_run(run, TorchProgram(), f"{out}.pt2", trust_code=True)
     assert Path(f"{out}.pt2").is_file() and found["verification"]["loaded"]["agreement"] == 1.0

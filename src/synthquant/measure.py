@@ -17,7 +17,7 @@ from synthquant.data.preprocess import input_batches
 from synthquant.data.quality import say_what_was_read
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model, wilson_interval
 from synthquant.evaluate.cost import float_cost, quantized_cost
-from synthquant.export.checkpoint import CONFIG_NAME, FloatModelEntry, load_checkpoint, read_config
+from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config
 from synthquant.export.onnx import open_onnx
 from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
@@ -28,29 +28,38 @@ from synthquant.recipe import EvaluateSection
 
 
 def evaluate(
-    source: ModelSource | Path, section: EvaluateSection, device: str = "auto", progress: Progress = QUIET
+    source: ModelSource | Path,
+    section: EvaluateSection,
+    device: str = "auto",
+    progress: Progress = QUIET,
+    *,
+    model: str | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a network, or the quantized network in a run folder or checkpoint folder, on labelled images.
 
     Returns the row of the accuracy table. For a quantized network it holds what quantization reaches of it
     (`CoverageSummary`) and the agreement with the float network, if that can be opened and still is the one that was
-    quantized; otherwise a warning says why not.
+    quantized; otherwise a warning says why not. Code that a run names as its network only runs if `model` names it
+    too, or with `trust_code`.
 
     Raises:
-        ModelError: the network or checkpoint cannot be opened.
+        ModelError: the network or checkpoint cannot be opened, or it names code.
         DataError: the images cannot be used, or a label is not a class of the network.
     """
     place = resolve_device(device)
     data = section.open()
     if isinstance(source, ModelSource):
-        model = open_model(source, device=place)
-        data = in_classes_of(data, classes_of(model), section.data, progress)
-        result = _measure(model.module, model, data, section.batch_size, progress)
+        network = open_model(source, device=place)
+        data = in_classes_of(data, classes_of(network), section.data, progress)
+        result = _measure(network.module, network, data, section.batch_size, progress)
         _warn_of_guessing(result.top1, result, section.data, progress)
-        return result.row(model.name) | say_what_was_read(data, progress, section.data)
+        return result.row(network.name) | say_what_was_read(data, progress, section.data)
     folder = source if (source / CONFIG_NAME).is_file() else source / "model"
-    float_model = _same_float_model(read_config(folder).float_model, place, progress)
-    quant_model = load_checkpoint(folder, float_model=float_model, device=place)
+    entry = read_config(folder).float_model
+    recorded = entry.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
+    float_model = _same_float_model(recorded, entry.fingerprint, place, progress)
+    quant_model = load_checkpoint(folder, float_model=float_model, device=place, model=model, trust_code=trust_code)
     data = in_classes_of(data, classes_of(quant_model.float_model), section.data, progress)
     logits = None
     if float_model is not None:
@@ -63,12 +72,21 @@ def evaluate(
 
 
 def evaluate_onnx(
-    path: Path, section: EvaluateSection, runtime: str = "onnxruntime", progress: Progress = QUIET
+    path: Path,
+    section: EvaluateSection,
+    runtime: str = "onnxruntime",
+    progress: Progress = QUIET,
+    *,
+    model: str | None = None,
+    trust_code: bool = False,
 ) -> dict[str, Any]:
     """Measure an exported network on labelled images, on the CPU; returns and compares as `evaluate` does.
 
+    Measuring runs no code of the network's origin; without leave for it, only the agreement is missing.
+
     Raises:
-        ModelError: the file was not exported by this package, or the runtime cannot load it.
+        ModelError: the file was not exported by this package, the runtime cannot load it, or it was not made from
+            `model`.
         MissingExtraError: the runtime is not installed.
         DataError: the images cannot be used, or a label is not a class of the network.
     """
@@ -76,8 +94,15 @@ def evaluate_onnx(
     entry = metadata.float_model
     classes = Classes(entry.name, entry.class_names, entry.num_classes)
     data = in_classes_of(section.open(), classes, section.data, progress)
-    float_model = _same_float_model(metadata.float_model, "cpu", progress)
-    reference = None
+    float_model = reference = None
+    try:
+        recorded = entry.source.confirmed(str(path), model=model, trust_code=trust_code)
+    except ModelError as error:
+        if model is not None:
+            raise
+        progress.warn(f"no agreement with the float network: {error}")
+    else:
+        float_model = _same_float_model(recorded, entry.fingerprint, "cpu", progress)
     if float_model is not None:
         reference = _logits(float_model.module, float_model, data, section.batch_size, progress)
     result = evaluate_model(
@@ -166,14 +191,14 @@ def _title(network: nn.Module, model: FloatModel) -> str:
     return "evaluate float" if network is model.module else "evaluate quantized"
 
 
-def _same_float_model(entry: FloatModelEntry, device: str, progress: Progress) -> FloatModel | None:
+def _same_float_model(source: ModelSource, fingerprint: str, device: str, progress: Progress) -> FloatModel | None:
     """Open the network that was quantized, or warn why it is not to be had."""
     try:
-        model = open_model(entry.source, device=device)
+        model = open_model(source, device=device)
     except (ModelError, MissingExtraError) as error:
         progress.warn(f"no agreement with the float network: {error}")
         return None
-    if model.fingerprint != entry.fingerprint:
-        progress.warn(f"no agreement with the float network: {entry.source.source} now has other weights")
+    if model.fingerprint != fingerprint:
+        progress.warn(f"no agreement with the float network: {source.source} now has other weights")
         return None
     return model

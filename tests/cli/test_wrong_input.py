@@ -74,7 +74,7 @@ def test_checkpoint_of_another_network(synthquant: Command, recipe: Path, tmp_pa
 def test_damaged_run_checkpoint(synthquant: Command, recipe: Path, data: Path, tmp_path: Path) -> None:
     synthquant("run", recipe, "--out", tmp_path / "run")
     (tmp_path / "run" / "model" / "model.safetensors").write_bytes(b"\x99" * 64)
-    assert "is damaged" in synthquant("evaluate", tmp_path / "run", "--data", data).error
+    assert "is damaged" in synthquant("evaluate", tmp_path / "run", "--trust-code", "--data", data).error
 
 
 def test_only_corrupt_images(synthquant: Command, recipe: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_logits_are_bit_identical(tmp_path: Path, scheme: str | dict[str, object
     model = calibrated_model(small_float_model(tmp_path), _fitting(scheme))
     inputs = model.float_model.example_input(5)
     folder = save_checkpoint(model, tmp_path / "model")
-    loaded = load_checkpoint(folder)
+    loaded = load_checkpoint(folder, trust_code=True)
     with torch.no_grad():
         assert torch.equal(loaded(inputs), model(inputs))
     assert loaded.scheme == model.scheme
@@ -62,12 +62,12 @@ def test_weights_that_training_changed_do_not_matter(tmp_path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("* 0.3", "* 0.1"), encoding="utf-8")
     inputs = model.float_model.example_input(3)
     with torch.no_grad():
-        assert torch.equal(load_checkpoint(folder)(inputs), model(inputs))
+        assert torch.equal(load_checkpoint(folder, trust_code=True)(inputs), model(inputs))
 
 
 def test_same_network_same_bytes(model: QuantModel, tmp_path: Path) -> None:
     first, second = save_checkpoint(model, tmp_path / "a"), save_checkpoint(model, tmp_path / "b")
-    again = save_checkpoint(load_checkpoint(first), tmp_path / "c")
+    again = save_checkpoint(load_checkpoint(first, trust_code=True), tmp_path / "c")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (first / name).read_bytes() == (second / name).read_bytes() == (again / name).read_bytes()
 
@@ -95,7 +95,7 @@ def test_zero_points_outside_a_byte_survive(model: QuantModel, tmp_path: Path) -
     quantizer = model.layers["up"].weight_quantizer
     assert quantizer is not None
     quantizer.zero_point[0] = -300.0
-    loaded = load_checkpoint(save_checkpoint(model, tmp_path / "model"))
+    loaded = load_checkpoint(save_checkpoint(model, tmp_path / "model"), trust_code=True)
     inputs = model.float_model.example_input(2)
     with torch.no_grad():
         assert torch.equal(loaded(inputs), model(inputs))
@@ -150,7 +150,7 @@ def test_missing_files_are_named(model: QuantModel, tmp_path: Path, name: str) -
     folder = save_checkpoint(model, tmp_path / "model")
     (folder / name).unlink()
     with pytest.raises(ModelError, match=f"is not a checkpoint: it has no {name}"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
 
 
 def test_damaged_weights_are_found(model: QuantModel, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_damaged_weights_are_found(model: QuantModel, tmp_path: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(ModelError, match=r"model\.safetensors is damaged: its hash is not the one in"):
-        load_checkpoint(path.parent)
+        load_checkpoint(path.parent, trust_code=True)
 
 
 @pytest.mark.parametrize(("name", "least"), [(CONFIG_NAME, 40), (WEIGHTS_NAME, 30 + 6)])
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_the_first_version_is_read(model: QuantModel, tmp_path: 
         assert torch.equal(load_checkpoint(folder, float_model=model.float_model)(inputs), model(inputs))
     write_json(folder / CONFIG_NAME, fields)
     with pytest.raises(ModelError, match=r"quant_config\.json lacks the hash that this package writes"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
 
 
 def test_a_file_of_another_kind_is_refused(model: QuantModel, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_file_of_another_kind_is_refused(model: QuantModel, tmp_path: Path) ->
     (folder / WEIGHTS_NAME).write_bytes(b"not safetensors at all")
     _rewrite(folder)
     with pytest.raises(ModelError, match=r"model\.safetensors is not a safetensors file"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
 
 
 def _rewrite(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> None:
@@ -211,16 +211,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, t
     packed = tensors.pop("up.weight_packed")
     _rewrite(folder, tensors)
     with pytest.raises(ModelError, match=r"does not fit build: missing up\.weight_codes"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, {**tensors, "up.weight_packed": packed, "extra": torch.zeros(1)})
     with pytest.raises(ModelError, match="does not fit build: unexpected extra"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, {**tensors, "up.weight_packed": packed[:-1]})
     with pytest.raises(ModelError, match=r"up\.weight_packed: packed codes are torch\.uint8 \(71,\)"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, {**tensors, "up.weight_packed": packed, "fc.bias": torch.zeros(8)})
     with pytest.raises(ModelError, match=r"wrong shape of fc\.bias"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
 
 
 def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
@@ -228,19 +228,19 @@ def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     config = read_sealed_json(folder / CONFIG_NAME)
     _rewrite(folder, format_version=3)
     with pytest.raises(ModelError, match="has version 3, this release reads 1 to 2"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, format_version=2, format="other")
     with pytest.raises(ModelError, match="its format is not 'synthquant-packed'"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, format="synthquant-packed", layers=config["layers"][:-1])
     with pytest.raises(ModelError, match="layer fc is not what build has"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, layers=[*config["layers"], {**config["layers"][-1], "name": "more"}])
     with pytest.raises(ModelError, match="build has no layer more"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     _rewrite(folder, layers=config["layers"], unknown=1)
     with pytest.raises(ModelError, match="unknown"):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)
     (folder / CONFIG_NAME).write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match=CONFIG_NAME):
-        load_checkpoint(folder)
+        load_checkpoint(folder, trust_code=True)

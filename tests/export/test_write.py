@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> str:
 
 def test_a_file_is_written_with_its_origin(checkpoint: Path, data: str, tmp_path: Path) -> None:
     (checkpoint.parent / "recipe.yaml").write_text("version: 1\n")
-    found = export_run(checkpoint.parent, TextFile(), tmp_path / "file.txt", data=data)
+    found = export_run(checkpoint.parent, TextFile(), tmp_path / "file.txt", data=data, trust_code=True)
     text = (tmp_path / "file.txt").read_text()
     assert text.startswith("W4A4") and sha256_file(checkpoint.parent / "recipe.yaml") in text
     assert found["bytes"] == len(text) and found["verification"] == {"images": 12}
@@ -60,15 +60,17 @@ def test_a_file_is_written_with_its_origin(checkpoint: Path, data: str, tmp_path
 
 def test_a_checkpoint_is_exported_without_images_if_told_so(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not say which images it was made with: give --data, or --no-verify"):
-        export_run(checkpoint, TextFile(), tmp_path / "file.txt")
-    assert export_run(checkpoint, TextFile(), tmp_path / "file.txt", verify=False)["verification"] is None
+        export_run(checkpoint, TextFile(), tmp_path / "file.txt", trust_code=True)
+    assert (
+        export_run(checkpoint, TextFile(), tmp_path / "file.txt", verify=False, trust_code=True)["verification"] is None
+    )
 
 
 def test_a_failed_verification_leaves_what_was_there(checkpoint: Path, data: str, tmp_path: Path) -> None:
     out = tmp_path / "file.txt"
     out.write_text("before")
     with pytest.raises(VerificationError, match="not what was promised"):
-        export_run(checkpoint, TextFile(promise=False), out, data=data)
+        export_run(checkpoint, TextFile(promise=False), out, data=data, trust_code=True)
     assert out.read_text() == "before" and not list(tmp_path.glob(".*"))
 
 
@@ -80,11 +82,11 @@ def test_wrong_folders_are_named(checkpoint: Path, tmp_path: Path) -> None:
         export_run(tmp_path / "empty", TextFile(), tmp_path / "file.txt", verify=False)
     (tmp_path / "text").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
-        export_run(checkpoint, TextFile(), tmp_path / "text" / "file.txt", verify=False)
+        export_run(checkpoint, TextFile(), tmp_path / "text" / "file.txt", verify=False, trust_code=True)
 
 
 def test_a_checkpoint_is_an_export_too_and_bit_identical(checkpoint: Path, data: str, tmp_path: Path) -> None:
-    found = export_run(checkpoint, Checkpoint(), tmp_path / "copy", data=data)
+    found = export_run(checkpoint, Checkpoint(), tmp_path / "copy", data=data, trust_code=True)
     assert found["verification"]["loaded"]["max_error"] == 0
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["model.safetensors", "quant_config.json"]
 

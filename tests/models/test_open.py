@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,27 @@ def test_transformers_without_a_processor_asks_for_flags(tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"no image processor .*; give --input-size, --mean and --std"):
         open_model(f"transformers/{tmp_path}")
     assert open_model(f"transformers/{tmp_path}", **(FLAGS | {"input_size": 32})).preprocess.input_size == (32, 32)
+
+
+def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    network = transformers.ResNetForImageClassification(config)
+    network.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    flags = FLAGS | {"input_size": 32}
+    with pytest.raises(
+        ModelError, match=r"no weights in safetensors; pickled ones \(pytorch_model\.bin\) may hold code"
+    ):
+        open_model(f"transformers/{tmp_path}", **flags)
+    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    values |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    with pytest.raises(ModelError, match="brings code of its own, which is not run"):
+        open_model(f"transformers/{tmp_path}", **flags)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

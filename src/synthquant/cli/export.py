@@ -38,6 +38,8 @@ def export(
     data: VerifyData = None,
     max_pixels: options.MaxPixels = options.MAX_PIXELS,
     verify: Annotated[bool, typer.Option(help="Run the file and compare it with the quantized network.")] = True,
+    model: options.QuantizedModel = None,
+    trust_code: options.TrustCode = False,
     settings: options.Set = None,
     json: options.Json = False,
 ) -> None:
@@ -53,7 +55,17 @@ def export(
             raise RecipeError(f"--preset belongs to --to onnx, not to --to {to}")
         values["preset"] = preset
     exporter = build_method(EXPORTERS, to, apply_overrides(values, settings or []), "export")
-    result = export_run(run, exporter, out, data=data, max_pixels=max_pixels, verify=verify, progress=ConsoleProgress())
+    result = export_run(
+        run,
+        exporter,
+        out,
+        data=data,
+        max_pixels=max_pixels,
+        verify=verify,
+        model=model,
+        trust_code=trust_code,
+        progress=ConsoleProgress(),
+    )
     print_json(result) if json else _print_export(result)
 
 
@@ -62,10 +74,20 @@ def benchmark(
     batch: Annotated[int, typer.Option(help=options.setting_help(SpeedTest, "batch"))] = 1,
     threads: Annotated[int, typer.Option(help=options.setting_help(SpeedTest, "threads"))] = 2,
     seconds: Annotated[float, typer.Option(help=options.setting_help(SpeedTest, "seconds"))] = 10.0,
+    model: options.QuantizedModel = None,
+    trust_code: options.TrustCode = False,
     json: options.Json = False,
 ) -> None:
     """Measure an exported network beside the float export of the same architecture, in turns, in ONNX Runtime."""
-    result = benchmark_onnx(file, batch=batch, threads=threads, seconds=seconds, progress=ConsoleProgress())
+    result = benchmark_onnx(
+        file,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
+        model=model,
+        trust_code=trust_code,
+        progress=ConsoleProgress(),
+    )
     if json:
         print_json(result)
         return

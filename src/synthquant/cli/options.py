@@ -37,6 +37,22 @@ Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help=setting_help(Mod
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help=setting_help(ModelSource, "std"))]
 NumClasses = Annotated[int | None, typer.Option(help=setting_help(ModelSource, "num_classes"))]
 
+QuantizedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="The network that was quantized, as it was named then: where that is FILE.py:FUNCTION, it may run.",
+    ),
+]
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run the Python file that a run, checkpoint or exported file names as its network; know it first.",
+    ),
+]
+
 Images = Annotated[str, typer.Option(metavar="IMAGES", help=setting_help(SourceSection, "source"), show_default=False)]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]

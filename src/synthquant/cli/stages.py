@@ -107,6 +107,8 @@ def evaluate(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
+    quantized: options.QuantizedModel = None,
+    trust_code: options.TrustCode = False,
     runtime: Runtime = None,
     device: options.Device = options.DEVICE,
     seed: options.Seed = options.SEED,
@@ -139,9 +141,15 @@ def evaluate(
             },
         )
     else:
+        options.require_not_given(
+            f"{model} is named by you",
+            {"model": quantized, "trust-code": trust_code or None},
+        )
         source = options.model_source(model, weights, input_size, mean, std, num_classes)
     if exported:
-        row = measure.evaluate_onnx(Path(model), section, runtime or RUNTIMES[0], ConsoleProgress())
+        row = measure.evaluate_onnx(
+            Path(model), section, runtime or RUNTIMES[0], ConsoleProgress(), model=quantized, trust_code=trust_code
+        )
     else:
-        row = measure.evaluate(source, section, device, ConsoleProgress())
+        row = measure.evaluate(source, section, device, ConsoleProgress(), model=quantized, trust_code=trust_code)
     print_result(row, device) if json else print_table([row])

@@ -226,7 +226,11 @@ def open_text_to_image(
     diffusers = _diffusers()
     with quiet(), nullcontext() if Path(location).is_dir() else hub_or_cache():
         cls = _pipeline_class(diffusers, location, source)
-        options: dict[str, Any] = {"dtype": _dtype(dtype, place), "use_safetensors": True}
+        options: dict[str, Any] = {
+            "dtype": _dtype(dtype, place),
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
         if not safety_checker and "safety_checker" in inspect.signature(cls.__init__).parameters:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         try:

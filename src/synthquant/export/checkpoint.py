@@ -35,7 +35,7 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.export.compare import difference, run_beside
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.methods import EXPORTERS
-from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.float_model import FloatModel, ModelSource, RecordedSource
 from synthquant.models.open import open_model
 from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
@@ -67,7 +67,7 @@ class FloatModelEntry(Settings):
 
     name: str
     """Short name."""
-    source: ModelSource
+    source: RecordedSource
     """How to build the architecture again."""
     fingerprint: str
     """Hash of its weights."""
@@ -133,7 +133,8 @@ class Checkpoint(Settings):
         Raises:
             VerificationError: a logit differs.
         """
-        loaded = load_checkpoint(path, device=quant_model.device)
+        # What it names is where `quant_model` came from: that code has run, or the user has given its network.
+        loaded = load_checkpoint(path, device=quant_model.device, trust_code=True)
         with torch.no_grad():
             networks = {"loaded": lambda inputs: loaded(inputs.to(loaded.device)).cpu()}
             reference, logits = run_beside(quant_model, networks, images, 128, progress)
@@ -160,7 +161,12 @@ def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
 
 
 def load_checkpoint(
-    folder: Path | str, *, float_model: FloatModel | None = None, device: torch.device | str | None = None
+    folder: Path | str,
+    *,
+    float_model: FloatModel | None = None,
+    device: torch.device | str | None = None,
+    model: str | None = None,
+    trust_code: bool = False,
 ) -> QuantModel:
     """Read a checkpoint; the network gives bit for bit the logits of the one that was saved.
 
@@ -170,10 +176,12 @@ def load_checkpoint(
             source, and `quant_model.float_model` then is an `ArchitectureOnly`: good for its preprocessing and names,
             not to compare with.
         device: where the network goes; by default where `float_model` is, or the CPU.
+        model: the name of the network that was quantized, which lets code of its run, see `RecordedSource.confirmed`.
+        trust_code: whether code that the checkpoint names as its source may run.
 
     Raises:
         ModelError: a file is missing, damaged or of another format; tensors are missing, unexpected or of a wrong
-            shape; or `float_model` is not the network that was quantized.
+            shape; `float_model` or `model` is not the network that was quantized; or the checkpoint names code.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -187,8 +195,14 @@ def load_checkpoint(
         tensors = load_safetensors(data)
     except SafetensorError as error:
         raise ModelError(f"{path} is not a safetensors file: {error}") from error
-    model = _float_model(config, float_model, device)
-    quant_model = QuantModel.build(model, config.scheme)
+    if float_model is None:
+        source = config.float_model.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
+        float_model = _architecture(config, source)
+    elif float_model.fingerprint != config.float_model.fingerprint:
+        name = config.float_model.name
+        raise ModelError(f"the checkpoint was made from other weights of {name} than the float model given")
+    placed = float_model if device is None else float_model.to(device)
+    quant_model = QuantModel.build(placed, config.scheme)
     _check_layers(config, _layer_entries(quant_model), folder)
     try:
         quant_model.load_state(_unpacked(config, tensors, path))
@@ -206,7 +220,7 @@ def float_model_entry(model: FloatModel) -> FloatModelEntry:
     """Return what files say about the network before quantization."""
     return FloatModelEntry(
         name=model.name,
-        source=model.source,
+        source=RecordedSource.of(model.source),
         fingerprint=model.fingerprint,
         task=model.task,
         num_classes=model.num_classes,
@@ -238,24 +252,18 @@ def read_config(folder: Path) -> QuantConfig:
         raise ModelError(str(error)) from error
 
 
-def _float_model(config: QuantConfig, given: FloatModel | None, device: torch.device | str | None) -> FloatModel:
+def _architecture(config: QuantConfig, source: ModelSource) -> FloatModel:
     entry = config.float_model
-    if given is None:
-        built = open_model(entry.source, pretrained=False)
-        model: FloatModel = ArchitectureOnly(
-            module=built.module,
-            preprocess=config.preprocess,
-            name=entry.name,
-            source=entry.source,
-            num_classes=entry.num_classes,
-            class_names=entry.class_names,
-            recorded_fingerprint=entry.fingerprint,
-        )
-    elif given.fingerprint != entry.fingerprint:
-        raise ModelError(f"the checkpoint was made from other weights of {entry.name} than the float model given")
-    else:
-        model = given
-    return model if device is None else model.to(device)
+    built = open_model(source, pretrained=False)
+    return ArchitectureOnly(
+        module=built.module,
+        preprocess=config.preprocess,
+        name=entry.name,
+        source=source,
+        num_classes=entry.num_classes,
+        class_names=entry.class_names,
+        recorded_fingerprint=entry.fingerprint,
+    )
 
 
 def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:

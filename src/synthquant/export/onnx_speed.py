@@ -36,7 +36,14 @@ class SpeedTest(Settings):
 
 
 def benchmark_onnx(
-    path: Path, *, batch: int = 1, threads: int = 2, seconds: float = 10.0, progress: Progress = QUIET
+    path: Path,
+    *,
+    batch: int = 1,
+    threads: int = 2,
+    seconds: float = 10.0,
+    model: str | None = None,
+    trust_code: bool = False,
+    progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Measure latency and throughput in ONNX Runtime, the two networks in turns, so that both see the same machine.
 
@@ -48,6 +55,8 @@ def benchmark_onnx(
         batch: images in one call.
         threads: threads of the runtime.
         seconds: time to measure each of the two for.
+        model: the name of the network that was quantized, which lets code of its run.
+        trust_code: whether code that the file names as its network may run.
         progress: messages.
 
     Returns:
@@ -56,7 +65,7 @@ def benchmark_onnx(
 
     Raises:
         RecipeError: a number is out of its range.
-        ModelError: the file is not one of ours, or its architecture cannot be built again.
+        ModelError: the file is not one of ours, its architecture cannot be built again, or it names code.
         MissingExtraError: a package is not installed.
     """
     parse_settings(SpeedTest, {"batch": batch, "threads": threads, "seconds": seconds}, "benchmark")
@@ -64,18 +73,19 @@ def benchmark_onnx(
     from synthquant.export import onnx_runtime
 
     metadata = onnx_runtime.read_metadata(path)
-    model = open_model(metadata.float_model.source, pretrained=False)
+    source = metadata.float_model.source.confirmed(str(path), model=model, trust_code=trust_code)
+    float_model = open_model(source, pretrained=False)
     with TemporaryDirectory() as folder:
         reference = Path(folder) / "float.onnx"
-        progress.say(f"export float {model.name}")
-        export_float(model, reference)
+        progress.say(f"export float {float_model.name}")
+        export_float(float_model, reference)
         files = {"float": reference, "quantized": path}
         networks = {
             name: onnx_runtime.ort_network(onnx_runtime.session(file, threads=threads, exact=False))
             for name, file in files.items()
         }
         progress.say(f"measure for {2 * seconds:.0f} seconds")
-        times = in_turns(networks, model.example_input(batch), seconds)
+        times = in_turns(networks, float_model.example_input(batch), seconds)
         rows = {name: _row(times[name], batch, file.stat().st_size) for name, file in files.items()}
     return {
         **rows,

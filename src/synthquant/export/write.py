@@ -29,6 +29,8 @@ def export_run(
     data: str | None = None,
     max_pixels: int = MAX_PIXELS,
     verify: bool = True,
+    model: str | None = None,
+    trust_code: bool = False,
     progress: Progress = QUIET,
 ) -> dict[str, Any]:
     """Export the quantized network of a run (or a checkpoint's) to `out`, and compare what was written with it.
@@ -40,13 +42,15 @@ def export_run(
         data: images to verify on; none: those the run quantized with.
         max_pixels: larger images are set aside.
         verify: whether to verify at all.
+        model: the name of the network that was quantized, which lets code of its run.
+        trust_code: whether code that the run names as its network may run.
         progress: messages and bars.
 
     Returns:
         `out`, `scheme`, `bytes`, `seconds`, `settings` of the exporter, and `verification` (none without it).
 
     Raises:
-        ModelError: `run` holds no quantized network.
+        ModelError: `run` holds no quantized network, or names code as its network.
         DataError: there are no images to verify with.
         SchemeError, UnsupportedModelError: this network cannot be written in this form.
         VerificationError: what was written differs from the network by more than the exporter allows.
@@ -58,7 +62,7 @@ def export_run(
     _require_own_file(run, out)
     require_writable(out.parent)
     images = _images(run, data, max_pixels) if verify else None
-    quant_model = load_checkpoint(checkpoint)
+    quant_model = load_checkpoint(checkpoint, model=model, trust_code=trust_code)
     with atomic_path(out) as temporary:
         exporter.export(quant_model, temporary, origin=_origin(run))
         verification = None

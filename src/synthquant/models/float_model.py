@@ -10,14 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.errors import ModelError, UnsupportedModelError
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
+from synthquant.models.user_file import names_code, same_code
 
 
-class ModelSource(Settings):
-    """Where a network comes from: enough to build the same architecture again."""
+class _Source(Settings):
+    """The fields that say where a network comes from: enough to build the same architecture again."""
 
     source: str = Field(min_length=1)
     """`timm/NAME`, `torchvision/NAME`, `transformers/REPO_OR_FOLDER`, `zoo/NAME` or `FILE.py:FUNCTION`."""
@@ -38,6 +39,46 @@ class ModelSource(Settings):
 
     num_classes: int | None = Field(default=None, ge=1, le=10**7)
     """Number of classes, where it differs from the architecture's own."""
+
+
+class ModelSource(_Source):
+    """Where a network comes from, in the words of the user: it may name code, which runs."""
+
+
+class RecordedSource(_Source):
+    """Where a network came from, in the words of a file, which may have come from elsewhere.
+
+    It is data: `open_model` does not take it, and `confirmed` is the only way to what it does take.
+    """
+
+    @classmethod
+    def of(cls, source: ModelSource) -> RecordedSource:
+        """Return what a file says about a network from `source`."""
+        return cls.model_validate(source.model_dump())
+
+    def confirmed(self, where: str, *, model: str | None = None, trust_code: bool = False) -> ModelSource:
+        """Return the source to open; code that it names is left out unless the user wants it to run.
+
+        Args:
+            where: the file that says so, for messages.
+            model: the network in the user's own words. It must be the recorded one; a file of Python code may lie in
+                another folder by now, and the one that the user names is the one that runs.
+            trust_code: run what the file names.
+
+        Raises:
+            ModelError: it names code and the user has said neither, or `model` is another network.
+        """
+        if model is not None:
+            code = names_code(self.source)
+            if model != self.source and not (code and names_code(model) and same_code(model, self.source)):
+                raise ModelError(f"{where} was made from {self.source}, not from {model}; name that, or leave it out")
+            return ModelSource.model_validate(self.model_dump() | {"source": model})
+        if names_code(self.source) and not trust_code:
+            raise ModelError(
+                f"{where} names code, and a file from elsewhere must not run code: if you know it, give"
+                f" --model {self.source} or --trust-code (in Python trust_code=True)"
+            )
+        return ModelSource.model_validate(self.model_dump())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,18 @@ from torch import nn
 from synthquant.core.errors import ModelError, did_you_mean
 
 
+def names_code(source: str) -> bool:
+    """Whether the name of a model is `FILE.py:FUNCTION`, that is, whether opening it runs code."""
+    file, colon, _ = source.rpartition(":")
+    return bool(colon) and file.endswith(".py")
+
+
+def same_code(one: str, other: str) -> bool:
+    """Whether two names are of one function in a file of one name, in whatever folder."""
+    (file, _, function), (other_file, _, other_function) = one.rpartition(":"), other.rpartition(":")
+    return (Path(file).name, function) == (Path(other_file).name, other_function)
+
+
 def call_user_function(reference: str) -> nn.Module:
     """Call the function that `FILE.py:FUNCTION` names, without arguments, and return its network.
 

@@ -1,0 +1,41 @@
+"""What an opener of networks returns, and how it says that it could not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from synthquant.core.errors import ModelError
+from synthquant.core.settings import parse_settings
+from synthquant.data.preprocess import Preprocess
+from synthquant.models.float_model import ModelSource
+from synthquant.models.weights import one_line
+
+# What building or running a foreign network may raise: its code is not ours, so this is wide, but Ctrl-C still works.
+FOREIGN_ERRORS: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
+    *(RuntimeError, SyntaxError, TypeError, ValueError),
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the library of origin knows about a model."""
+
+    module: nn.Module
+    preprocess: Preprocess | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def known_preprocess(request: ModelSource, **values: Any) -> Preprocess:
+    """Return what a library says about preprocessing; raises `RecipeError` if it is none of ours."""
+    return parse_settings(Preprocess, values, where=f"preprocessing of {request.source}")
+
+
+def failed(request: ModelSource, error: BaseException) -> ModelError:
+    """Return the error for what a library or a user's own code raised."""
+    kind = type(error).__name__
+    hint = "; is there a network connection, or give --weights FILE" if isinstance(error, OSError) else ""
+    return ModelError(f"{request.source} cannot be opened: {kind}: {one_line(error)}{hint}")
