@@ -65,7 +65,9 @@ def fill(run: Path, text: str) -> Path:
         fields = read_json(run / name)
         sealed = fields.pop(SEAL, None) is not None
         parts = {"parts": fields["parts"]} if "parts" in fields else {}
-        (write_sealed_json if sealed else write_json)(run / name, filled(fields, text, number) | parts)
+        # Settings, such as those of a manifest, hold no characters that are none.
+        readable = text.replace("\ud83d", "\x07").replace("\x00", "\x07") if "manifest" in name else text
+        (write_sealed_json if sealed else write_json)(run / name, filled(fields, readable, number) | parts)
     write_text(run / "recipe.yaml", text.replace("\ud83d", "\x07"))
     return run
 

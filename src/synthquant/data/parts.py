@@ -178,7 +178,10 @@ def require_hash(path: Path, sha256: str) -> None:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if found != sha256:
-        raise DataError(f"{path} is damaged: its hash differs from the manifest; make the image set again")
+        raise DataError(
+            f"{path} is damaged: its hash differs from the manifest; restore it, or let the command that made the set"
+            " make it again"
+        )
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -154,7 +154,7 @@ class RunFiles:
         """The resolved recipe as YAML."""
         path = self.folder / "recipe.yaml"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8", errors="replace")
         return yaml.safe_dump(self.record.recipe, sort_keys=False) if self.record.recipe else ""
 
     def missing(self) -> list[str]:
