@@ -12,7 +12,7 @@ from tests.small_networks import CLASSES, small_float_model, small_images
 
 import synthquant as sq
 from synthquant import measure, pipeline
-from synthquant.core.errors import DataError, InputError, ModelError, UnsupportedModelError
+from synthquant.core.errors import DataError, InputError, ModelError, RecipeError, UnsupportedModelError
 from synthquant.core.files import sha256_file
 from synthquant.core.progress import Bar, Progress
 from synthquant.core.record import RunRecord
@@ -306,7 +306,7 @@ def test_a_selection_of_given_images_needs_no_copy_of_them(choosing: dict[str, A
     pipeline.run(Recipe.parse(given), tmp_path / "run")
     assert not (tmp_path / "run" / "images").exists()
     assert len(ImageSet.open(tmp_path / "run" / "selected")) == 5
-    with pytest.raises(DataError, match="energy: 21 images are to stay but there are 20"):
+    with pytest.raises(RecipeError, match="energy: 21 images are to stay but there are 20"):
         pipeline.run(Recipe.parse(given | {"select": ["energy:21"]}), tmp_path / "run2")
     assert not (tmp_path / "run2").exists()
 

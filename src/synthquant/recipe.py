@@ -26,7 +26,7 @@ from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
 from synthquant.core.plain_yaml import LONGEST, parse_yaml
 from synthquant.core.registry import Registry
 from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
-from synthquant.data.codec import MAX_PIXELS
+from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS, MemoryBudget, QuantStep, Selector, Synthesizer
@@ -65,7 +65,7 @@ class SourceSection(Settings):
     """An image set folder, a folder of class folders, a Parquet file or folder, or a `datasets` name."""
     count: int | None = Field(default=None, ge=1)
     """How many of them to use, drawn at random; none: all."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
     """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
 
     def open(self) -> ImageSet:
@@ -153,7 +153,7 @@ class EvaluateSection(Settings):
     """Labelled images, in any form that `images.source` takes."""
     batch_size: int = Field(default=128, ge=1)
     """Images per forward pass; does not change the result beyond rounding."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
     """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
 
     def open(self) -> ImageSet:

@@ -10,6 +10,7 @@ import typer
 
 from synthquant.core.errors import RecipeError
 from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
+from synthquant.data.codec import MOST_PIXELS
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.methods import QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource
@@ -56,7 +57,7 @@ TrustCode = Annotated[
 Images = Annotated[str, typer.Option(metavar="IMAGES", help=setting_help(SourceSection, "source"), show_default=False)]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
-MaxPixels = Annotated[int, typer.Option(min=1, help=setting_help(SourceSection, "max_pixels"))]
+MaxPixels = Annotated[int, typer.Option(min=1, max=MOST_PIXELS, help=setting_help(SourceSection, "max_pixels"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
 QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
 

@@ -35,6 +35,8 @@ from synthquant.core.errors import DataError
 # What Pillow logs of damaged files is in our reasons; without a handler it would be on the terminal.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+MOST_PIXELS = 2**31
+"""The most that may be allowed."""
 MAX_PIXELS = 50_000_000
 """Larger images are set aside: no photograph for a classifier has more, but mistakes, scans and attacks do."""
 

@@ -22,6 +22,7 @@ from synthquant.diffusion.pipelines import (
     open_text_to_image,
 )
 from synthquant.methods import SYNTHESIZERS
+from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.synthesize.batches import batch_sizes
 from synthquant.synthesize.class_names import ClassName, class_names, class_positions, prompt_names
 from synthquant.synthesize.drawing import Drawing, collect_drawn, count_redrawn
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
-    from synthquant.models.class_labels import Classes, in_classes_of
-from synthquant.models.float_model import FloatModel
+    from synthquant.models.float_model import FloatModel
 
 TOKEN_FILE = "token.safetensors"
 """Where the token that `tuning` learns lies, in the folder of the image set."""
