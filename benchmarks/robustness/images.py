@@ -132,10 +132,10 @@ def _root(folder: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "loop of links": (USED, _loop),
+    "loop of links": (ASIDE, _loop),
     "train and val inside": (REFUSED, _root),
 }
-"""Something done to the whole folder; a loop brings no image again."""
+"""Something done to the whole folder; a loop brings no image again, and is said."""
 
 
 def _rows(source: random.Random) -> list[dict[str, object]]:

@@ -54,7 +54,10 @@ def test_draw_tune_and_draw_again(synthquant: Command, generator_folder: Path, f
         "batch_size=2",
     )
     outcome = synthquant("tune-prompt", generator_folder, *options, "--json")
-    assert json.loads(outcome.out) == {"out": str(token), "token": "<real>", "width": 16}
+    found = json.loads(outcome.out)
+    assert found.pop("environment")["device"] == "cpu"
+    read = {"set_aside_count": 0, "set_aside": [], "changed": {}}
+    assert found == {"out": str(token), "token": "<real>", "width": 16} | read
     assert "tune prompt: 3/3" in outcome.err
     assert "this token is finished" in synthquant("tune-prompt", generator_folder, *options).err
     synthquant(*drawing(generator_folder, tmp_path / "styled", f"embedding={token}"))

@@ -53,7 +53,8 @@ def test_a_file_is_written_with_its_origin(checkpoint: Path, data: str, tmp_path
     found = export_run(checkpoint.parent, TextFile(), tmp_path / "file.txt", data=data, trust_code=True)
     text = (tmp_path / "file.txt").read_text()
     assert text.startswith("W4A4") and sha256_file(checkpoint.parent / "recipe.yaml") in text
-    assert found["bytes"] == len(text) and found["verification"] == {"images": 12}
+    read = {"set_aside_count": 0, "set_aside": [], "changed": {}}
+    assert found["bytes"] == len(text) and found["verification"] == {"images": 12} | read
     assert found["settings"] == {"promise": True}
     assert not list(tmp_path.glob(".*"))
 
