@@ -21,11 +21,18 @@ def opened(path: Path, **changes: object) -> RunFolder:
     return RunFolder(path, RECIPE | changes, device="cpu", seed=3, place=("device", "memory.host_gib"))
 
 
+MEASURED = {
+    "model": {"name": "m", "fingerprint": "f"},
+    "images": {"method": "noise", "count": 4},
+    "evaluate": {"count": 4, "accuracy": [{"name": "float"}, {"name": "W4A4"}]},
+}
+
+
 def finish(folder: RunFolder, *stages: str) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     for name in stages:
         with folder.stage(name) as metrics:
-            metrics["stage"] = name
+            metrics |= MEASURED[name]
 
 
 def test_opening_writes_nothing(tmp_path: Path) -> None:
@@ -37,9 +44,9 @@ def test_a_stage_is_running_while_it_runs_and_done_with_its_metrics_afterwards(t
     folder = opened(tmp_path)
     with folder.stage("images") as metrics:
         assert json.loads((tmp_path / "run.json").read_text())["stages"]["images"]["status"] == "running"
-        metrics["count"] = 4
+        metrics |= MEASURED["images"]
     stage = opened(tmp_path).record.stages["images"]
-    assert (stage.status, stage.metrics) == ("done", {"count": 4})
+    assert (stage.status, stage.metrics) == ("done", MEASURED["images"])
     assert stage.seconds > 0
     assert opened(tmp_path).is_done("images") and not opened(tmp_path).is_done("images", "report")
 

@@ -58,7 +58,7 @@ def unit_rows() -> list[dict[str, Any]]:
 def make_run(folder: Path, data: str | None = None, seed: int = 0, **changes: Any) -> Path:
     """Write a complete run; `changes` replace metrics, given as `stage__key=value` (none: leave it out)."""
     metrics: dict[str, dict[str, Any]] = {
-        "model": {"name": "small", "class_names": list(CLASS_NAMES), "num_classes": 3},
+        "model": {"name": "small", "fingerprint": "f" * 64, "class_names": list(CLASS_NAMES), "num_classes": 3},
         "images": {"method": "genie_d", "count": 9},
         "quantize": {
             "method": "genie_m",

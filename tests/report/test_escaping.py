@@ -14,9 +14,9 @@ from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.files import SEAL, read_json, write_json, write_sealed_json, write_text
 from synthquant.core.rng import Rng
+from synthquant.core.run_metrics import SqnrRow
 from synthquant.report import figures
 from synthquant.report.html import write_report
-from synthquant.report.run_files import SqnrRow
 from synthquant.select import Energy, write_selection
 
 MARKUP = (

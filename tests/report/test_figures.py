@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from synthquant.core.run_metrics import CoverageRow, SqnrRow, UnitRow
 from synthquant.report import figures
-from synthquant.report.run_files import CoverageRow, SqnrRow, UnitRow
 
 UNITS = [
     UnitRow(name="a", loss_start=2.0, steps=(0, 10, 20), losses=(2.0, 1.0, 0.5)),

@@ -8,14 +8,20 @@ import re
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from synthquant.core.errors import InputError
-from synthquant.core.files import read_json, write_json
+from synthquant.core.files import read_sealed_json, write_sealed_json
+from synthquant.core.run_metrics import METRICS, Metrics
 
+_VERSION = 2
+# The format before it had a hash of itself; its fields are the same.
+_UNSEALED = {"version": 1}
+
+M = TypeVar("M", bound=Metrics)
 StageStatus = Literal["pending", "running", "done", "failed"]
 
 
@@ -26,12 +32,12 @@ class StageRecord(BaseModel):
 
     status: StageStatus = "pending"
     """How far the stage came."""
-    seconds: float = 0.0
+    seconds: float = Field(default=0.0, ge=0, strict=True, allow_inf_nan=False)
     """Wall time, all sittings of a resumed stage together."""
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = Field(default=None, ge=0, strict=True)
     """Highest memory use, on the device that did the work; none where the system does not say."""
     metrics: dict[str, Any] = {}
-    """What the stage measured; JSON values only."""
+    """What the stage measured, JSON values only; `core.run_metrics` says what."""
 
 
 class RunRecord(BaseModel):
@@ -39,11 +45,11 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
 
-    version: int = 1
+    version: int = _VERSION
     """Version of this file's format."""
     stages: dict[str, StageRecord] = {}
     """Stages by name."""
-    environment: dict[str, str] = {}
+    environment: dict[str, StrictStr] = {}
     """Versions and hardware, see `environment`."""
     seed: int = 0
     """The run's seed."""
@@ -54,21 +60,52 @@ class RunRecord(BaseModel):
         """Return the record of a stage, made now if there is none."""
         return self.stages.setdefault(name, StageRecord())
 
+    def metrics(self, stage: str, kind: type[M]) -> M:
+        """Return what a stage measured, by name and type; all keys are at their defaults where it measured nothing."""
+        return kind.model_validate(self.stages[stage].metrics if stage in self.stages else {})
+
+    @property
+    def image_source(self) -> str | None:
+        """Where the images were taken from, in the form `open_images` takes; none if the run made them."""
+        images = self.recipe.get("images")
+        source = images.get("source") if isinstance(images, dict) else None
+        return source if isinstance(source, str) else None
+
     def save(self, path: Path | str) -> None:
-        """Write the record as JSON, atomically; raises `OutputError`."""
-        write_json(Path(path), self.model_dump(mode="json"))
+        """Write the record as JSON with a hash of its content, atomically; raises `OutputError`."""
+        write_sealed_json(Path(path), self.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: Path | str) -> RunRecord:
-        """Read a record; raises `InputError` if the file is missing, broken or of another version."""
-        content = read_json(Path(path))
+        """Read a record.
+
+        Raises `InputError` if the file is missing, broken, of another version, not as it was written, or says what no
+        run can have measured.
+        """
+        content = read_sealed_json(Path(path), unsealed=_UNSEALED)
+        if content.get("version") not in (1, _VERSION):
+            raise InputError(f"{path} has format version {content.get('version')!r}, this release reads {_VERSION}")
         try:
-            record = cls.model_validate(content)
+            record = cls.model_validate(content | {"version": _VERSION})
         except ValidationError as error:
-            raise InputError(f"{path} is not a run record: {error.errors()[0]['msg']}") from error
-        if record.version != 1:
-            raise InputError(f"{path} has format version {record.version}, this release reads version 1")
+            raise InputError(f"{path} is not the record of a run: {_first(error)}") from error
+        for name, stage in record.stages.items():
+            if name not in METRICS:
+                raise InputError(f"{path} is not the record of a run: there is no stage {name!r}")
+            try:
+                found = METRICS[name].model_validate(stage.metrics)
+            except ValidationError as error:
+                raise InputError(f"{path}: stages.{name}.metrics.{_first(error)}") from error
+            missing = [key for key in found.required if getattr(found, key) is None]
+            if stage.status == "done" and missing:
+                raise InputError(f"{path}: stages.{name}.metrics.{missing[0]} is missing; make the run again")
         return record
+
+
+def _first(error: ValidationError) -> str:
+    """Where the first fault is, and what it is."""
+    found = error.errors()[0]
+    return f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}"
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, str]:

@@ -106,7 +106,7 @@ def _images(run: Path, data: str | None, max_pixels: int) -> ImageSet:
     record = run / "run.json"
     if not record.is_file():
         raise DataError(f"{run} does not say which images it was made with: give --data, or --no-verify")
-    source = RunRecord.load(record).recipe.get("images", {}).get("source", run / "images")
+    source = RunRecord.load(record).image_source or run / "images"
     try:
         return open_images(str(source), max_pixels=max_pixels)
     except DataError as error:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from synthquant.report.run_files import CoverageRow, SqnrRow, UnitRow
+    from synthquant.core.run_metrics import CoverageRow, SqnrRow, UnitRow
 
 P = ParamSpec("P")
 

@@ -44,13 +44,14 @@ from markupsafe import Markup
 from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import write_text
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.run_metrics import CoverageRow, SqnrRow
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
 from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.report import figures, formatting
-from synthquant.report.run_files import CoverageRow, RunFiles, SqnrRow, differing_settings, open_runs
+from synthquant.report.run_files import RunFiles, differing_settings, open_runs
 from synthquant.report.selection import SelectionSection, is_selection, selection_section
 from synthquant.report.sheet import Sheet, make_sheet
 
@@ -210,8 +211,8 @@ def _sheet_of(section: RunSection, source: str, what: str, classes: tuple[int, .
 
 
 def _preprocess(run: RunFiles) -> Preprocess | None:
-    values = run.quant_config.get("preprocess")
-    if not isinstance(values, dict):
+    values = run.checkpoint.preprocess
+    if values is None:
         return None
     try:
         return parse_settings(Preprocess, values, "preprocess")

@@ -7,80 +7,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
 from synthquant.core.record import RunRecord, StageRecord
+from synthquant.core.run_metrics import METRICS, EvaluateMetrics, QuantizeMetrics, Row
 from synthquant.nn.coverage import CoverageSummary
 
-_Row = TypeVar("_Row", bound="Row")
 _Value = TypeVar("_Value")
-_STAGES = ("model", "images", "select", "quantize", "checkpoint", "evaluate")
 
 
-class Row(BaseModel):
-    """A row of a table in `run.json`; keys that the report does not know are for other readers."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class _FloatNetwork(Row):
+    class_names: tuple[str, ...] | None = None
 
 
-class AccuracyRow(Row):
-    """One network on the evaluation images; shares are 0..1."""
+class _Checkpoint(Row):
+    """What the page needs of `quant_config.json`."""
 
-    name: str
-    count: int | None = None
-    top1: float | None = None
-    top5: float | None = None
-    interval: tuple[float, float] | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    recovery: float | None = None
-    size_bytes: float | None = None
-    bit_operations: float | None = None
-    seconds: float | None = None
-
-
-class UnitRow(Row):
-    """One reconstruction unit with its sampled loss curve."""
-
-    name: str
-    loss_start: float | None = None
-    loss_end: float | None = None
-    undecided: float | None = None
-    diverged: bool = False
-    seconds: float | None = None
-    steps: tuple[int, ...] = ()
-    losses: tuple[float | None, ...] = ()
-
-
-class SqnrRow(Row):
-    """Signal-to-quantization-noise ratios of one layer [dB]."""
-
-    name: str
-    weights: float | None = None
-    activations: float | None = None
-    alone: float | None = None
-    cumulative: float | None = None
-
-
-class CoverageRow(Row):
-    """What became of one layer, or of a weight or a matrix product outside of layers."""
-
-    name: str
-    kind: str = ""
-    weight_bits: int | None = None
-    input_bits: int | None = None
-    parameters: int | None = None
-    macs: int | None = None
-    reason: str | None = None
-
-
-class SetAside(Row):
-    """An image that was not used."""
-
-    name: str
-    reason: str
+    scheme_summary: str | None = None
+    preprocess: dict[str, Any] | None = None
+    float_model: _FloatNetwork = _FloatNetwork()
 
 
 class RunFiles:
@@ -98,16 +45,19 @@ class RunFiles:
         self.folder = folder
         self.label = label
         self.record = RunRecord.load(folder / "run.json")
-        self.accuracy = self._rows("evaluate", "accuracy", AccuracyRow)
-        self.sqnr = self._rows("evaluate", "sqnr", SqnrRow)
-        self.set_aside = self._rows("evaluate", "set_aside", SetAside)
-        self.units = self._rows("quantize", "units", UnitRow)
-        self.coverage = self._rows("quantize", "coverage", CoverageRow)
-        self.coverage_summary = self._read("quantize", "coverage_summary", CoverageSummary)
+        evaluation = self.record.metrics("evaluate", EvaluateMetrics)
+        quantization = self.record.metrics("quantize", QuantizeMetrics)
+        self.accuracy = evaluation.accuracy or ()
+        self.sqnr = evaluation.sqnr
+        self.set_aside = evaluation.set_aside
+        self.units = quantization.units
+        self.coverage = quantization.coverage
+        summary, where = quantization.coverage_summary, "stages.quantize.metrics.coverage_summary"
+        self.coverage_summary = summary and _read(folder / "run.json", where, summary, CoverageSummary)
         config = folder / "model" / "quant_config.json"
-        self.quant_config: dict[str, Any] = {}
+        self.checkpoint = _Checkpoint()
         if config.is_file():
-            self.quant_config = read_sealed_json(config, unsealed={"format_version": 1})
+            self.checkpoint = _read(config, "", read_sealed_json(config, unsealed={"format_version": 1}), _Checkpoint)
 
     def value(self, stage: str, key: str) -> Any:
         """Return one metric of a stage, or none."""
@@ -122,9 +72,7 @@ class RunFiles:
     @property
     def stages(self) -> list[tuple[str, StageRecord]]:
         """Stages in the order they ran; not the report, which is being written."""
-        known = {name: rank for rank, name in enumerate(_STAGES)}
-        ordered = sorted(self.record.stages.items(), key=lambda item: known.get(item[0], len(known)))
-        return [(name, stage) for name, stage in ordered if name != "report"]
+        return [(name, self.record.stages[name]) for name in METRICS if name in self.record.stages and name != "report"]
 
     @property
     def images_folder(self) -> Path | None:
@@ -141,12 +89,12 @@ class RunFiles:
     @property
     def scheme(self) -> str | None:
         """The scheme with its rule for the first and last layer."""
-        return self.text("quantize", "scheme") or self.quant_config.get("scheme_summary")
+        return self.text("quantize", "scheme") or self.checkpoint.scheme_summary
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names of the network, if it knows them."""
-        names = self.value("model", "class_names") or self.quant_config.get("float_model", {}).get("class_names") or ()
+        names = self.value("model", "class_names") or self.checkpoint.float_model.class_names or ()
         return tuple(str(name) for name in names)
 
     @property
@@ -170,20 +118,16 @@ class RunFiles:
         }
         return [name for name, value in parts.items() if not value]
 
-    def _rows(self, stage: str, key: str, kind: type[_Row]) -> list[_Row]:
-        return self._read(stage, key, list[kind]) or []  # type: ignore[valid-type]  # the row class is a variable
 
-    def _read(self, stage: str, key: str, kind: type[_Value]) -> _Value | None:
-        """A metric of a stage as what it should be; none if the run has none."""
-        value = self.value(stage, key)
-        if value is None:
-            return None
-        try:
-            return TypeAdapter(kind).validate_python(value)
-        except ValidationError as error:
-            detail = error.errors()[0]
-            where = ".".join(str(part) for part in ("stages", stage, "metrics", key, *detail["loc"]))
-            raise InputError(f"{self.folder / 'run.json'}: {where}: {detail['msg']}") from error
+def _read(path: Path, where: str, value: object, kind: type[_Value]) -> _Value:
+    """What a JSON file says at one place, as what it should be."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise InputError(
+            f"{path}: {'.'.join(str(part) for part in (where, *detail['loc']) if part != '')}: {detail['msg']}"
+        ) from error
 
 
 def open_runs(folders: Sequence[Path]) -> list[RunFiles]:

@@ -12,9 +12,9 @@ from pydantic import Field, ValidationError
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
+from synthquant.core.run_metrics import Row
 from synthquant.data.image_set import ImageSet
 from synthquant.report import figures
-from synthquant.report.run_files import Row
 from synthquant.report.sheet import Sheet, make_sheet
 
 SELECTION_NAME = "selection.json"

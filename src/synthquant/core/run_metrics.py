@@ -1,0 +1,185 @@
+"""What the stages of a run measured, as `run.json` holds it: every key with its type and the range it can have.
+
+A stage that is done has at least the keys of `required`; the others belong to some runs only. Keys that are not known
+here are for other readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+"""0..1."""
+Number = Annotated[float, Field(strict=True)]
+Size = Annotated[float, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Bits = Annotated[int, Field(ge=1, le=64, strict=True)]
+
+
+class Row(BaseModel):
+    """A row of a table; keys that are not known are for other readers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class AccuracyRow(Row):
+    """One network on the evaluation images."""
+
+    name: StrictStr
+    count: Count | None = None
+    top1: Share | None = None
+    top5: Share | None = None
+    interval: tuple[Share, Share] | None = None
+    agreement: Share | None = None
+    kl: Size | None = None
+    recovery: Size | None = None
+    size_bytes: Size | None = None
+    bit_operations: Size | None = None
+    seconds: Size | None = None
+
+
+class UnitRow(Row):
+    """One reconstruction unit with its sampled loss curve."""
+
+    name: StrictStr
+    loss_start: Number | None = None
+    loss_end: Number | None = None
+    undecided: Share | None = None
+    diverged: StrictBool = False
+    seconds: Size | None = None
+    steps: tuple[Count, ...] = ()
+    losses: tuple[Number | None, ...] = ()
+
+
+class SqnrRow(Row):
+    """Signal-to-quantization-noise ratios of one layer [dB]."""
+
+    name: StrictStr
+    weights: Number | None = None
+    activations: Number | None = None
+    alone: Number | None = None
+    cumulative: Number | None = None
+
+
+class CoverageRow(Row):
+    """What became of one layer, or of a weight or a matrix product outside of layers."""
+
+    name: StrictStr
+    kind: StrictStr = ""
+    weight_bits: Bits | None = None
+    input_bits: Bits | None = None
+    parameters: Count | None = None
+    macs: Count | None = None
+    reason: StrictStr | None = None
+
+
+class SetAside(Row):
+    """An image that was not used."""
+
+    name: StrictStr
+    reason: StrictStr
+
+
+class FilterRow(Row):
+    """What one filter of images did."""
+
+    method: StrictStr
+    entered: Count
+    kept: Count
+
+
+class Metrics(BaseModel):
+    """What one stage measured."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    required: ClassVar[tuple[str, ...]] = ()
+    """Keys that every stage that is done has."""
+
+
+class ModelMetrics(Metrics):
+    """The network that a run is about."""
+
+    required = ("name", "fingerprint")
+
+    name: StrictStr | None = None
+    fingerprint: StrictStr | None = None
+    num_classes: Count | None = None
+    class_names: tuple[StrictStr, ...] | None = None
+    parameters: Count | None = None
+    preprocess: dict[str, Any] | None = None
+
+
+class ImagesMetrics(Metrics):
+    """The images that were made, or given."""
+
+    required = ("method", "count")
+
+    method: StrictStr | None = None
+    count: Count | None = None
+    source: StrictStr | None = None
+    fingerprint: StrictStr | None = None
+
+
+class SelectMetrics(Metrics):
+    """The choice among them."""
+
+    required = ("pool", "count", "fingerprint")
+
+    pool: Count | None = None
+    count: Count | None = None
+    rejected: Count | None = None
+    fingerprint: StrictStr | None = None
+    filters: tuple[FilterRow, ...] = ()
+    bn_distance: dict[str, Size] | None = None
+
+
+class QuantizeMetrics(Metrics):
+    """The quantized network, layer by layer."""
+
+    required = ("method", "scheme")
+
+    method: StrictStr | None = None
+    scheme: StrictStr | None = None
+    units: tuple[UnitRow, ...] = ()
+    coverage: tuple[CoverageRow, ...] = ()
+    coverage_summary: dict[str, Any] | None = None
+
+
+class CheckpointMetrics(Metrics):
+    """The files of the quantized network."""
+
+    weights_sha256: StrictStr | None = None
+
+
+class EvaluateMetrics(Metrics):
+    """Float beside quantized."""
+
+    required = ("accuracy", "count")
+
+    data: StrictStr | None = None
+    count: Count | None = None
+    accuracy: Annotated[tuple[AccuracyRow, ...], Field(min_length=2, max_length=2)] | None = None
+    sqnr: tuple[SqnrRow, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+
+
+class ReportMetrics(Metrics):
+    """The page."""
+
+    sha256: StrictStr | None = None
+
+
+METRICS: Mapping[str, type[Metrics]] = {
+    "model": ModelMetrics,
+    "images": ImagesMetrics,
+    "select": SelectMetrics,
+    "quantize": QuantizeMetrics,
+    "checkpoint": CheckpointMetrics,
+    "evaluate": EvaluateMetrics,
+    "report": ReportMetrics,
+}
+"""Stages in the order in which a run does them."""
