@@ -14,11 +14,12 @@ import torch
 
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import DataError, InputError, ModelError
-from synthquant.core.files import require_outside, write_text
+from synthquant.core.files import require_outside, sha256_file
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
 from synthquant.core.run_folder import RunFolder
+from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics
 from synthquant.core.working_folder import require_space, size_of, working_folder
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
@@ -34,6 +35,7 @@ from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 from synthquant.report.html import write_report
+from synthquant.resume import RECIPE_NAME, checkpoint_hash, take_back_what_is_gone, write_recipe
 from synthquant.select.sequence import require_supported
 from synthquant.select.write import selection_metrics, write_selection
 from synthquant.synthesize.batches import image_form, open_writer
@@ -44,7 +46,7 @@ STAGES = ("model", "images", "quantize", "checkpoint", "evaluate", "report")
 # Settings that say where a run is computed, not what it computes.
 _PLACE = ("device", "memory.device_gib", "memory.host_gib")
 # Files that hold nothing but what was asked for.
-_WORTHLESS = ("recipe.yaml", "run.json")
+_WORTHLESS = (RECIPE_NAME, "run.json")
 
 
 def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecord:
@@ -61,10 +63,18 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
     require_outside(Path(out), (given, recipe.evaluate.data if recipe.evaluate else None))
     with working_folder(Path(out), _WORTHLESS):
         folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
-        if folder.is_done(*STAGES, *(["select"] if recipe.select else [])):
+        take_back_what_is_gone(folder, recipe, progress)
+        stages = [*STAGES, *(["select"] if recipe.select else [])]
+        if folder.is_done(*stages):
             progress.say(f"{out}: this run is finished; its results are read from there")
-            return folder.record
-        _do_stages(folder, recipe, device, progress)
+        elif not folder.is_done(*(name for name in stages if name != "report")):
+            _do_stages(folder, recipe, device, progress)
+        write_recipe(folder, recipe)
+        if not folder.is_done("report"):
+            with folder.stage("report") as metrics:
+                write_report([folder.path], folder.report, progress)
+                metrics["sha256"] = sha256_file(folder.report)
+        shutil.rmtree(folder.work, ignore_errors=True)
         return folder.record
 
 
@@ -78,16 +88,12 @@ def _do_stages(folder: RunFolder, recipe: Recipe, device: str, progress: Progres
     if recipe.select is not None:
         require_supported(recipe.select.build(), model)
     require_space(folder.path, _space(folder, recipe, model))
-    write_text(folder.path / "recipe.yaml", recipe.to_yaml())
+    write_recipe(folder, recipe)
     _note_model(folder, model)
     images = _get_images(folder, recipe.images, model, recipe.seed, progress)
     images = _select(folder, recipe, model, images, real, progress)
     quant_model = _quantize(folder, recipe, model, images, progress)
     _evaluate(folder, recipe.evaluate, model, quant_model, images if real is None else real, progress)
-    if not folder.is_done("report"):
-        with folder.stage("report"):
-            write_report([folder.path], folder.report, progress)
-    shutil.rmtree(folder.work, ignore_errors=True)
 
 
 def synthesize(
@@ -182,9 +188,12 @@ def _get_images(
         return images
     if folder.is_done("images"):
         return ImageSet.open(folder.images)
+    before = folder.record.metrics("images", ImagesMetrics).fingerprint
     with folder.stage("images") as metrics:
         images = synthesize(model, section, seed, folder.images, progress)
         metrics |= {"method": section.method, "count": len(images), "fingerprint": images.fingerprint}
+    if before not in (None, images.fingerprint):
+        progress.warn(f"{folder.images} came out otherwise than before; what was made from the images before stays")
     return images
 
 
@@ -244,8 +253,14 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
             "coverage": [asdict(row) for row in coverage],
             "coverage_summary": asdict(summary),
         }
-    with folder.stage("checkpoint"):
+    before = folder.record.metrics("checkpoint", CheckpointMetrics).weights_sha256
+    with folder.stage("checkpoint") as metrics:
         save_checkpoint(quant_model, folder.checkpoint)
+        metrics["weights_sha256"] = checkpoint_hash(folder)
+        changed = before != metrics["weights_sha256"]
+    if changed and folder.is_done("evaluate"):
+        progress.warn(f"{folder.checkpoint} came out otherwise than before; it is measured again")
+        folder.reopen("evaluate", "report")
     return quant_model
 
 

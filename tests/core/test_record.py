@@ -45,7 +45,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not the record of a run: speed: "):
         RunRecord.load(path)
     write_json(path, {"version": 2})
-    with pytest.raises(InputError, match="was changed or damaged"):
+    with pytest.raises(InputError, match="lacks the hash"):
         RunRecord.load(path)
     with pytest.raises(InputError, match="cannot read"):
         RunRecord.load(tmp_path / "none.json")

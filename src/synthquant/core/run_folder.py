@@ -11,10 +11,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from synthquant.core.differences import differences, flat
 from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import require_writable
 from synthquant.core.locks import remove_leftovers
 from synthquant.core.record import RunRecord, StageRecord, environment, peak_memory_bytes, reset_peak_memory
+
+# What tells one run from another at a glance; other settings are often different because of these.
+_TELLING = (
+    *("model", "images.source", "images.method", "images.count", "select"),
+    *("quantize.scheme.preset", "quantize.scheme", "quantize.method", "seed"),
+)
 
 
 class RunFolder:
@@ -79,6 +86,13 @@ class RunFolder:
         """Return whether all these stages are finished."""
         return all(name in self.record.stages and self.record.stages[name].status == "done" for name in stages)
 
+    def reopen(self, *stages: str) -> None:
+        """Let stages that are done be done again; what they measured stays until then."""
+        for name in stages:
+            if self.is_done(name):
+                self.record.stages[name].status = "failed"
+        self._save()
+
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Mark a stage as running, then as done or failed, with time and memory; yields the dict of its metrics."""
@@ -106,31 +120,22 @@ class RunFolder:
         self._save()
 
     def _require_same(self, recipe: Mapping[str, Any], place: Collection[str]) -> None:
-        before, after = _flat(self.record.recipe), _flat(recipe)
-        for setting in sorted({*before, *after} - set(place)):
-            section = setting.partition(".")[0]
-            # A stage that a recipe may lack can only be added as long as the stage behind it has not begun.
-            behind = {"images": (), "select": ("quantize",), "quantize": (), "evaluate": ()}
-            may_change = section in behind and not any(map(self._begun, (section, *behind[section])))
-            if before.get(setting) != after.get(setting) and not may_change:
-                raise InputError(
-                    f"{self.path} holds a run of another recipe ({setting} is {before.get(setting)!r} there, "
-                    f"{after.get(setting)!r} now); choose another --out or remove the folder"
-                )
+        before, after = flat(self.record.recipe), flat(recipe)
+        # A stage that a recipe may lack can only be added as long as the stage behind it has not begun.
+        behind = {"images": (), "select": ("quantize",), "quantize": (), "evaluate": ()}
+        free = [name for name, later in behind.items() if not any(map(self._begun, (name, *later)))]
+        differing = differences(
+            {name: value for name, value in before.items() if name not in place and name.partition(".")[0] not in free},
+            {name: value for name, value in after.items() if name not in place and name.partition(".")[0] not in free},
+            first=_TELLING,
+        )
+        if differing:
+            raise InputError(
+                f"{self.path} holds a run of another recipe ({differing}); choose another --out or remove the folder"
+            )
 
     def _begun(self, stage: str) -> bool:
         return stage in self.record.stages and self.record.stages[stage].status != "pending"
 
     def _save(self) -> None:
         self.record.save(self.path / "run.json")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
