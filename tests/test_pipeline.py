@@ -12,7 +12,7 @@ from tests.small_networks import CLASSES, small_float_model, small_images
 
 import synthquant as sq
 from synthquant import measure, pipeline
-from synthquant.core.errors import DataError, InputError, ModelError, RecipeError, UnsupportedModelError
+from synthquant.core.errors import InputError, ModelError, RecipeError, UnsupportedModelError
 from synthquant.core.files import sha256_file
 from synthquant.core.progress import Bar, Progress
 from synthquant.core.record import RunRecord
