@@ -100,6 +100,14 @@ class Metrics(BaseModel):
     """Keys that every stage that is done has."""
 
 
+class ReadMetrics(Metrics):
+    """What happened to the images that a stage read."""
+
+    set_aside_count: Count | None = None
+    set_aside: tuple[SetAside, ...] = ()
+    changed: dict[str, Count] | None = None
+
+
 class ModelMetrics(Metrics):
     """The network that a run is about."""
 
@@ -121,6 +129,7 @@ class ImagesMetrics(Metrics):
     method: StrictStr | None = None
     count: Count | None = None
     source: StrictStr | None = None
+    suspicious: dict[str, Count] | None = None
     fingerprint: StrictStr | None = None
 
 
@@ -137,7 +146,7 @@ class SelectMetrics(Metrics):
     bn_distance: dict[str, Size] | None = None
 
 
-class QuantizeMetrics(Metrics):
+class QuantizeMetrics(ReadMetrics):
     """The quantized network, layer by layer."""
 
     required = ("method", "scheme")
@@ -155,7 +164,7 @@ class CheckpointMetrics(Metrics):
     weights_sha256: StrictStr | None = None
 
 
-class EvaluateMetrics(Metrics):
+class EvaluateMetrics(ReadMetrics):
     """Float beside quantized."""
 
     required = ("accuracy", "count")
@@ -164,7 +173,6 @@ class EvaluateMetrics(Metrics):
     count: Count | None = None
     accuracy: Annotated[tuple[AccuracyRow, ...], Field(min_length=2, max_length=2)] | None = None
     sqnr: tuple[SqnrRow, ...] = ()
-    set_aside: tuple[SetAside, ...] = ()
 
 
 class ReportMetrics(Metrics):

@@ -20,7 +20,7 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
     layers have rows too. `coverage_summary`: the fields of a `CoverageSummary`.
 `evaluate`
     `data` str, the source the accuracy was measured on, in the form `open_images` takes (real images of the sheet).
-    `count` int, `set_aside` list of `{name, reason}`.
+    `count` int, `set_aside` list of `{name, reason}`, `set_aside_count` int, `changed` object of int.
     `accuracy`: list of rows `{name, top1, top5, interval, agreement, kl, recovery, size_bytes, bit_operations,
     seconds}`, the float network first; `top1`, `top5`, `agreement`, `recovery` are shares 0..1, `interval` is `[low,
     high]` for top1, `kl` [nats]. Any value but `name` may be null. (`Evaluation.row()` and `Cost.row()` make these.)

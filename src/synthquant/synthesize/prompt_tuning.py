@@ -110,6 +110,7 @@ def tune_prompt(
     """
     if path is None:
         return _tune(generator, images, names, settings, rng, None, progress)
+    draw_shots(images, names, settings.shots, rng)  # what cannot be drawn is said before a folder is made
     make_folder(Path(path).parent)
     with claimed(Path(path)):
         return _tune(generator, images, names, settings, rng, Path(path), progress)
