@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from tests.nn.networks import Network, Upsampling, float_model
+from tests.nn.networks import Keywords, Network, Upsampling, float_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,8 +17,11 @@ from synthquant.methods import MemoryBudget, QuantReport
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
+from synthquant.quantize import reconstruct
 from synthquant.quantize.brecq import Brecq
+from synthquant.quantize.cache import RowCache
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.fisher import fisher_weights
 from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction, _Stream
 
@@ -128,42 +132,106 @@ def test_fisher_options_run_and_differ() -> None:
     assert losses[0] != losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("network", [Network, Upsampling])
-def test_fisher_is_the_gradient_of_the_output_error(network: type[nn.Module]) -> None:
-    """Against the whole network run quantized up to and including the unit, and in floating point behind it."""
-    model = QuantModel.build(float_model(network()), "W2A4")
+class Weights(NamedTuple):
+    """Weights of a unit's error, and what the same chunk of images gives by plain autograd."""
+
+    found: RowCache
+    wanted: torch.Tensor
+
+
+def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) -> Iterator[Weights]:
+    """Go through the units as a phase does, without learning."""
+    model = QuantModel.build(float_model(network), "W2A4")
     calibration = CalibrationImages(model, images())
     calibrate_weights(model, "minmax")
     calibrate_activations(model, calibration, 10, "minmax", quantized_weights=False)
-    kind: Literal["diagonal"] = "diagonal"
-    phase = Phase("weights", 1, 5, inputs="student", activations=False, rounding_lr=0.1, fisher=kind)
-    engine = Reconstruction(model, calibration, "block", MemoryBudget(host_gib=1), None)
+    phase = Phase("weights", 1, 5, inputs="student", activations=False, rounding_lr=0.1, fisher="diagonal")
+    engine = Reconstruction(model, calibration, "block", memory or MemoryBudget(host_gib=1), None)
     (x,) = calibration.batches()
     teacher, student = _Stream(), _Stream()
     for index, unit in enumerate(engine.units):
         targets, inputs = engine._gather_inputs(index, phase, teacher, student)
-        with model.mode(weights=True, activations=False):
-            found = engine._fisher(index, phase, student)
-        assert found is not None
-        seen: list[torch.Tensor] = []
-
-        def cut(_: nn.Module, args: Any, output: torch.Tensor, seen: list[torch.Tensor] = seen) -> torch.Tensor:
-            seen.append(output.detach().requires_grad_())
-            return seen[-1].clone()
-
         done = {name for earlier in engine.units[: index + 1] for name in earlier.layers}
-        handle = model.module.get_submodule(unit.name).register_forward_hook(cut)
         with model.mode(weights=True, activations=False):
+            found = engine._fisher(index, student)
             for name, layer in model.layers.items():
                 layer.weights_enabled = name in done
-            error = F.kl_div(
-                F.log_softmax(model(x), 1), F.softmax(model.float_model.logits(x), 1), reduction="batchmean"
-            )
-        handle.remove()
-        (gradient,) = torch.autograd.grad(error, seen)
-        assert torch.allclose(found.read(0, 10), gradient.abs() + 1, rtol=1e-3, atol=1e-5), unit.name
+            wanted = gradient_of(model, unit.name, x)
+        yield Weights(found, wanted)
         needed = engine._replay.needed_after(index)
         if index in needed:
             teacher.outputs[index] = targets
             student.outputs[index] = engine._outputs(index)
             engine._run_student(index, phase, inputs.student, student.outputs[index])
+
+
+def gradient_of(model: QuantModel, unit: str, x: torch.Tensor) -> torch.Tensor:
+    """Of the sum of all images' divergence from the float network, with respect to a unit's output."""
+    seen: list[torch.Tensor] = []
+
+    def cut(_: nn.Module, args: Any, output: Any) -> Any:
+        tensor, *more = output if isinstance(output, tuple) else (output,)
+        seen.append(tensor.detach().requires_grad_())
+        return (seen[-1].clone(), *more) if more else seen[-1].clone()
+
+    handle = model.module.get_submodule(unit).register_forward_hook(cut)
+    wanted = F.softmax(model.float_model.logits(x).double(), 1)
+    error = F.kl_div(F.log_softmax(model(x).double(), 1), wanted, reduction="sum")
+    handle.remove()
+    if not error.requires_grad:  # nothing reads it
+        return torch.zeros_like(seen[0])
+    (gradient,) = torch.autograd.grad(error, seen, materialize_grads=True)
+    return gradient.abs()
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Distance of two tensors as a share of the second."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("network", [Network, Upsampling, Keywords])
+@pytest.mark.parametrize("cache", ["float32", "float16"])
+def test_fisher_is_the_gradient_of_the_output_error(
+    network: type[nn.Module], cache: Literal["float32", "float16"]
+) -> None:
+    """Against the whole network run quantized up to and including the unit, and in floating point behind it."""
+    for found, wanted in fisher_of_each_unit(network(), MemoryBudget(host_gib=1, cache_dtype=cache)):
+        weights, shape = found.read(0, 10), (10, *[1] * (wanted.ndim - 1))
+        size = wanted.flatten(1).square().mean(1).sqrt().view(shape).clamp(min=1e-30)
+        shares = 1 + wanted / size
+        shares /= shares.flatten(1).square().mean(1).sqrt().view(shape)
+        assert off(weights, shares) < (1e-3 if cache == "float32" else 2e-2)
+        assert float(weights.square().mean()) == pytest.approx(1, rel=1e-3), "the error keeps its size"
+        assert torch.equal(found.gather(torch.tensor([7, 2])), weights[[7, 2]])
+
+
+def test_fisher_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = [weights.found.read(0, 10) for weights in fisher_of_each_unit(Network())]
+    monkeypatch.setattr(reconstruct, "_CHUNK", 1)
+    for one, other in zip(whole, fisher_of_each_unit(Network()), strict=True):
+        assert off(other.found.read(0, 10), one) < 1e-3
+        assert float(one.std()) > 0.1, "weights differ"
+
+
+def test_gradients_of_every_size_give_the_same_weights() -> None:
+    """Those of images that the network is sure of are as small as 1e-30; where there are none, the error is plain."""
+    gradient = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    wanted = fisher_weights(gradient)
+    sizes = torch.tensor([1e-30, 1e-20, 1e-8, 1.0, 1e10, 0.0]).view(-1, 1, 1, 1)
+    found = fisher_weights(gradient * sizes)
+    assert torch.allclose(found[:5], wanted[:5], rtol=1e-5)
+    assert torch.equal(found[5], torch.ones(2, 3, 3))
+    assert torch.allclose(found.square().mean((1, 2, 3)), torch.ones(6))
+    assert float(wanted.std()) > 0.2
+
+
+def test_fisher_weighting_has_an_effect() -> None:
+    """The weighted error falls, and other weights are rounded the other way: more than a few in a thousand."""
+    learned = {}
+    for fisher in (None, "diagonal", "full"):
+        model, report = quantize(Upsampling(), "W3A16", fisher=fisher, iterations=80, rounding_weight=0.1)
+        assert sum(unit.diverged for unit in report.units) <= 2
+        learned[fisher] = torch.cat([codes(layer).flatten() for layer in model.layers.values()])
+    for fisher in ("diagonal", "full"):
+        changed = (learned[fisher] != learned[None]).float().mean()
+        assert 0.01 < float(changed) < 0.5, fisher

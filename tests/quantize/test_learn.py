@@ -151,14 +151,36 @@ def test_error_is_summed_over_channels_and_averaged_over_the_rest() -> None:
     assert torch.allclose(both, 2 * by_channel)
 
 
+def test_channels_of_sequences_and_of_numbers() -> None:
+    y, wanted = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    assert torch.allclose(reconstruction_error([y], [wanted], False, 2.0), (y - wanted).square().sum(1).mean())
+    assert torch.allclose(reconstruction_error([y], [wanted], True, 2.0), (y - wanted).square().sum(2).mean())
+    one, other = y[:, 0, 0], wanted[:, 0, 0]
+    assert torch.allclose(reconstruction_error([one], [other], False, 2.0), (one - other).square().mean())
+
+
 def test_fisher_weighting() -> None:
-    """BRECQ (arXiv:2102.05426): g^2 dy^2, or sum(|dy| |g|) |dy| |g| / 100 averaged."""
+    """BRECQ (arXiv:2102.05426): sum(g^2 dy^2), or (sum |dy| |g|)^2 of each image; of the first tensor only."""
     y, wanted, g = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 1
     diagonal = ((y - wanted).square() * g.square()).sum(1).mean()
     assert torch.allclose(reconstruction_error([y], [wanted], False, 2.0, g), diagonal)
-    weighted = (y - wanted).abs() * g
-    full = (weighted.sum((1, 2, 3), keepdim=True) * weighted).mean() / 100
+    full = ((y - wanted).abs() * g).sum((1, 2, 3)).square().mean() * 3 / (3 * 4 * 4) ** 2
     assert torch.allclose(reconstruction_error([y], [wanted], False, 2.0, g, full=True), full)
+    pooled, mean = y.mean((2, 3)), wanted.mean((2, 3))
+    both = reconstruction_error([y, pooled], [wanted, mean], False, 2.0, g)
+    assert torch.allclose(both, diagonal + (pooled - mean).square().sum(1).mean())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_fisher_weighting_leaves_the_size_of_the_error(full: bool) -> None:
+    """So that the regulariser keeps its own: weights of one size change nothing, and so do errors proportional to g."""
+    g = torch.rand(2, 3, 4, 4) + 0.5
+    g /= g.square().mean().sqrt()
+    zero, one = torch.zeros_like(g), torch.ones_like(g)
+    plain = reconstruction_error([one], [zero], False, 2.0)
+    assert torch.allclose(reconstruction_error([one], [zero], False, 2.0, one, full), plain)
+    found = reconstruction_error([one if not full else g], [zero], False, 2.0, g, full)
+    assert torch.allclose(found, plain if not full else g.square().mean((1, 2, 3)).square().mean() * 3)
 
 
 def test_annealing() -> None:

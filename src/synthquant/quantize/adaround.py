@@ -20,7 +20,9 @@ class AdaRound(LearnedRounding):
 
     Learns, layer by layer, whether each weight is rounded up or down. The layer reads what the weight-quantized network
     gives it and is fitted to what the float network puts out. Activations stay in floating point meanwhile; their
-    ranges are set afterwards and not learned. The layer's activation function is not part of the layer here.
+    ranges are set afterwards and not learned. Departures from the paper: the layer's activation function is not part of
+    the layer; at fewer than 20,000 iterations rounding logits learn faster (`rounding_lr`); images end at black and
+    white; a layer that got worse is put back.
     """
 
     granularity: Literal["block", "layer", "network"] = "layer"

@@ -20,10 +20,17 @@ class GenieM(LearnedRounding):
     """Genie-M: zero-shot quantization, joint learning of step size and rounding (arXiv:2212.04780).
 
     As QDrop, and the step sizes of weights are learned too: the integer part of each weight is fixed from the first
-    step size, so that scale and rounding do not work against each other. Departures from the authors' code: batch norms
-    are folded, and the learning rate of weight step sizes is therefore relative (theirs: 1e-4, absolute); batches have
-    `batch_size` images for any count of images; a block's quantized input has one drop mask for all its readers; step
-    sizes stay above zero; a unit that got worse is put back.
+    step size, so that scale and rounding do not work against each other. Departures from the authors' code:
+
+    - batch norms are folded, and the learning rate of weight step sizes is therefore relative (theirs: 1e-4, absolute);
+    - at fewer than 20,000 iterations the rounding logits learn faster (`rounding_lr`);
+    - grids of activations are asymmetric (theirs: symmetric; `scheme.input_activations.symmetric=true`) and keep zero;
+    - activation ranges are set with weights rounded to nearest and no dropping (theirs: soft weights, dropping on);
+    - what the first layer reads, the image, has 8 bits (theirs: float) on a fixed grid from black to white; pixels
+      beyond it are cut off, for the float network too;
+    - batches have `batch_size` images for any count of images (theirs: a 32nd of the images);
+    - a block's quantized input has one drop mask for all its readers;
+    - step sizes stay above zero, and a unit that got worse is put back.
     """
 
     rounding_weight: float = Field(default=1.0, ge=0)

@@ -168,26 +168,28 @@ def reconstruction_error(
         target: the float unit's, in the same order; those that are not floating-point carry no error.
         channels_last: channels are the last dimension (tokens) rather than the second (feature maps).
         norm: exponent `p` of `|y - y_target|**p`.
-        fisher: `|gradient| + 1` for the first tensor, or none (BRECQ, arXiv:2102.05426, eq. 10).
-        full: use the full form of the Fisher weighting instead of the diagonal.
+        fisher: weights `g` of the first of them, 1 in quadratic mean (`fisher_weights`), or none.
+        full: use `sum(g |y - y_target|)**2` of each image instead of the diagonal `sum(g**2 |y - y_target|**norm)`,
+            divided so that errors that are proportional to `g` count as unweighted ones do.
     """
     total = torch.zeros((), device=target[0].device)
     for leaf, wanted in zip(output, target, strict=True):
         if not wanted.is_floating_point():
             continue
-        channels = wanted.shape[-1 if channels_last or wanted.ndim < 4 else 1]
-        if norm == 2 and fisher is None:
-            total = total + F.mse_loss(leaf, wanted) * channels
-            continue
-        difference = (leaf - wanted).abs()
-        if fisher is not None and full:
-            weighted = difference * fisher
-            error = weighted.flatten(1).sum(1).view(-1, *[1] * (weighted.ndim - 1)) * weighted / 100
-            total = total + error.mean()
-            continue
-        error = difference.pow(norm) if fisher is None else difference.pow(norm) * fisher.square()
-        total = total + error.mean() * channels
+        if fisher is not None:
+            difference = (leaf - wanted).abs()
+            full_error = (difference * fisher).flatten(1).mean(1).square()
+            error = full_error if full else difference.pow(norm) * fisher.square()
+            fisher = None
+        else:
+            error = F.mse_loss(leaf, wanted) if norm == 2 else (leaf - wanted).abs().pow(norm)
+        total = total + error.mean() * _channels(wanted, channels_last)
     return total
+
+
+def _channels(tensor: torch.Tensor, last: bool) -> int:
+    """How many channels `[B, C]`, `[B, C, ...]` or, if they are last, `[B, ..., C]` has."""
+    return tensor.shape[1:].numel() if tensor.ndim < 3 else tensor.shape[-1 if last else 1]
 
 
 def beta_at(step: int, phase: Phase) -> float:

@@ -20,8 +20,11 @@ class QDrop(LearnedRounding):
     """QDrop: randomly dropping quantization for extremely low-bit post-training quantization (arXiv:2203.05740).
 
     Roundings and activation step sizes of a block are learned together. Each element of what the block reads is the
-    quantized network's or the float network's, and each activation inside is quantized or not, at random. Departure
-    from the authors' code: activations are quantized where layers read them instead of behind the activation function.
+    quantized network's or the float network's, and each activation inside is quantized or not, at random. Departures
+    from the authors' code: activations are quantized where layers read them instead of behind the activation function;
+    the image has 8 bits (theirs: none) and ends at black and white; zero points of more than 5 bits follow the range
+    instead of being searched; at fewer than 20,000 iterations rounding logits learn faster (`rounding_lr`); a unit that
+    got worse is put back.
     """
 
     observer: str = "qdrop"

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from synthquant.core.modules import get_module
 from synthquant.core.progress import Bar, Progress
@@ -28,7 +27,8 @@ from synthquant.nn.operations import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.cache import CacheStore, RowCache
 from synthquant.quantize.calibrate import CalibrationImages, observe
-from synthquant.quantize.fisher import fisher_weight
+from synthquant.quantize.fisher import fisher_weights, output_gradient
+from synthquant.quantize.layout import channels_last
 from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
 from synthquant.quantize.replay import NETWORK_INPUT, Leaves, Replay
 from synthquant.quantize.unit_files import UnitFiles, finite, snapshot
@@ -239,17 +239,17 @@ class Reconstruction:
         with self.model.mode(weights=True, activations=phase.activations):
             if phase.activations and phase.calibrate_images:
                 self._calibrate(index, phase, source, quantizers)
-            start_loss = self._loss(index, source, targets)
+            rounded = self._rounded(phase, layers)
+            fisher = self._fisher(index, stream) if phase.fisher and rounded else None
+            start_loss = self._loss(index, phase, source, targets, fisher)
             before = snapshot(layers, quantizers)
             learned = Learned(None, (), ())
-            rounded = self._rounded(phase, layers)
             if rounded or phase.activation_scale_lr:
-                fisher = self._fisher(index, phase, stream)
                 error_of = self._error_of(index, phase, inputs, targets, fisher, rng)
                 learned = learn_unit(
                     phase, rounded, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
                 )
-            end_loss = self._loss(index, source, targets, outputs)
+            end_loss = self._loss(index, phase, source, targets, fisher, outputs)
             diverged = not end_loss <= start_loss
             if diverged:
                 before.restore(layers, quantizers)
@@ -286,22 +286,25 @@ class Reconstruction:
     def _loss(
         self,
         index: int,
+        phase: Phase,
         source: list[RowCache],
         targets: list[RowCache],
+        fisher: RowCache | None,
         outputs: Sequence[RowCache] = (),
     ) -> float:
-        """Plain squared reconstruction error over all images, with hard rounding and no dropping.
+        """Squared reconstruction error over all images, with hard rounding and no dropping; weighted if learning is.
 
         What the unit puts out is kept in `outputs`, if there are any, so that it need not run again.
         """
-        total = 0.0
+        total, last = 0.0, self._channels_last(index, source)
         with torch.no_grad():
             for start, stop in self._chunks():
                 output = self._run(index, self._read(index, source, start, stop))
                 if outputs:
                     self._write(index, outputs, start, output)
                 wanted = self._targets(index, [cache.read(start, stop) for cache in targets])
-                error = reconstruction_error(output, wanted, self._channels_last(index), 2.0)
+                weights = self._replay.outputs[index].first(fisher.read(start, stop)) if fisher else None
+                error = reconstruction_error(output, wanted, last, 2.0, weights, phase.fisher == "full")
                 total += float(error) * (stop - start)
         return total / self.count
 
@@ -309,15 +312,11 @@ class Reconstruction:
         kinds = self._replay.outputs[index].varying
         return [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
 
-    def _channels_last(self, index: int) -> bool:
-        """Whether the unit puts out tokens `[..., C]` rather than feature maps `[B, C, H, W]`."""
-        layer = get_module(self.model.module, self.units[index].layers[-1])
-        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        shape = self._replay.outputs[index].varying[0].shape
-        if len(shape) > 1 and (shape[0] == channels) != (shape[-1] == channels):
-            # A block may end in a linear layer and put out feature maps all the same (ConvNeXt).
-            return shape[-1] == channels
-        return isinstance(layer, nn.Linear)
+    def _channels_last(self, index: int, source: list[RowCache]) -> bool:
+        """Whether the unit puts out tokens rather than feature maps; tried out on one image."""
+        layer, leaf = get_module(self.model.module, self.units[index].layers[-1]), self._replay.outputs[index].main
+        with self.model.mode(weights=False, activations=False):
+            return channels_last(layer, lambda: self._run(index, self._read(index, source, 0, 1))[leaf])
 
     def _error_of(
         self,
@@ -330,7 +329,7 @@ class Reconstruction:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The differentiable error of a batch of image indices."""
         kinds = self._replay.inputs[index].varying
-        channels_last = self._channels_last(index)
+        last = self._channels_last(index, inputs.student or inputs.teacher)
         generator = rng.generator("mix", self.model.device)
 
         def error_of(batch: torch.Tensor) -> torch.Tensor:
@@ -341,24 +340,22 @@ class Reconstruction:
             leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
             output = self._run(index, leaves)
             wanted = self._targets(index, [cache.gather(batch) for cache in targets])
-            weights = fisher.gather(batch) if fisher is not None else None
-            return reconstruction_error(output, wanted, channels_last, phase.norm, weights, phase.fisher == "full")
+            weights = self._replay.outputs[index].first(fisher.gather(batch)) if fisher else None
+            return reconstruction_error(output, wanted, last, phase.norm, weights, phase.fisher == "full")
 
         return error_of
 
-    def _fisher(self, index: int, phase: Phase, stream: _Stream) -> RowCache | None:
-        """Weights of the error of the unit's (first) output, if the phase asks for them."""
-        if phase.fisher is None:
-            return None
-        kind = self._replay.outputs[index].varying[0]
-        cache = self.store.allocate(kind.rows(self.count), kind.dtype)
-        module = get_module(self.model.module, self.units[index].name)
+    def _fisher(self, index: int, stream: _Stream) -> RowCache:
+        """Weights of the error of the unit's (first) output, with the rows of that output."""
+        port = self._replay.outputs[index]
+        kind, module = port.varying[port.main], get_module(self.model.module, self.units[index].name)
         later = [self._parts(other) for other in range(index + 1, len(self.units))]
+        cache = self.store.allocate(kind.rows(self.count), kind.dtype)
         for start, stop in self._chunks():
             images = self._images.read(start, stop)
-            stored = partial(self._stored, stream, start, stop)
-            run = partial(self._replay.run_from, index, images, stored)
-            cache.write(start, kind.to_rows(fisher_weight(self.model, module, later, images, run)))
+            run = partial(self._replay.run_from, index, images, partial(self._stored, stream, start, stop))
+            gradient = output_gradient(self.model, module, port.leaf(port.main), later, images, run)
+            cache.write(start, fisher_weights(kind.to_rows(gradient)))
         return cache
 
 

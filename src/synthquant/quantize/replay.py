@@ -91,6 +91,19 @@ class Port:
         return [leaf for leaf, kind in zip(leaves, self.kinds, strict=True) if kind.per_image]
 
     @property
+    def main(self) -> int:
+        """Which of the varying leaves is the first that holds floating-point numbers."""
+        return next(index for index, kind in enumerate(self.varying) if kind.dtype.is_floating_point)
+
+    def first(self, rows: torch.Tensor) -> torch.Tensor:
+        """The main leaf from rows of one image."""
+        return self.varying[self.main].from_rows(rows)
+
+    def leaf(self, varying: int) -> int:
+        """Which of all leaves a varying one is."""
+        return [index for index, kind in enumerate(self.kinds) if kind.per_image][varying]
+
+    @property
     def varying(self) -> tuple[LeafKind, ...]:
         """Kinds of the leaves with rows for each image."""
         return tuple(kind for kind in self.kinds if kind.per_image)
