@@ -67,8 +67,11 @@ def export_run(
         exporter.export(quant_model, temporary, origin=_origin(run))
         verification = None
         if images is not None:
-            verification = exporter.verify(quant_model, temporary, images, progress=progress)
-            verification |= say_what_was_read(images, progress, data or "the images to verify with")
+            try:
+                verification = exporter.verify(quant_model, temporary, images, progress=progress)
+            finally:  # a refusal may come of the images
+                read = say_what_was_read(images, progress, data or "the images to verify with")
+            verification |= read
     return {
         "out": str(out),
         "scheme": quant_model.scheme.describe(),
