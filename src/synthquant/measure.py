@@ -50,7 +50,7 @@ def evaluate(
     place = resolve_device(device)
     data = section.open()
     if isinstance(source, ModelSource):
-        network = open_model(source, device=place)
+        network = open_model(source, device=place, progress=progress)
         data = in_classes_of(data, classes_of(network), section.data, progress)
         result = _measure(network.module, network, data, section.batch_size, progress)
         _warn_of_guessing(result.top1, result, section.data, progress)

@@ -80,7 +80,7 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
 
 def _do_stages(folder: RunFolder, recipe: Recipe, device: str, progress: Progress) -> None:
     """Check all that can be known before any work, then do the stages that are not done."""
-    model = open_model(recipe.model, device=device)
+    model = open_model(recipe.model, device=device, progress=progress)
     real = None
     if recipe.evaluate is not None:
         real = in_classes_of(recipe.evaluate.open(), classes_of(model), recipe.evaluate.data, progress)

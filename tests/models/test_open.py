@@ -11,9 +11,11 @@ import safetensors.torch
 import torch
 
 from synthquant.core.errors import InputError, ModelError, SynthquantError, UnsupportedModelError
+from synthquant.core.rng import Rng
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.models.zoo import ZOO
+from synthquant.synthesize import GenieD
 
 NETWORK = """
 import torch
@@ -249,3 +251,44 @@ def test_importing_loads_no_model_library() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+UNUSUAL = """
+from torch import nn
+
+def net(channels=3, norm=True):
+    parts = [nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6)]
+    return nn.Sequential(*parts)
+
+def grey():
+    return net(1)
+
+def dead():
+    network = net()
+    network[1].running_mean[0] = 0.5
+    network[1].running_var[1:3] = 0
+    return network
+"""
+
+
+def test_networks_of_other_channels_weights_alone_and_odd_batch_norms_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "unusual.py"
+    path.write_text(UNUSUAL, encoding="utf-8")
+    with pytest.raises(ModelError, match="the network takes 1 channel, synthquant makes images of 3; wrap it"):
+        open_model(f"{path}:grey", **FLAGS)
+    with pytest.raises(ModelError, match=r"mynet\.pt holds weights.*FILE\.py:FUNCTION --weights mynet\.pt"):
+        open_model("mynet.pt", **FLAGS)
+    assert not caplog.messages
+    untrained = open_model(f"{path}:net", **FLAGS)
+    assert "looks untrained: none of its 1 batch norms has seen a batch" in caplog.messages[-1]
+    with pytest.raises(UnsupportedModelError, match=r"looks untrained.*--set untrained=true"):
+        GenieD(iterations=1).synthesize(untrained, 2, Rng(0))
+    assert len(GenieD(iterations=1, untrained=True).synthesize(untrained, 2, Rng(0))) == 2
+    open_model(f"{path}:dead", **FLAGS)
+    assert "1 of its 1 batch norms keep variances of 0, 1 first, in 2 of 4 channels" in caplog.messages[-1]
+
+
+def test_messages_hold_no_escape_codes_of_other_libraries() -> None:
+    assert str(ModelError("a \x1b[1;31mred\x1b[0m\n word")) == "a red word"

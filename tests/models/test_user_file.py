@@ -44,3 +44,41 @@ def test_mistakes_are_named(file: Path) -> None:
         call_user_function(f"{file}:mak")
     with pytest.raises(ModelError, match=r"network\.py:number returned a int; it must return a torch\.nn\.Module"):
         call_user_function(f"{file}:number")
+
+
+FORMS = """
+import torch
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+
+def compiled():
+    return nn.Sequential(torch.compile(net()), nn.Identity())
+
+def script():
+    return nn.Sequential(torch.jit.script(net()))
+
+def exported():
+    return torch.export.export(net(), (torch.zeros(2, 3, 4, 4),)).module()
+
+def lazy():
+    return nn.LazyLinear(3)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiled_parts_are_unwrapped_and_what_is_no_network_of_modules_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "forms.py"
+    file.write_text(FORMS, encoding="utf-8")
+    found = call_user_function(f"{file}:compiled")
+    assert [type(part).__name__ for part in found.modules()] == [
+        "Sequential",
+        "Sequential",
+        "Conv2d",
+        "Flatten",
+        "Identity",
+    ]
+    for name, kind in (("script", "a TorchScript module"), ("exported", "exported program"), ("lazy", "lazy layers")):
+        with pytest.raises(ModelError, match=rf"forms\.py:{name} returned .*{kind}"):
+            call_user_function(f"{file}:{name}")

@@ -26,13 +26,36 @@ def test_half_precision_comes_back_as_float32(tmp_path: Path, suffix: str) -> No
         assert torch.equal(value, half[name].to(value.dtype))
 
 
-@pytest.mark.parametrize("wrap", ["state_dict", "model", "module."])
-def test_usual_wrappings_are_taken_off(tmp_path: Path, wrap: str) -> None:
+@pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["net"], ["ema"], ["params"], ["network", "state_dict"]])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model.module."]
+)
+def test_usual_wrappings_are_taken_off(tmp_path: Path, keys: list[str], prefix: str) -> None:
     source, target, path = network(), network(), tmp_path / "weights.pt"
-    state = dict(source.state_dict())
-    torch.save({f"module.{k}": v for k, v in state.items()} if wrap == "module." else {wrap: state, "epoch": 3}, path)
+    content: dict[str, object] = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    content |= {f"{prefix}total_ops": torch.zeros(1), f"{prefix}0.total_params": torch.zeros(1)}
+    for key in keys:
+        content = {key: content, "epoch": 3}
+    torch.save(content, path)
     load_weights(target, path)
-    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+def test_a_prefix_that_the_network_has_stays(tmp_path: Path) -> None:
+    source, target = (nn.ModuleDict({"model": network()}) for _ in range(2))
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "w.safetensors")
+    load_weights(target, tmp_path / "w.safetensors")
+    part = {name.replace("model.0.", "model.0._orig_mod."): value for name, value in source.state_dict().items()}
+    torch.save(part, tmp_path / "w.pt")
+    load_weights(target, tmp_path / "w.pt")
+    assert torch.equal(target["model"][0].weight, source["model"][0].weight)
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save(state | {"3.weight": (state["3.weight"] * 100).int()}, tmp_path / "w.pt")
+    with pytest.raises(ModelError, match=r"holds whole numbers \(torch\.int32\) for 3\.weight"):
+        load_weights(network(), tmp_path / "w.pt")
 
 
 def test_the_batch_counter_may_be_missing(tmp_path: Path) -> None:

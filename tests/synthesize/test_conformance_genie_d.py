@@ -141,7 +141,7 @@ def test_every_step_of_a_batch_is_the_paper_s(make_model: MakeModel, monkeypatch
     monkeypatch.setattr(InvertedNetwork, "loss", kept_loss)
     monkeypatch.setattr(SwingOffsets, "draw", kept_offsets)
     # Both rates fall within these iterations.
-    method = GenieD(
+    method = GenieD(untrained=True,
         batch_size=BATCH, iterations=ITERATIONS, latent_size=LATENT, latent_lr=0.8, latent_patience=1,
         generator_lr=0.03, generator_decay=0.5, generator_decay_every=4,
     )  # fmt: skip

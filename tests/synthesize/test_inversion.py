@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def slow_loss(network: nn.Module, images: Tensor, per_image: bool, mean_of_chann
 
 def inverted(model: FloatModel, statistics: Literal["batch", "image"] = "batch", **options: object) -> InvertedNetwork:
     settings: dict[str, object] = {"channel_weights": "mean", "swing": False} | options
-    return InvertedNetwork(model, method="genie_d", statistics=statistics, **settings)  # type: ignore[arg-type]
+    return InvertedNetwork(model, method="genie_d", statistics=statistics, untrained=True, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("statistics", ["batch", "image"])
@@ -218,3 +218,34 @@ def test_loss_that_starts_infinite_points_at_the_network(tiny: FloatModel) -> No
     pixels = tiny.example_input().requires_grad_()
     with pytest.raises(InputError, match="loss of batch 3 is nan before the first step; check the network's weights"):
         run(tiny, pixels, 10, 0.1, Bar("test", 10))
+
+
+class FrozenByHand(nn.Module):
+    """Reads the statistics of its batch norm; `calls` says whether it runs the module too."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, 5)
+        self.calls = calls
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = (images - self.bn.running_mean[:, None, None]) / (self.bn.running_var[:, None, None] + self.bn.eps).sqrt()
+        x = self.bn(x) if self.calls else x
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_forward_may_read_the_numbers_of_its_batch_norms(make_model: MakeModel) -> None:
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {
+        "method": "genie_d",
+        "statistics": "batch",
+        "channel_weights": "mean",
+        "swing": False,
+        "untrained": True,
+    }
+    network = InvertedNetwork(make_model(FrozenByHand(calls=True)), **options)
+    assert bool(torch.isfinite(network.loss(images)))
+    blind = InvertedNetwork(make_model(FrozenByHand(calls=False)), **options)
+    with pytest.raises(UnsupportedModelError, match="no batch norm runs as a module"):
+        blind.loss(images)

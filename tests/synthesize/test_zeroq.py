@@ -36,7 +36,7 @@ def test_follows_the_paper_step_by_step(make_model: MakeModel) -> None:
     net = model.module
     assert isinstance(net, Plain)
     # The rate falls within these iterations, so the schedule is compared too.
-    method = ZeroQ(batch_size=3, iterations=25, patience=0, pixel_lr=2.0)
+    method = ZeroQ(batch_size=3, iterations=25, patience=0, pixel_lr=2.0, untrained=True)
     images = torch.randn(3, 3, 8, 8, generator=Rng(0).child("batch-0").generator("pixels")).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=2.0)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, min_lr=1e-4, patience=0)

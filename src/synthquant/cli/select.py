@@ -84,7 +84,7 @@ def select(
     require_pool(section.build(), pool)
     real = None if data is None else open_images(data, max_pixels=max_pixels)
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    float_model = open_model(source, device=place)
+    float_model = open_model(source, device=place, progress=ConsoleProgress())
     progress = ConsoleProgress()
     pool = in_classes_of(pool, classes_of(float_model), images, progress)
     kept = pipeline.select(pool, float_model, section, seed, out, progress, real=real, ray=workers)

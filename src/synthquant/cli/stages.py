@@ -57,7 +57,7 @@ def synthesize(
     source = options.model_source(model, weights, input_size, mean, std, num_classes)
     place, workers = resolve_device(device), options.workers(ray, ray_workers)
     require_writable(out)
-    float_model = open_model(source, device=place)
+    float_model = open_model(source, device=place, progress=ConsoleProgress())
     images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
     print_result(result, device) if json else print(f"{len(images)} images in {out}")

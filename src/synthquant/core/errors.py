@@ -21,7 +21,16 @@ are, and `core.memory.ran_out` tells them from others.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# Colours and the like that other libraries write into their messages.
+_ESCAPE_CODES = re.compile(r"\x1b(\[[0-9;:?]*[ -/]*[@-~])?")
+
+
+def plain_line(text: str) -> str:
+    """Return `text` as a single line, without the escape codes of a terminal."""
+    return " ".join(_ESCAPE_CODES.sub("", text).split())
 
 
 class SynthquantError(Exception):
@@ -29,7 +38,7 @@ class SynthquantError(Exception):
 
     def __init__(self, message: str) -> None:
         # Messages often quote another library's error, which may span lines.
-        super().__init__(" ".join(message.split()))
+        super().__init__(plain_line(message))
 
     def __str__(self) -> str:
         """Return the message (OSError and ImportError would format it in their own ways)."""

@@ -45,6 +45,42 @@ def batch_norm_targets(module: nn.Module) -> dict[str, BatchNormTarget]:
     return targets
 
 
+def untrained_batch_norms(module: nn.Module) -> list[str]:
+    """Names of the batch norms whose statistics are those they are made with: all means 0, all variances 1."""
+    return [
+        name
+        for name, target in batch_norm_targets(module).items()
+        if bool((target.mean == 0).all()) and bool((target.variance == 1).all())
+    ]
+
+
+def is_untrained(module: nn.Module) -> bool:
+    """Whether a network has batch norms and none of them has seen a batch."""
+    names = untrained_batch_norms(module)
+    return bool(names) and len(names) == len(batch_norm_targets(module))
+
+
+def batch_norm_findings(module: nn.Module) -> list[str]:
+    """What is odd about the statistics of the batch norms, a line each: none has seen a batch, or variances are 0."""
+    targets, untrained = batch_norm_targets(module), untrained_batch_norms(module)
+    findings = []
+    if untrained:
+        which = "none of its" if len(untrained) == len(targets) else f"{len(untrained)} of its"
+        has = "has seen a batch" if len(untrained) == len(targets) else f"have seen no batch, {untrained[0]} first,"
+        findings.append(
+            f"it looks untrained: {which} {len(targets)} batch norms {has} (mean 0, variance 1); is --weights missing?"
+        )
+    dead = {name: int((target.variance <= 0).sum()) for name, target in targets.items()}
+    dead = {name: count for name, count in dead.items() if count}
+    if dead:
+        first = next(iter(dead))
+        findings.append(
+            f"{len(dead)} of its {len(targets)} batch norms keep variances of 0, {first} first, in {dead[first]} of"
+            f" {len(targets[first].variance)} channels: what entered there never changed"
+        )
+    return findings
+
+
 def fold_batch_norms(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """Fold batch norms into the layers whose output they normalise, in place, and return (batch norm, layer) names.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import InputError, ModelError, UnsupportedModelError
+from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
+from synthquant.models.batch_norm import batch_norm_findings
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.libraries import LIBRARIES, LogitsOnly
 from synthquant.models.opened import FOREIGN_ERRORS, Opened, failed, known_preprocess
@@ -21,6 +24,9 @@ from synthquant.models.zoo import ZOO
 
 FORMS = "timm/NAME, torchvision/NAME, transformers/REPO_OR_FOLDER, zoo/NAME or FILE.py:FUNCTION"
 """The ways to name a model, as they are shown in messages."""
+
+_WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
+_WRONG_CHANNELS = re.compile(r"input\[2, 3, .*\] to have (\d+) channels")
 
 
 def open_model(
@@ -33,6 +39,7 @@ def open_model(
     num_classes: int | None = None,
     device: torch.device | str = "cpu",
     pretrained: bool = True,
+    progress: Progress = QUIET,
 ) -> FloatModel:
     """Open a classifier by its name, with the weights in float32, in eval mode and without gradients.
 
@@ -40,6 +47,7 @@ def open_model(
     does not bring its preprocessing, and replace it elsewhere. With `weights` a file is loaded instead of the published
     weights. `pretrained=False` builds the architecture with random weights and ignores files: the same on every call,
     and the global random state stays as it is. The network is run once on noise, so a wrong input size is found here.
+    `progress` is told of batch norms that have seen no batch or keep variances of 0.
 
     A source `FILE.py:FUNCTION` is run: it is taken for the caller's own words. What a file says about where its network
     came from is a `RecordedSource` and not accepted here.
@@ -61,6 +69,9 @@ def open_model(
     name = request.source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
     model = FloatModel(module, preprocess, name, request, device=place)
     classes = _count_classes(model)
+    if pretrained:
+        for finding in batch_norm_findings(module):
+            progress.warn(f"{name}: {finding}")
     names = opened.class_names if opened.class_names and len(opened.class_names) == classes else None
     return FloatModel(module, preprocess, name, request, num_classes=classes, class_names=names, device=place)
 
@@ -98,6 +109,15 @@ def _build(request: ModelSource, published: bool) -> Opened:
         build = _OPENERS[kind]
     elif kind == "diffusers":
         raise UnsupportedModelError(f"{request.source} is a diffusion pipeline, not a classifier; give {FORMS}")
+    elif request.source.endswith(_WEIGHTS_SUFFIXES):
+        raise ModelError(
+            f"{request.source} holds weights, not a network; name the network too: FILE.py:FUNCTION --weights"
+            f" {request.source}"
+        )
+    elif request.source.endswith(".py"):
+        raise ModelError(
+            f"{request.source} is a file; name the function in it that returns the network: FILE.py:FUNCTION"
+        )
     else:
         raise ModelError(f"model {request.source!r} is not of a known form; give {FORMS}")
     with torch.random.fork_rng(devices=[]):
@@ -166,6 +186,13 @@ def _count_classes(model: FloatModel) -> int:
     except ModelError:
         raise
     except FOREIGN_ERRORS as error:
+        channels = _WRONG_CHANNELS.search(str(error))
+        if channels is not None:
+            plural = "" if channels[1] == "1" else "s"
+            raise ModelError(
+                f"{model.source.source}: the network takes {channels[1]} channel{plural}, synthquant makes images of 3;"
+                " wrap it in a module that takes 3 (of grey images x.mean(1, keepdim=True))"
+            ) from error
         size = "x".join(str(side) for side in model.preprocess.input_size)
         raise ModelError(
             f"{model.source.source} fails on an image of {size} ({one_line(error)}); is --input-size right?"

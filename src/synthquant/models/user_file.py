@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import torch
+import torch.fx
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from synthquant.core.errors import ModelError, did_you_mean
+from synthquant.core.modules import replace_module
 
 
 def names_code(source: str) -> bool:
@@ -47,7 +51,40 @@ def call_user_function(reference: str) -> nn.Module:
         module = function()
     if not isinstance(module, nn.Module):
         raise ModelError(f"{reference} returned a {type(module).__name__}; it must return a torch.nn.Module")
+    return plain_module(module, reference)
+
+
+def plain_module(module: nn.Module, reference: str) -> nn.Module:
+    """Return the eager network in a module: without what `torch.compile` wraps around it or around parts of it.
+
+    Raises `ModelError` for what has no Python modules to look into: TorchScript, traced, exported and lazy ones.
+    """
+    while type(module).__name__ == "OptimizedModule":
+        module = getattr(module, "_orig_mod")  # noqa: B009  # no attribute of every module
+    for name, part in list(module.named_modules()):
+        if type(part).__name__ == "OptimizedModule":
+            replace_module(module, name, getattr(part, "_orig_mod"))  # noqa: B009
+    for part in module.modules():
+        kind = _foreign_kind(part)
+        if kind is not None:
+            raise ModelError(
+                f"{reference} returned {kind}, which has no modules whose layers can be quantized; return the"
+                " torch.nn.Module that it was made from"
+            )
+    if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            f"{reference} returned a network with lazy layers, whose weights have no shape yet; run it once on an image"
+            " in the function, or give the layers their sizes"
+        )
     return module
+
+
+def _foreign_kind(part: nn.Module) -> str | None:
+    """What a module is, if it is not made of Python modules."""
+    if isinstance(part, torch.jit.ScriptModule):
+        return "a TorchScript module"
+    exported = isinstance(part, torch.fx.GraphModule) and hasattr(part, "_guards_fn")
+    return "the module of an exported program" if exported else None
 
 
 def _execute(path: Path) -> ModuleType:

@@ -25,6 +25,7 @@ from synthquant.models.blocks import Unit
 
 Leaves = list[Any]
 NETWORK_INPUT = -1
+_AS_ONE = "set granularity=network, which learns the network as one unit"
 _PLAIN = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
@@ -278,7 +279,7 @@ class Replay:
                 if seen.inputs[index] is not None:
                     raise UnsupportedModelError(
                         f"module {self.units[index].name!r} runs more than once in a forward pass and cannot be"
-                        " reconstructed; put it on the scheme's ignore list"
+                        f" reconstructed by itself; {_AS_ONE}, or put it on the scheme's ignore list"
                     )
                 seen.inputs[index] = pytree.tree_map(_detached, (args, kwargs))
                 seen.sources[index] |= sources_of((args, kwargs))
@@ -345,7 +346,9 @@ def _port(unit: str, two: Any, three: Any) -> Port:
     leaves, spec = pytree.tree_flatten(two)
     others, other_spec = pytree.tree_flatten(three)
     if spec != other_spec:
-        raise UnsupportedModelError(f"module {unit!r} takes or returns another structure for each size of the batch")
+        raise UnsupportedModelError(
+            f"module {unit!r} takes or returns another structure for each size of the batch; {_AS_ONE}"
+        )
     kinds = [_kind(unit, leaf, other) for leaf, other in zip(leaves, others, strict=True)]
     constants = [None if kind.per_image or kind.per_count else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
     return Port(spec, tuple(kinds), tuple(constants))
@@ -358,14 +361,15 @@ def _kind(unit: str, two: Any, three: Any) -> LeafKind:
         if not _close(two, three):
             raise UnsupportedModelError(
                 f"module {unit!r} takes or returns a tensor {list(two.shape)} that depends on the images but has no row"
-                " for each of them, and cannot be cached"
+                f" for each of them, and cannot be cached; {_AS_ONE}"
             )
         return LeafKind(0)
     rows, rest = divmod(two.shape[0], 2)
     if rest or three.shape[0] != 3 * rows or two.shape[1:] != three.shape[1:]:
         raise UnsupportedModelError(
             f"module {unit!r} takes or returns a tensor that grows from {list(two.shape)} to {list(three.shape)} when"
-            " the batch grows from 2 to 3; only tensors with the images in their first dimension can be cached"
+            " the batch grows from 2 to 3; only tensors with the images in their first dimension can be cached:"
+            f" {_AS_ONE}"
         )
     return LeafKind(rows, tuple(two.shape[1:]), two.dtype)
 
@@ -378,5 +382,5 @@ def _plain_kind(unit: str, two: Any, three: Any) -> LeafKind:
         return LeafKind(0, per_count=two // 2)
     raise UnsupportedModelError(
         f"module {unit!r} takes or returns a {type(two).__name__} that changes with the batch and cannot be cached;"
-        " pass tensors, or put the module's layers on the scheme's ignore list"
+        f" {_AS_ONE}, or put the module's layers on the scheme's ignore list"
     )

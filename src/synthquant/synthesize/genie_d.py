@@ -91,6 +91,9 @@ class GenieD(Settings):
     compute_dtype: ComputeType = "float32"
     """Precision of the networks' forward and backward pass; statistics, weights and optimiser are always float32."""
 
+    untrained: bool = False
+    """Make images of a network none of whose batch norms has seen a batch, though they show nothing of any data."""
+
     def synthesize(
         self,
         model: FloatModel,
@@ -113,6 +116,7 @@ class GenieD(Settings):
             channel_weights="mean",
             swing=self.swing,
             compute_dtype=self.compute_dtype,
+            untrained=self.untrained,
         )
         generator = Generator(self.latent_size, model.preprocess.input_size, model.device)
         with progress.bar(f"genie_d, {len(sizes)} batches", self.iterations * len(sizes)) as bar:

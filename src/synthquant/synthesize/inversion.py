@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from synthquant.core.errors import InputError
+from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.core.modules import replace_module
-from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets
+from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets, is_untrained
 from synthquant.synthesize.batches import no_batch_norm
 from synthquant.synthesize.losses import TARGET_EPSILON, image_loss, measure, normalize_and_measure, statistics_loss
 from synthquant.synthesize.swing import SwingOffsets
@@ -43,7 +43,8 @@ class InvertedNetwork:
     The copy has no parameter gradients and channels-last weights. With `compute_dtype` bfloat16 it runs under autocast;
     batch norms and the statistics stay in float32.
 
-    Raises `UnsupportedModelError` if no batch norm keeps running statistics.
+    Raises `UnsupportedModelError` if no batch norm keeps running statistics, or none has seen a batch, unless it may be
+    `untrained`.
     """
 
     def __init__(
@@ -56,16 +57,23 @@ class InvertedNetwork:
         swing: bool,
         compute_dtype: ComputeType = "float32",
         epsilon: float = 0.0,
+        untrained: bool = False,
     ) -> None:
         self.per_image = statistics == "image"
         self.channel_weights = channel_weights
         self.epsilon = epsilon
+        self._name = model.name
         self._refusal = partial(no_batch_norm, method, model)
         self._half = compute_dtype == "bfloat16"
         self._measured: list[tuple[str, Tensor]] = []
         self._targets_of: dict[str, Tensor] = {}
         self._order: tuple[str, ...] | None = None
         self._targets = self._weights = torch.empty(0)
+        if is_untrained(model.module) and not untrained:
+            raise UnsupportedModelError(
+                f"{model.name} looks untrained: no batch norm of it has seen a batch, so {method} has nothing to show;"
+                " give --weights FILE, or --set untrained=true to do it anyway"
+            )
         self._network = copy.deepcopy(model.module).eval().requires_grad_(False)
         _to_channels_last(self._network)
         self._watch_batch_norms()
@@ -118,7 +126,10 @@ class InvertedNetwork:
     def _set_targets(self, order: tuple[str, ...]) -> None:
         """Put the targets in the order in which the layers ran; a layer that ran twice counts twice."""
         if not order:
-            raise self._refusal()
+            raise UnsupportedModelError(
+                f"{self._name}: no batch norm runs as a module (its forward may read their statistics itself), so what"
+                " enters them cannot be seen; call the modules, or use a method that needs none, such as noise"
+            )
         targets = [self._targets_of[name] for name in order]
         each = [1.0 / part.shape[1] if self.channel_weights == "mean" else 1.0 for part in targets]
         weights = [part.new_full((part.shape[1],), weight) for part, weight in zip(targets, each, strict=True)]
@@ -134,7 +145,14 @@ class _MeasuredBatchNorm(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self._record = record
+        self._layer = (layer,)  # in a tuple, so that it is no part of this module
         self._options = options
+
+    def __getattr__(self, name: str) -> Any:
+        # A forward may read the numbers of a batch norm beside calling it, or instead.
+        if name in self.__dict__.get("_buffers", {}) or "_layer" not in self.__dict__:
+            return super().__getattr__(name)
+        return getattr(self._layer[0], name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs, statistics = normalize_and_measure(

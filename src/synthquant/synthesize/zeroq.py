@@ -75,6 +75,9 @@ class ZeroQ(Settings):
     compute_dtype: ComputeType = "float32"
     """Precision of the network's forward and backward pass; statistics, pixels and optimiser are always float32."""
 
+    untrained: bool = False
+    """Make images of a network none of whose batch norms has seen a batch, though they show nothing of any data."""
+
     def synthesize(
         self,
         model: FloatModel,
@@ -98,6 +101,7 @@ class ZeroQ(Settings):
             swing=self.swing,
             compute_dtype=self.compute_dtype,
             epsilon=TARGET_EPSILON,
+            untrained=self.untrained,
         )
         with progress.bar(f"zeroq, {len(sizes)} batches", self.iterations * len(sizes)) as bar:
             bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
