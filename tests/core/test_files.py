@@ -138,6 +138,19 @@ def test_folder_vanishes_on_failure(tmp_path: Path) -> None:
     assert _names(tmp_path) == []
 
 
+def test_what_cannot_be_written_is_said_of_the_path_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OutputError) as told, atomic_folder(tmp_path / "model") as folder:
+        write_text(folder / "a", "1")
+    assert str(told.value) == f"cannot write {tmp_path / 'model' / 'a'}: No space left on device"
+    assert _names(tmp_path) == []
+
+
 def test_folder_in_the_way_is_kept_unless_replaced(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.mkdir()

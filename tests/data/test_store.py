@@ -146,13 +146,17 @@ def test_a_finished_set_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "zeroq"}, "holds images made with method 'noise', not 'zeroq'"),
-        ({"settings": {"rate": 0.2}}, "made with settings"),
-        ({"seed": 5}, "made with seed 4, not 5"),
-        ({"model_fingerprint": "abd"}, "made with model fingerprint 'abc', not 'abd'"),
-        ({"target_count": 30}, "made with count 22, not 30"),
-        ({"image_size": (5, 5)}, "made with image size"),
-        ({"dtype": "uint8"}, "made with pixel type 'float16', not 'uint8'"),
+        ({"method": "zeroq"}, "holds other images .method is 'noise' there, 'zeroq' now"),
+        ({"settings": {"rate": 0.2}}, "settings.rate is 0.1 there, 0.2 now"),
+        ({"seed": 5}, "seed is 4 there, 5 now"),
+        ({"model_fingerprint": "abd"}, "model_fingerprint is 'abc' there, 'abd' now"),
+        ({"target_count": 30}, "count is 22 there, 30 now"),
+        ({"image_size": (5, 5)}, "image_size is "),
+        ({"dtype": "uint8"}, "dtype is 'float16' there, 'uint8' now"),
+        (
+            {"seed": 5, "model_fingerprint": "abd", "settings": {"sizes": [1, 2], "rate": 0.2}, "target_count": 30},
+            "model_fingerprint is .*; count is 22 there, 30 now; settings.rate is .*; and 1 more",
+        ),
     ],
 )
 def test_a_folder_of_another_run_is_refused(

@@ -129,7 +129,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises `OutputError` if the folder of `path` is not there or cannot be written, or another process is making `path`.
     """
     with claimed(path) as temporary:
-        yield temporary / path.name
+        try:
+            yield temporary / path.name
+        except OutputError as error:  # say it of the path that was asked for
+            raise OutputError(str(error).replace(str(temporary / path.name), str(path))) from error
         _swap(temporary / path.name, path, temporary / FORMER)
 
 

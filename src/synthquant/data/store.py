@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from synthquant.core.differences import differences, flat
 from synthquant.core.errors import DataError, OutputError
 from synthquant.core.files import make_folder, require_writable
 from synthquant.core.locks import remove_leftovers
@@ -34,16 +35,8 @@ from synthquant.data.reading import pixels
 JOURNAL_NAME = "parts.json"
 
 _READ_TOGETHER = 256
-_IDENTITY = {
-    "method": "method",
-    "settings": "settings",
-    "seed": "seed",
-    "model_fingerprint": "model fingerprint",
-    "count": "count",
-    "image_size": "image size",
-    "dtype": "pixel type",
-    "framing": "framing",
-}
+# What tells two sets apart, the most telling first.
+_IDENTITY = ("model_fingerprint", "method", "count", "settings", "seed", "image_size", "dtype", "framing")
 
 
 class ImageForm(Settings):
@@ -232,12 +225,8 @@ class ImageSetWriter:
         write_manifest_file(self.folder / JOURNAL_NAME, self._manifest.model_copy(update={"parts": parts}))
 
     def _require_same(self, found: Manifest) -> None:
-        for name, what in _IDENTITY.items():
-            there, wanted = getattr(found, name), getattr(self._manifest, name)
-            if name == "image_size" and wanted is None:
-                continue
-            if there != wanted:
-                raise DataError(
-                    f"{self.folder} holds images made with {what} {there!r}, not {wanted!r}; "
-                    "choose another folder or remove it"
-                )
+        there, wanted = ({key: getattr(one, key) for key in _IDENTITY} for one in (found, self._manifest))
+        if wanted["image_size"] is None:
+            del there["image_size"], wanted["image_size"]
+        if differing := differences(flat(there), flat(wanted), first=_IDENTITY):
+            raise DataError(f"{self.folder} holds other images ({differing}); choose another folder or remove it")

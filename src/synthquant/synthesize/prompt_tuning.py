@@ -305,6 +305,8 @@ def _origin(settings: PromptTuning, seed: int, generator: str, images: str, name
 
 
 def _require_same(found: Any, origin: dict[str, str], path: Path) -> None:
-    for key, value in origin.items():
-        if found.get(key) != value:
-            raise InputError(f"{path} holds a token that was tuned with other {key}; choose another file or remove it")
+    others = [key for key, value in origin.items() if found.get(key) != value]
+    if others:
+        raise InputError(
+            f"{path} holds a token that was tuned with other {', '.join(others)}; choose another file or remove it"
+        )
