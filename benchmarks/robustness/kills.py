@@ -16,7 +16,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], str, tuple[str, ...]]] = {
     "select": (SELECT, "out", ("images",)),
     "quantize": ((*QUANTIZE, "--data", "data"), "out", ("images", "data")),
     "export onnx": (EXPORT, "out.onnx", ("run", "data")),
-    "export torch": (("export", "run", "--to", "torch_export"), "out.pt2", ("run", "data")),
+    "export torch": (("export", "run", "--to", "torch"), "out.pt2", ("run", "data")),
     "report": (("report", "run", "chosen"), "out.html", ("run", "chosen", "images", "data")),
     "tune-prompt": (TUNE, "out.safetensors", ("data",)),
 }
