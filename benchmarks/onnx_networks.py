@@ -36,8 +36,8 @@ from synthquant.data.sources import open_images
 from synthquant.export.compare import Network, difference
 from synthquant.export.onnx import Onnx, open_onnx
 from synthquant.export.onnx_layers import integer_coverage
-from synthquant.export.onnx_runtime import ort_network, session
-from synthquant.export.onnx_speed import export_float, has_vnni, in_turns
+from synthquant.export.onnx_runtime import has_vnni, ort_network, session
+from synthquant.export.onnx_speed import export_float, in_turns
 from synthquant.models.blocks import QUANTIZABLE
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model

@@ -100,9 +100,14 @@ def run_beside(
     return torch.cat(reference), {name: torch.cat(values) for name, values in parts.items()}
 
 
-def require_close(found: Difference, title: str, count: int, min_agreement: float, max_mean_error: float) -> None:
-    """Raise `VerificationError` if a difference on `count` images is larger than allowed; `title` says whose it is."""
-    guide = "see 'If verification fails' in the export guide"
+def require_close(
+    found: Difference, title: str, count: int, min_agreement: float, max_mean_error: float, advice: str = ""
+) -> None:
+    """Raise `VerificationError` if a difference on `count` images is larger than allowed.
+
+    `title` says whose it is, `advice` what may help.
+    """
+    guide = f"{advice}see 'If verification fails' in the export guide"
     wrong = found.differing - found.ties
     # one image of a small set would be more than a strict share allows
     if wrong > max(1, int((1 - min_agreement) * count)):

@@ -93,7 +93,7 @@ def benchmark_onnx(
         "size_ratio": rows["quantized"]["bytes"] / rows["float"]["bytes"],
         "batch": batch,
         "threads": threads,
-        "vnni": has_vnni(),
+        "vnni": onnx_runtime.has_vnni(),
         "environment": environment(),
     }
 
@@ -131,13 +131,6 @@ def in_turns(networks: dict[str, Network], inputs: torch.Tensor, seconds: float)
                 if now >= turn:
                     break
     return times
-
-
-def has_vnni() -> bool:
-    """Whether the CPU multiplies 8-bit integers four at a time; without it, integers may not be faster than floats."""
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.exists() else []
-    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp"))
 
 
 def _row(times: list[float], batch: int, size: int) -> dict[str, Any]:

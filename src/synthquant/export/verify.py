@@ -17,9 +17,13 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import Network, difference, require_close, run_beside
 from synthquant.export.onnx_layers import integer_coverage
-from synthquant.export.onnx_runtime import ort_network, session
+from synthquant.export.onnx_runtime import has_vnni, ort_network, session
 from synthquant.nn.quant_model import QuantModel
 
+_NO_VNNI = (
+    "this CPU has no VNNI and adds two 8-bit products in 16 bits, where they may overflow: quantize with --scheme W7A8"
+    " --set scheme.ends=same; "
+)
 _TITLES = {"as_written": "ONNX Runtime without optimisation", "optimized": "ONNX Runtime"}
 
 
@@ -63,7 +67,8 @@ def verify_onnx(
     step = _output_step(quant_model, path)
     differences = {name: difference(values, reference, step) for name, values in logits.items()}
     for name, found in differences.items():
-        require_close(found, _TITLES[name], len(reference), min_agreement, max_mean_error)
+        advice = _NO_VNNI if name == "optimized" and not has_vnni() else ""
+        require_close(found, _TITLES[name], len(reference), min_agreement, max_mean_error, advice)
     coverage = integer_coverage(path)
     return {
         "images": len(reference),
