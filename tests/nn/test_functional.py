@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from synthquant.nn.functional import (
+    dequantize,
     fake_quantize,
     learned_step_quantize,
     quantize,
@@ -37,6 +38,7 @@ def test_fake_quantize_against_python_integers(bits: int, zero_point: int) -> No
     before = x.clone()
     assert quantize(x, s, z, top).tolist() == expected_codes
     assert fake_quantize(x, s, z, top).tolist() == expected
+    assert dequantize(torch.tensor(expected_codes), s, z).tolist() == expected
     assert torch.equal(x, before)
 
 
@@ -160,6 +162,9 @@ def test_rectified_sigmoid_and_its_inverse() -> None:
 def test_regularizer_is_zero_once_decided_and_counts_the_undecided() -> None:
     assert float(rounding_regularizer(torch.tensor([0.0, 1.0, 1.0]), 2.0)) == 0
     assert float(rounding_regularizer(torch.full((7,), 0.5), 20.0)) == 7
+    # Eq. 24 in between: 1 - |2h - 1|**beta of either side, and the exponent as it is.
+    between = rounding_regularizer(torch.tensor([0.25, 0.75, 0.1]), 3.0)
+    assert float(between) == pytest.approx((1 - 0.5**3) * 2 + 1 - 0.8**3, rel=1e-5)
     soft = torch.full((3,), 0.5, requires_grad=True)
     rounding_regularizer(soft, 2.0).backward()
     assert soft.grad is not None and torch.equal(soft.grad, torch.zeros(3))

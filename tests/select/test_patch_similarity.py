@@ -19,6 +19,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.select.patch_similarity import PatchProbe, PatchSimilarity, patch_tokens, similarity_entropy
 from synthquant.select.scan import scan
+from synthquant.select.sequence import run_filters
 
 FORMS = ("fused", "manual", "einsum", "module")
 
@@ -45,6 +46,15 @@ def test_the_entropy_is_that_of_the_density() -> None:
     for fast, row in zip(similarity_entropy(rows).tolist(), rows, strict=True):
         assert fast == pytest.approx(slow_entropy(row, 512), abs=0.02)
     assert similarity_entropy(rows, 128)[0] == pytest.approx(slow_entropy(narrow, 128), abs=0.02)
+
+
+def test_values_on_the_grid_have_the_entropy_of_the_definition_itself() -> None:
+    """Nothing is rounded here, so that every constant shows: bandwidth, floor of the density, halves at the ends."""
+    grid = torch.linspace(-1, 1, 512)
+    ends = grid[[0, -1, *range(200, 260)]]  # nearly all of the range is at the floor
+    everywhere = grid.repeat(2)  # the density is high up to both ends
+    for row in (ends, everywhere):
+        assert float(similarity_entropy(row[None])) == pytest.approx(slow_entropy(row, 512), abs=1e-4)
 
 
 def test_equal_patches_have_no_entropy() -> None:
@@ -86,6 +96,12 @@ def test_attention_is_found_however_it_is_written(form: str) -> None:
     found = entropies(model, images)
     assert found.tolist() == pytest.approx(expected, abs=0.02)
     assert found.std() > 0.02
+
+
+def test_images_whose_patches_differ_most_stay() -> None:
+    model, images = float_model(Tokens("fused"), "fused"), small_images(8)
+    selection = run_filters([PatchSimilarity(keep=3)], images, model, Rng(0))
+    assert selection.positions.tolist() == sorted(entropies(model, images).argsort()[-3:].tolist())
 
 
 @pytest.mark.parametrize("form", FORMS)
