@@ -104,6 +104,22 @@ def test_images_whose_patches_differ_most_stay() -> None:
     assert selection.positions.tolist() == sorted(entropies(model, images).argsort()[-3:].tolist())
 
 
+def test_attentions_of_a_pass_are_summed() -> None:
+    model = float_model(Tokens("fused"), "fused")
+    inputs = model_inputs(small_images(4), model.preprocess)
+
+    def entropy(*passes: Tensor) -> Tensor:
+        probe = PatchProbe(model, 128)
+        with torch.no_grad(), probe.watch(4):
+            for one in passes:
+                logits = model.module(one)
+        return probe.rows(logits)
+
+    one, other = entropy(inputs), entropy(inputs * 0.5)
+    assert float((one - other).abs().min()) > 1e-3
+    torch.testing.assert_close(entropy(inputs, inputs * 0.5), one + other)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_watching_changes_nothing_that_the_network_returns(form: str) -> None:
     model = float_model(Tokens(form), form)
