@@ -105,6 +105,20 @@ def test_what_is_gone_or_damaged_in_a_finished_run_is_made_again(
     assert told.warnings == []
 
 
+def test_half_made_images_that_do_not_say_what_they_are_go_with_a_word_and_a_link_stays(
+    finished: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    record, told, whole = RunRecord.load(finished / "run.json"), Listen(), files(finished / "images")
+    (finished / "images").rename(tmp_path / "elsewhere")
+    (finished / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "manifest.json").unlink()
+    record.stages["images"].status = "failed"
+    record.save(finished / "run.json")
+    pipeline.run(Recipe.parse(recipe), finished, told)
+    assert told.warnings[0].startswith(f"{finished / 'images'} does not say what it holds (parts.json is gone)")
+    assert (finished / "images").is_symlink() and files(tmp_path / "elsewhere") == whole
+
+
 def test_another_network_in_the_place_of_a_runs_own_is_not_taken_for_it(finished: Path, recipe: dict[str, Any]) -> None:
     whole = files(finished)
     model = open_model(Recipe.parse(recipe).model, device="cpu")

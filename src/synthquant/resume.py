@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from synthquant.core.errors import InputError
-from synthquant.core.files import sha256_file, write_text
+from synthquant.core.files import empty_folder, sha256_file, write_text
 from synthquant.core.progress import Progress
 from synthquant.core.run_folder import RunFolder
 from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, ReportMetrics, SelectMetrics
@@ -33,6 +32,7 @@ def take_back_what_is_gone(folder: RunFolder, recipe: Recipe, progress: Progress
     }
     if isinstance(recipe.images, SynthesizeSection):
         checks = {"images": (folder.images, _check_images), **checks}
+    were_done = folder.is_done("images")
     for stage, (path, check) in checks.items():
         if not folder.is_done(stage):
             continue
@@ -42,12 +42,15 @@ def take_back_what_is_gone(folder: RunFolder, recipe: Recipe, progress: Progress
             what = f"is not whole ({error})" if path.exists() else "is gone"
             progress.warn(f"{path} {what}: it is made again")
             folder.reopen(stage)
-            if stage == "select":  # it would be taken for finished
-                shutil.rmtree(path, ignore_errors=True)
+            if stage == "select" and path.is_dir():  # it would be taken for finished
+                empty_folder(path)
     if folder.is_done("images") or not folder.images.is_dir():
         return
-    if not _says_what_it_is(folder.images):
-        shutil.rmtree(folder.images)  # without them its parts are not known to be those of this run
+    if any(folder.images.iterdir()) and not _says_what_it_is(folder.images):
+        # Without them its parts are not known to be those of this run.
+        if not were_done:
+            progress.warn(f"{folder.images} does not say what it holds ({JOURNAL_NAME} is gone): it is made again")
+        empty_folder(folder.images)
 
 
 def write_recipe(folder: RunFolder, recipe: Recipe) -> None:

@@ -132,6 +132,16 @@ def test_commands_that_keep_nothing_say_so(
     ] == before
 
 
+def test_a_command_that_was_stopped_after_its_last_file_says_so(
+    synthquant: Command, model_options: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "chosen"
+    monkeypatch.setattr("synthquant.select.write._warn_if_farther", send(signal.SIGTERM))
+    stopped = synthquant("select", data, "--model", *model_options, "--by", "energy:0.5", "--out", out)
+    assert stopped.status == 143 and stopped.err.splitlines()[-1] == f"terminated: {out} was finished already"
+    assert len(ImageSet.open(out))
+
+
 def test_a_library_that_makes_an_error_of_its_own_of_the_signal(
     synthquant: Command, model_options: list[str], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,48 @@ def test_folder_in_the_way_is_kept_unless_replaced(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no")])
+def test_what_stops_the_replacing_of_a_folder_half_way_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    target, replace, calls = tmp_path / "model", os.replace, []
+    target.mkdir()
+    (target / "old").touch()
+
+    def second_fails(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == 2:
+            raise error
+        replace(*paths)
+
+    monkeypatch.setattr(files.os, "replace", second_fails)
+    with pytest.raises((KeyboardInterrupt, OutputError)), atomic_folder(target, replace=True) as folder:
+        (folder / "new").touch()
+    assert _names(target) == ["old"] and _names(tmp_path) == ["model"]
+
+
+def test_an_old_folder_that_cannot_be_put_back_at_once_is_put_back_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, replace, calls = tmp_path / "model", os.replace, []
+    target.mkdir()
+    (target / "old").touch()
+
+    def only_first(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) > 1:
+            raise OSError("no")
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", only_first)
+        with pytest.raises(OutputError), atomic_folder(target, replace=True):
+            pass
+    with pytest.raises(RuntimeError), atomic_folder(target, replace=True):
+        raise RuntimeError
+    assert _names(target) == ["old"] and _names(tmp_path) == ["model"]
+
+
 def test_empty_folder_is_not_in_the_way(tmp_path: Path) -> None:
     with atomic_folder(tmp_path) as folder:
         (folder / "a").write_text("1")

@@ -37,6 +37,7 @@ def test_what_allocators_really_raise() -> None:
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "main memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"), "device memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "device memory"),
+        (RuntimeError("can't start new thread"), "main memory or threads"),
         (RuntimeError("shape '[2]' is invalid for input of size 3"), None),
         (OSError(errno.ENOSPC, "No space left on device"), None),
         (DataError("out of memory is what this message speaks of, not what happened"), None),

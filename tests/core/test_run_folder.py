@@ -90,6 +90,20 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["images", "selected", "model", "work"])
+def test_what_is_in_the_way_of_a_folder_is_said_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match=rf"{name} is in the way: a run has a folder there; move it away"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["report.html", "recipe.yaml", "run.json"])
+def test_what_is_in_the_way_of_a_file_is_said_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OutputError, match=rf"{name} is in the way: a run has a file there; move it away"):
+        opened(tmp_path)
+
+
 def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file, not a folder"):

@@ -90,6 +90,42 @@ def test_a_full_disk_that_another_library_met_is_told_too_and_nothing_kept_is_no
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "make it writable"),
+        (errno.EROFS, "make it writable"),
+        (errno.EFBIG, "raise the limit of a file's size"),
+    ],
+)
+def test_what_else_keeps_us_from_writing_says_what_stays_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no")
+
+    with pytest.raises(OutputError) as told, working_folder(tmp_path / "run", ()):
+        write_text(tmp_path / "run" / "unit", "")
+        monkeypatch.setattr(files.os, "fsync", refuse)
+        write_text(tmp_path / "run" / "next", "")
+    assert str(told.value).endswith(
+        f"what is finished stays in {tmp_path / 'run'}: {remedy} and give the same command again to go on from there"
+    )
+
+
+def test_what_may_not_be_read_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="secret"), working_folder(tmp_path, ()):
+        raise PermissionError(errno.EACCES, "Permission denied", "secret")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_before_anything_is_made_leaves_no_folder(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)), working_folder(tmp_path / "run", WORTHLESS):
+        (tmp_path / "run" / "run.json").touch()
+        raise error
+    assert not any(tmp_path.iterdir())
+
+
 def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     require_space(tmp_path / "not" / "yet", {"images": free // 4})

@@ -9,7 +9,7 @@ from typing import Any
 from typer import BadParameter
 from typer.core import TyperCommand
 
-from synthquant.cli.endings import ENDINGS, Ending
+from synthquant.cli.endings import ENDINGS, Ending, seen
 from synthquant.cli.stop import STOP
 from synthquant.core.memory import ran_out
 from synthquant.core.settings import text_problem
@@ -44,20 +44,21 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; raises `Stopped`, `MemoryRanOut`, and what the command raises."""
         ending = ENDINGS.get(self.name or "", Ending(""))
+        before = seen(ctx.params.get("out"))
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise Stopped(ending.kept(ctx.params)) from error
+            raise Stopped(ending.kept(ctx.params, before)) from error
         except Exception as error:
             # Libraries in which a signal struck may have made an error of their own of it.
             if STOP.received is not None:
-                raise Stopped(ending.kept(ctx.params)) from error
+                raise Stopped(ending.kept(ctx.params, before)) from error
             place = ran_out(error)
             if place is None:
                 raise
             advice = "or use --device cpu" if place == "device memory" and "device" in ctx.params else ""
             raise MemoryRanOut(
-                f"{place} ran out; {' '.join(filter(None, (ending.lower, advice)))}; {ending.kept(ctx.params)}"
+                f"{place} ran out; {' '.join(filter(None, (ending.lower, advice)))}; {ending.kept(ctx.params, before)}"
             ) from error
 
 

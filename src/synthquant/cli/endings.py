@@ -32,7 +32,18 @@ def kept_in_folder(out: Path) -> str:
 def kept_beside_token(out: Path) -> str:
     """Return what a tuning leaves for the next call."""
     state = out.with_name(f"{out.stem}.state.safetensors")
+    if not state.is_file() and out.is_file():
+        return f"{out} is finished"
     return f"{state} keeps the steps so far; {_GOES_ON}" if state.is_file() else f"nothing was finished yet; {_AGAIN}"
+
+
+def seen(out: Path | None) -> tuple[int, int] | None:
+    """Return what tells whether a file or folder takes the place of another; none if there is none."""
+    try:
+        status = out.stat() if out is not None else None
+    except OSError:
+        return None
+    return status and (status.st_ino, status.st_mtime_ns)
 
 
 def _finished_stages(record: Path) -> list[str]:
@@ -52,11 +63,13 @@ class Ending:
     keeps: Callable[[Path], str] | None = None
     """Tells what its `--out` holds; none: nothing before all is done."""
 
-    def kept(self, options: Mapping[str, Any]) -> str:
-        """Return what is kept, and what the same command does with it."""
+    def kept(self, options: Mapping[str, Any], before: tuple[int, int] | None) -> str:
+        """Return what is kept, and what the same command does with it; `before` is what was `seen` of `--out`."""
         if self.keeps is not None:
             return self.keeps(options["out"])
         out = options.get("out")
+        if seen(out) != before:
+            return f"{out} was finished already"
         return f"nothing is kept{'' if out is None else f', {out} is as it was'}; {_AGAIN}"
 
 

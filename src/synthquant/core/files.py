@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -144,6 +145,15 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"cannot make folder {folder}: {_reason(error)}") from error
 
 
+def empty_folder(folder: Path) -> None:
+    """Remove all that is in a folder, which may be reached through a link; links inside are not followed."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder with its parents; on failure those that were made are removed again, as far as they are empty.
@@ -193,11 +203,13 @@ def _swap(new: Path, path: Path, former: Path) -> None:
     try:
         if path.is_dir() or (path.exists() and new.is_dir()):
             os.replace(path, former)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        finally:  # a signal may strike here as well
+            if former.exists() and not path.exists():
+                os.replace(former, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if former.exists() and not path.exists():
-            os.replace(former, path)
         raise OutputError(f"cannot write {path}: {_reason(error)}") from error
 
 

@@ -82,7 +82,9 @@ def claimed(path: Path) -> Iterator[Path]:
         remove_leftovers(path.parent, path.name)
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # What was put aside and could not be put back is left for the next process to try.
+        if path.exists() or not (temporary / FORMER).exists():
+            shutil.rmtree(temporary, ignore_errors=True)
         if handle is not None:
             os.close(handle)
 

@@ -18,10 +18,12 @@ _SIGNS = (
         "storage size calculation overflowed",
     ),
 )
+# What Python says where the system gives it no more threads, which it does not tell from memory.
+_NO_THREAD = "can't start new thread"
 _DEVICES = ("cuda", "cublas", "cudnn", "hip ", "xpu", "mps")
 
 
-def ran_out(error: BaseException) -> Literal["main memory", "device memory"] | None:
+def ran_out(error: BaseException) -> Literal["main memory", "device memory", "main memory or threads"] | None:
     """Return which memory ran out if that is what an error says, or what an error of ours was made from says.
 
     NumPy's and Arrow's own errors are `MemoryError`s; PyTorch's main-memory allocator raises a plain `RuntimeError`.
@@ -29,6 +31,8 @@ def ran_out(error: BaseException) -> Literal["main memory", "device memory"] | N
     if isinstance(error, SynthquantError):
         return None if error.__cause__ is None else ran_out(error.__cause__)
     text = str(error).lower()
+    if isinstance(error, RuntimeError) and _NO_THREAD in text:
+        return "main memory or threads"
     of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if not (isinstance(error, MemoryError) or of_system or any(sign in text for sign in _SIGNS)):
         return None

@@ -47,6 +47,7 @@ class RunFolder:
         self.path = path
         self.device = device
         require_writable(path)
+        self._require_places()
         if (path / "run.json").exists():
             self.record = RunRecord.load(path / "run.json")
             self._require_same(recipe, place)
@@ -118,6 +119,15 @@ class RunFolder:
         stage.seconds = seconds_before + time.perf_counter() - start
         stage.peak_memory_bytes = peak_memory_bytes(self.device)
         self._save()
+
+    def _require_places(self) -> None:
+        """Raise `OutputError` if a file is where the run makes a folder, or the other way round: known before work."""
+        for one in (self.images, self.selected, self.checkpoint, self.work):
+            if not one.is_dir() and (one.exists() or one.is_symlink()):
+                raise OutputError(f"{one} is in the way: a run has a folder there; move it away")
+        for one in (self.path / "recipe.yaml", self.path / "run.json", self.report):
+            if one.is_dir():
+                raise OutputError(f"{one} is in the way: a run has a file there; move it away")
 
     def _require_same(self, recipe: Mapping[str, Any], place: Collection[str]) -> None:
         before, after = flat(self.record.recipe), flat(recipe)

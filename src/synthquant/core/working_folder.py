@@ -9,15 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from synthquant.core.errors import OutputError, SynthquantError
-from synthquant.core.files import made_folder, require_writable
+from synthquant.core.files import empty_folder, made_folder, require_writable
 from synthquant.core.locks import locked_folder, remove_leftovers
 
-# No space, over quota, over the limit of a file's size, a disk that became read-only, a failing disk.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# What helps where the system takes no more.
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit of a file's size",
+    errno.EROFS: "make it writable",
+    errno.EIO: "see to that disk",
+}
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 
 
-class FullDiskError(OutputError):
-    """The disk took no more; the message says what is kept."""
+class StoppedWriting(OutputError):
+    """The system took no more in the middle of the work; the message says what is kept."""
 
 
 @contextmanager
@@ -29,8 +36,8 @@ def working_folder(folder: Path, worthless: Collection[str]) -> Iterator[None]:
         worthless: files, relative to `folder`, that only say what was asked for. Any other file is kept.
 
     Raises:
-        OutputError: the folder cannot be made or written, another process is writing it, or the disk is full; the
-            message then says what is kept.
+        OutputError: the folder cannot be made or written, another process is writing it, or the system let no more be
+            written, for one because the disk is full; the message then says what is kept.
     """
     require_writable(folder)
     with made_folder(folder), locked_folder(folder):
@@ -40,14 +47,15 @@ def working_folder(folder: Path, worthless: Collection[str]) -> Iterator[None]:
             yield
         except OSError as error:
             kept = not is_new or not _removed(folder, worthless)
-            if isinstance(error, FullDiskError) or not _is_disk_error(error):
+            remedy = _remedy(error)
+            if isinstance(error, StoppedWriting) or remedy is None:
                 raise
             what = str(error) if isinstance(error, OutputError) else f"cannot write in {folder}: {error.strerror}"
             if not kept:  # in here; a folder around this one may say more
                 raise OutputError(what) from error
-            advice = "make room and give the same command again to go on from there"
-            raise FullDiskError(f"{what}; what is finished stays in {folder}: {advice}") from error
-        except SynthquantError:
+            advice = f"{remedy} and give the same command again to go on from there"
+            raise StoppedWriting(f"{what}; what is finished stays in {folder}: {advice}") from error
+        except (SynthquantError, MemoryError, RuntimeError):  # the last two: how libraries say that memory ran out
             if is_new:
                 _removed(folder, worthless)
             raise
@@ -75,21 +83,24 @@ def _removed(folder: Path, worthless: Collection[str]) -> bool:
     files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     if any(path.relative_to(folder).as_posix() not in worthless for path in files):
         return False
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    empty_folder(folder)
     return True
 
 
-def _is_disk_error(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is of a disk that takes no more."""
+def _remedy(error: BaseException | None) -> str | None:
+    """What helps if an error, or one that it came from, is of the system taking no more; none if it is another.
+
+    A library's own error of permissions may be about a file that is read: those count where we wrote.
+    """
+    wrote = False
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return True
+        wrote = wrote or isinstance(error, OutputError)
+        if isinstance(error, OSError) and error.errno in _REMEDIES:
+            return _REMEDIES[error.errno]
+        if isinstance(error, OSError) and error.errno in _NOT_ALLOWED and wrote:
+            return _REMEDIES[errno.EROFS]
         error = error.__cause__
-    return False
+    return None
 
 
 def _size(size: float) -> str:
