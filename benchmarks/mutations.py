@@ -1,10 +1,11 @@
 """Change one thing at a time in an equation or in how it is wired, and see whether the tests notice.
 
-    python benchmarks/mutations.py [--only NAME ...] [--sample N --seed S] [--out FILE]
+    python benchmarks/mutations.py [--only NAME ...] [--missing] [--sample N --seed S] [--out FILE]
 
 Every entry of mutations.toml replaces one piece of text, which occurs once, in a copy of the repository; the tests that
 the entry's group names then run there until one fails. Writes a JSON row for each: caught, and by which test, or lived.
-The unchanged copy is tested first. Exits with 1 if one lived that is not said to compute the same.
+The unchanged copy is tested first. With `--missing` the rows of FILE stay, and what has none or lived is run. Exits
+with 1 if one lived that is not said to compute the same.
 """
 
 from __future__ import annotations
@@ -155,17 +156,45 @@ def _original(folder: Path) -> Path:
     return folder
 
 
+def _text_of(mutation: Mutation) -> dict[str, Any]:
+    """What says which change it is."""
+    return {key: value for key, value in asdict(mutation).items() if key != "tests"}
+
+
+def _rows_of(mutations: list[Mutation], path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run that are of these changes as they are now, but of those that lived."""
+    if not path.exists():
+        return []
+    texts = {one.name: _text_of(one) for one in mutations}
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    settled = [row for row in rows if row["caught"] or row["same"]]
+    return [row for row in settled if row["name"] in texts and texts[row["name"]].items() <= row.items()]
+
+
+def _write(rows: list[dict[str, Any]], mutations: list[Mutation], path: Path) -> None:
+    """Write the rows in the order of the changes."""
+    place = {one.name: index for index, one in enumerate(mutations)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(rows, key=lambda row: place[row["name"]])
+    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=Path, default=Path(__file__).with_name("mutations.toml"))
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="those whose name or file has such a word"
     )
+    parser.add_argument("--missing", action="store_true", help="those without a row in FILE, or that lived there")
     parser.add_argument("--sample", type=int, help="so many of them, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--out", type=Path, default=Path("results/mutations/mutations.json"))
     args = parser.parse_args()
-    chosen = read_mutations(args.mutations)
+    chosen = every = read_mutations(args.mutations)
+    rows = _rows_of(every, args.out) if args.missing else []
+    if args.missing:
+        known = {row["name"] for row in rows}
+        chosen = [one for one in every if one.name not in known]
     if args.only:
         chosen = [one for one in chosen if any(word in f"{one.name} {one.file}" for word in args.only)]
     if args.sample is not None:
@@ -174,7 +203,6 @@ def main() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
-    rows = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         original = _original(Path(folder))
         for one in chosen:  # all of them can be made before one is tested
@@ -187,15 +215,16 @@ def main() -> None:
                 raise SystemExit(f"without a change {failed} fails")
         for one in chosen:
             by, seconds = noticed(one, one.tests, original)
-            row = {key: value for key, value in asdict(one).items() if key != "tests"}
-            rows.append({**row, "caught": bool(by), "by": by, "seconds": round(seconds, 1)})
+            rows.append({**_text_of(one), "caught": bool(by), "by": by, "seconds": round(seconds, 1)})
+            _write(rows, every, args.out)
             print(
                 f"{'caught' if by else 'LIVED ' if not one.same else 'same  '} {one.name}: {by or one.same}", flush=True
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     lived = [row for row in rows if not row["caught"] and not row["same"]]
-    print(f"{sum(row['caught'] for row in rows)} of {len(rows)} caught, {len(lived)} lived -> {args.out}")
+    print(
+        f"{sum(row['caught'] for row in rows)} of {len(rows)} caught, {len(lived)} lived, "
+        f"{len(every) - len(rows)} of {len(every)} not run -> {args.out}"
+    )
     raise SystemExit(1 if lived else 0)
 
 

@@ -97,6 +97,20 @@ def test_ranges_do_not_depend_on_the_batches_and_fewer_images_may_be_looked_at()
     assert scales(model) != pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ranges_are_set_anew_as_if_there_were_none(quantized: bool) -> None:
+    """Grids that are there, and that of the image, which always is, quantize nothing meanwhile; that one stays."""
+    model = network()
+    image = model.quantizers["stem.input_quantizer"]
+    known = float(image.scale), float(image.zero_point)
+    images = CalibrationImages(model, ImageSet.from_tensors(pixels() * 0.5, dtype="float16"))
+    calibrate_activations(model, images, 20, "minmax", quantized_weights=quantized)
+    first = scales(model)
+    calibrate_activations(model, images, 20, "minmax", quantized_weights=quantized)
+    assert scales(model) == first
+    assert image.fixed and (float(image.scale), float(image.zero_point)) == known
+
+
 def test_an_unfinished_calibration_leaves_no_observer_behind() -> None:
     model = network()
     images = CalibrationImages(model, ImageSet.from_tensors(pixels(), dtype="float16"))
