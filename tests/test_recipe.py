@@ -88,6 +88,14 @@ def test_a_plain_string_names_model_and_evaluation_data() -> None:
     assert recipe.evaluate is not None and recipe.evaluate.data == "some/folder"
 
 
+def test_a_scheme_of_one_word_has_fields_to_set(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{model: zoo/x, images: {source: y}, quantize: {method: rtn, scheme: W8A8}}", encoding="utf-8")
+    scheme = Recipe.load(path, ["quantize.scheme.deploy=full"]).quantize.scheme
+    assert scheme.deploy == "full" and scheme.name == "W8A8"
+    assert Recipe.load(path, ["quantize.scheme=W4A4"]).quantize.scheme.name == "W4A4"
+
+
 def test_images_that_exist_are_named_by_their_source() -> None:
     assert Recipe.parse(values(images={"source": "x", "count": 3})).images == SourceSection(source="x", count=3)
 

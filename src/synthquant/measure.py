@@ -52,6 +52,7 @@ def evaluate(
     if isinstance(source, ModelSource):
         network = open_model(source, device=place, progress=progress)
         data = in_classes_of(data, classes_of(network), section.data, progress)
+        _require_labels(data, section.data)
         result = _measure(network.module, network, data, section.batch_size, progress)
         _warn_of_guessing(result.top1, result, section.data, progress)
         return result.row(network.name) | say_what_was_read(data, progress, section.data)
@@ -64,6 +65,8 @@ def evaluate(
     logits = None
     if float_model is not None:
         logits = _logits(float_model.module, float_model, data, section.batch_size, progress)
+    else:
+        _require_labels(data, section.data)
     result = _measure(quant_model, quant_model.float_model, data, section.batch_size, progress, logits)
     _warn_of_guessing(result.reference_top1, result, section.data, progress)
     row = result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
@@ -105,6 +108,8 @@ def evaluate_onnx(
         float_model = _same_float_model(recorded, entry.fingerprint, "cpu", progress)
     if float_model is not None:
         reference = _logits(float_model.module, float_model, data, section.batch_size, progress)
+    else:
+        _require_labels(data, section.data)
     result = evaluate_model(
         network,
         metadata.preprocess,
@@ -117,6 +122,15 @@ def evaluate_onnx(
     _warn_of_guessing(result.reference_top1, result, section.data, progress)
     row = result.row(metadata.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
     return row | say_what_was_read(data, progress, section.data)
+
+
+def _require_labels(data: ImageSet, name: str) -> None:
+    """Raise `DataError` if there is nothing to compare a network's classes with, before it runs on all images."""
+    if data.labels is None:
+        raise DataError(
+            f"{name} has no labels, and there is no float network to agree with; give images in class folders or with a"
+            " column of labels"
+        )
 
 
 def float_beside_quantized(

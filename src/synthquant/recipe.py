@@ -303,6 +303,9 @@ def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
     for section, field in (("model", "source"), ("evaluate", "data")):
         if isinstance(expanded.get(section), str):
             expanded[section] = {field: expanded[section]}
+    quantize = expanded.get("quantize")
+    if isinstance(quantize, Mapping) and isinstance(quantize.get("scheme"), str):
+        expanded["quantize"] = {**quantize, "scheme": {"preset": quantize["scheme"]}}  # --set changes its fields
     if isinstance(expanded.get("select"), list | tuple | str):
         filters = [expanded["select"]] if isinstance(expanded["select"], str) else expanded["select"]
         filters = [expand_filter(one, "select") if isinstance(one, str) else one for one in filters]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_evaluate_measures_a_float_network(synthquant: Command, model_options: l
     row = json.loads(synthquant("evaluate", *model_options, "--data", data, "--json").out)
     assert row["count"] == 21 and row["agreement"] is None
     assert "top1" in synthquant("evaluate", *model_options, "--data", data).out
+
+
+def test_evaluate_refuses_images_without_labels_before_the_network_runs_on_them(
+    synthquant: Command, model_options: list[str], tmp_path: Path
+) -> None:
+    images = tmp_path / "unlabelled"
+    synthquant("synthesize", *model_options, "--method", "noise", "--count", 4, "--out", images)
+    said = synthquant("evaluate", *model_options, "--data", images)
+    assert f"{images} has no labels, and there is no float network to agree with" in said.error
+
+
+def test_what_libraries_will_do_in_future_stays_off_the_terminal(
+    synthquant: Command, model_options: list[str], data: Path
+) -> None:
+    with Path(model_options[0].rpartition(":")[0]).open("a", encoding="utf-8") as file:
+        file.write("\nimport warnings\nwarnings.warn('this will go', FutureWarning)\nwarnings.warn('mine')\n")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert synthquant("evaluate", *model_options, "--data", data).status == 0
+    assert [str(warning.message) for warning in seen] == ["mine"]
 
 
 def test_quantize_without_data_measures_agreement(

@@ -198,6 +198,8 @@ def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
     [
         ("resnet18", {}, ModelError, "model 'resnet18' is not of a known form; give timm/NAME, torchvision/NAME"),
         ("timm/", {}, ModelError, "is not of a known form"),
+        (str(Path(__file__).parent), {}, ModelError, "is a folder; here name the float network that it was made from"),
+        ("net.onnx", {}, ModelError, "net.onnx is an exported file; here name the float network"),
         ("diffusers/sdxl", {}, UnsupportedModelError, "is a diffusion pipeline, not a classifier"),
         ("timm/resnt18", {}, ModelError, "timm has no model 'resnt18'; the nearest are: resnet18"),
         ("timm/resnet18.nonsense", {"pretrained": False}, ModelError, r"cannot be opened: .*tag \(nonsense\)"),
@@ -263,6 +265,15 @@ def net(channels=3, norm=True):
 def grey():
     return net(1)
 
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(4 * 12 * 10, 6))
+
+def script():
+    raise SystemExit(3)
+
+def normed():
+    return nn.Sequential(nn.BatchNorm2d(1), net(1))
+
 def dead():
     network = net()
     network[1].running_mean[0] = 0.5
@@ -276,8 +287,11 @@ def test_networks_of_other_channels_weights_alone_and_odd_batch_norms_are_said(
 ) -> None:
     path = tmp_path / "unusual.py"
     path.write_text(UNUSUAL, encoding="utf-8")
-    with pytest.raises(ModelError, match="the network takes 1 channel, synthquant makes images of 3; wrap it"):
-        open_model(f"{path}:grey", **FLAGS)
+    for name, taken in (("grey", "1 channel"), ("normed", "1 channel"), ("flat", "4 channels")):
+        with pytest.raises(ModelError, match=f"the network takes {taken}, synthquant makes images of 3; wrap it"):
+            open_model(f"{path}:{name}", **FLAGS)
+    with pytest.raises(ModelError, match=r"script ends the program when it is imported or called \(exit 3\)"):
+        open_model(f"{path}:script", **FLAGS)
     with pytest.raises(ModelError, match=r"mynet\.pt holds weights.*FILE\.py:FUNCTION --weights mynet\.pt"):
         open_model("mynet.pt", **FLAGS)
     assert not caplog.messages

@@ -40,6 +40,8 @@ def run(arguments: Sequence[str] | None) -> int:
     """Run a command and return its exit status; errors become one line on standard error."""
     # Broken images are set aside with a reason of ours.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    if not sys.warnoptions:  # what libraries will do in future is for those who develop with them
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         status = _commands()(args=arguments, prog_name="synthquant", standalone_mode=False)
     except TyperException as error:

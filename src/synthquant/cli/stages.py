@@ -142,7 +142,7 @@ def evaluate(
         )
     else:
         options.require_not_given(
-            f"{model} is named by you",
+            f"{model} is no folder of a run and no FILE.onnx",
             {"model": quantized, "trust-code": trust_code or None},
         )
         source = options.model_source(model, weights, input_size, mean, std, num_classes)

@@ -118,6 +118,9 @@ def _build(request: ModelSource, published: bool) -> Opened:
         raise ModelError(
             f"{request.source} is a file; name the function in it that returns the network: FILE.py:FUNCTION"
         )
+    elif request.source.endswith(".onnx") or Path(request.source).is_dir():
+        kind = "an exported file" if request.source.endswith(".onnx") else "a folder"
+        raise ModelError(f"{request.source} is {kind}; here name the float network that it was made from: {FORMS}")
     else:
         raise ModelError(f"model {request.source!r} is not of a known form; give {FORMS}")
     with torch.random.fork_rng(devices=[]):
@@ -142,6 +145,11 @@ def _open_file(name: str, request: ModelSource, published: bool) -> Opened:
         return Opened(call_user_function(name))
     except InputError:
         raise
+    except SystemExit as error:  # a script, with its own command line
+        raise ModelError(
+            f"{name} ends the program when it is imported or called (exit {error.code}); put what a script does behind"
+            ' if __name__ == "__main__"'
+        ) from error
     except FOREIGN_ERRORS as error:
         raise failed(request, error) from error
 
@@ -186,11 +194,11 @@ def _count_classes(model: FloatModel) -> int:
     except ModelError:
         raise
     except FOREIGN_ERRORS as error:
-        channels = _WRONG_CHANNELS.search(str(error))
+        channels = _channels_taken(model, str(error))
         if channels is not None:
-            plural = "" if channels[1] == "1" else "s"
+            plural = "" if channels == 1 else "s"
             raise ModelError(
-                f"{model.source.source}: the network takes {channels[1]} channel{plural}, synthquant makes images of 3;"
+                f"{model.source.source}: the network takes {channels} channel{plural}, synthquant makes images of 3;"
                 " wrap it in a module that takes 3 (of grey images x.mean(1, keepdim=True))"
             ) from error
         size = "x".join(str(side) for side in model.preprocess.input_size)
@@ -200,3 +208,21 @@ def _count_classes(model: FloatModel) -> int:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"{model.source.source} returns NaN or infinite logits for noise; its weights are damaged")
     return logits.shape[1]
+
+
+def _channels_taken(model: FloatModel, message: str) -> int | None:
+    """The number of channels for which a network runs that fails on images of three; none if that is not why.
+
+    A convolution names its number in the message; what flattens or normalises first is tried.
+    """
+    named = _WRONG_CHANNELS.search(message)
+    if named is not None:
+        return int(named[1])
+    for channels in (1, 2, 4):
+        try:
+            with torch.no_grad():
+                model.logits(model.example_input()[:, :1].expand(-1, channels, -1, -1).contiguous())
+        except FOREIGN_ERRORS:
+            continue
+        return channels
+    return None
