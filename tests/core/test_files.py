@@ -225,6 +225,11 @@ def test_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
 def test_require_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(tmp_path / "not" / "yet")
     assert _names(tmp_path) == []
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path / "link", tmp_path / "link" / "inner"):
+        with pytest.raises(OutputError, match=r"link is a link to something that is not there"):
+            require_writable(path)
+    (tmp_path / "link").unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write to .*out: .*file is a file, not a folder"):
         require_writable(tmp_path / "file" / "out")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from synthquant.cli.output import accuracy_rows
+from synthquant.cli.output import accuracy_rows, print_run
 from synthquant.core.errors import InputError
 from synthquant.core.files import write_json, write_sealed_json
 from synthquant.core.record import RunRecord, StageRecord, environment, peak_memory_bytes, reset_peak_memory
@@ -59,11 +59,18 @@ def whole_record() -> RunRecord:
     ]
     unit = {"name": "fc", "loss_start": 1.0, "undecided": 0.1, "diverged": False, "steps": [0, 1], "losses": [1.0, 0.5]}
     layer = {"name": "fc", "kind": "Linear", "weight_bits": 4, "input_bits": None, "parameters": 4, "reason": "why"}
+    totals = {"layers": 2, "quantized_layers": 1, "weights": 0.5, "multiply_adds": 0.5, "floating": {"fc": 0.5}}
     metrics = {
         "model": {"name": "net", "fingerprint": "f", "num_classes": 3, "class_names": ["a"], "preprocess": {}},
         "images": {"method": "noise", "count": 4},
         "select": {"pool": 4, "count": 2, "fingerprint": "f", "filters": [{"method": "e", "entered": 4, "kept": 2}]},
-        "quantize": {"method": "rtn", "scheme": "W4A4", "units": [unit], "coverage": [layer]},
+        "quantize": {
+            "method": "rtn",
+            "scheme": "W4A4",
+            "units": [unit],
+            "coverage": [layer],
+            "coverage_summary": totals,
+        },
         "evaluate": {"count": 4, "accuracy": rows, "sqnr": [{"name": "fc", "alone": 3.0}], "set_aside": []},
     }
     stages = {name: StageRecord(status="done", seconds=1.0, metrics=values) for name, values in metrics.items()}
@@ -103,8 +110,10 @@ def test_whatever_is_edited_in_a_record_without_a_hash_is_refused_in_one_line_or
             for row in (record.metrics("evaluate", EvaluateMetrics).accuracy or ())[1:]:
                 assert row.top1 is None or 0 <= row.top1 <= 1
             assert record.image_source is None or isinstance(record.image_source, str)
-            if place[:2] == ("stages", "evaluate") and record.stages["evaluate"].status == "done":
+            if all(name in record.stages and record.stages[name].status == "done" for name in ("quantize", "evaluate")):
                 accuracy_rows(record)
+                print_run(tmp_path, record, as_json=False)
+                print_run(tmp_path, record, as_json=True)
     assert refused > 300
 
 

@@ -113,6 +113,16 @@ def test_what_else_keeps_us_from_writing_says_what_stays_and_what_helps(
     )
 
 
+def test_a_folder_that_was_removed_meanwhile_hides_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(OutputError, match=r"cannot write .*unit: No such file"), working_folder(run, WORTHLESS):
+        run.rmdir()
+        write_text(run / "unit", "")
+    with pytest.raises(DataError), working_folder(run, WORTHLESS):
+        run.rmdir()
+        raise DataError("no")
+
+
 def test_what_may_not_be_read_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="secret"), working_folder(tmp_path, ()):
         raise PermissionError(errno.EACCES, "Permission denied", "secret")

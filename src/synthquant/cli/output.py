@@ -9,6 +9,7 @@ from typing import Any
 
 from synthquant.core.device import resolve_device
 from synthquant.core.record import RunRecord, environment
+from synthquant.core.run_metrics import QuantizeMetrics
 from synthquant.nn.coverage import CoverageSummary
 
 _READ = ("set_aside_count", "set_aside", "changed")
@@ -27,17 +28,18 @@ def print_result(value: dict[str, Any], device: str) -> None:
 def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
     """Print what a run measured: float beside quantized."""
     evaluation, quantization = record.stages["evaluate"].metrics, record.stages["quantize"].metrics
-    coverage = quantization.get("coverage_summary")
+    coverage = record.metrics("quantize", QuantizeMetrics).coverage_summary
     if as_json:
-        found = {key: evaluation[key] for key in ("accuracy", "data", "count")}
+        found = {key: evaluation.get(key) for key in ("accuracy", "data", "count")}
         # Of the images that were measured on, and of those that were used to quantize.
         found |= {key: evaluation[key] for key in _READ if key in evaluation}
         found["images"] = {key: quantization[key] for key in _READ if key in quantization}
-        print_json({"out": str(out), **found, "coverage": coverage, "environment": record.environment})
+        totals = coverage and coverage.model_dump()
+        print_json({"out": str(out), **found, "coverage": totals, "environment": record.environment})
         return
     print(quantization["scheme"])
     if coverage is not None:
-        summary = CoverageSummary(**coverage)
+        summary = CoverageSummary(**coverage.model_dump())
         print("\n".join(line for line in (str(summary), summary.in_float) if line))
     print_table(evaluation["accuracy"])
     print(f"run: {out}, report: {out / 'report.html'}")

@@ -178,6 +178,8 @@ def require_writable(folder: Path) -> None:
     """
     existing = folder
     while not existing.exists() and existing != existing.parent:
+        if existing.is_symlink():
+            raise OutputError(f"cannot write to {folder}: {existing} is a link to something that is not there")
         existing = existing.parent
     if not existing.is_dir():
         raise OutputError(f"cannot write to {folder}: {existing} is a file, not a folder")

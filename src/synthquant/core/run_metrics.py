@@ -76,6 +76,16 @@ class CoverageRow(Row):
     reason: StrictStr | None = None
 
 
+class CoverageTotals(Row):
+    """The coverage in numbers."""
+
+    layers: Count
+    quantized_layers: Count
+    weights: Share
+    multiply_adds: Share
+    floating: dict[str, Share]
+
+
 class SetAside(Row):
     """An image that was not used."""
 
@@ -155,7 +165,7 @@ class QuantizeMetrics(ReadMetrics):
     scheme: StrictStr | None = None
     units: tuple[UnitRow, ...] = ()
     coverage: tuple[CoverageRow, ...] = ()
-    coverage_summary: dict[str, Any] | None = None
+    coverage_summary: CoverageTotals | None = None
 
 
 class CheckpointMetrics(Metrics):

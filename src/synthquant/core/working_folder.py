@@ -79,7 +79,9 @@ def size_of(folder: Path) -> int:
 
 
 def _removed(folder: Path, worthless: Collection[str]) -> bool:
-    """Empty the folder if it holds nothing but worthless files; returns whether it is empty now."""
+    """Empty the folder if it holds nothing but worthless files; returns whether it is empty, or gone, now."""
+    if not folder.is_dir():
+        return True
     files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     if any(path.relative_to(folder).as_posix() not in worthless for path in files):
         return False

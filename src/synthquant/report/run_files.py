@@ -52,8 +52,8 @@ class RunFiles:
         self.set_aside = evaluation.set_aside
         self.units = quantization.units
         self.coverage = quantization.coverage
-        summary, where = quantization.coverage_summary, "stages.quantize.metrics.coverage_summary"
-        self.coverage_summary = summary and _read(folder / "run.json", where, summary, CoverageSummary)
+        summary = quantization.coverage_summary
+        self.coverage_summary = summary and CoverageSummary(**summary.model_dump())
         config = folder / "model" / "quant_config.json"
         self.checkpoint = _Checkpoint()
         if config.is_file():

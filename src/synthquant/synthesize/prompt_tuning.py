@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,15 +131,20 @@ def _tune(
     tokens = networks.tokenize([settings.template.format(name, settings.token) for name in names], settings.token)
     shots = _encode_shots(networks, images, names, settings, rng, progress)
     origin = _origin(settings, rng.seed, generator.fingerprint, shots.fingerprint, names)
+    checkpoint = None if path is None else path.with_name(f"{path.stem}.state.safetensors")
     if path is not None and path.exists():
         embedding = read_embedding(path)
         _require_same(embedding.origin, origin, path)
         progress.say(f"{path}: this token is finished")
+        # Of a tuning that was killed after its last file.
+        with suppress(InputError):
+            texts = {} if checkpoint is None else read_sealed_tensors(checkpoint).texts
+            if checkpoint is not None and texts == {**origin, "step": texts.get("step")}:
+                checkpoint.unlink()
         return embedding
     if settings.save_memory:
         networks.save_memory()
     state = TuningState.start(networks.word_vector(settings.initial_word), settings.lr)
-    checkpoint = None if path is None else path.with_name(f"{path.stem}.state.safetensors")
     if checkpoint is not None and checkpoint.is_file():
         state.load(checkpoint, origin, progress)
     with progress.bar("tune prompt", settings.iterations) as bar:
