@@ -196,7 +196,10 @@ def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "kind", "message"),
     [
-        ("resnet18", {}, ModelError, "model 'resnet18' is not of a known form; give timm/NAME, torchvision/NAME"),
+        ("resnet18", {}, ModelError, "model 'resnet18' is not of a known form, and .* no folder .*; give timm/NAME"),
+        ("runs/mien", {}, ModelError, "and there is no folder or file of that name"),
+        (str(Path(__file__)), {}, ModelError, "is a file; name the function in it"),
+        (str(Path(__file__).parents[2] / "Makefile"), {}, ModelError, "Makefile' is not of a known form; give"),
         ("timm/", {}, ModelError, "is not of a known form"),
         (str(Path(__file__).parent), {}, ModelError, "is a folder; here name the float network that it was made from"),
         ("net.onnx", {}, ModelError, "net.onnx is an exported file; here name the float network"),

@@ -122,7 +122,8 @@ def _build(request: ModelSource, published: bool) -> Opened:
         kind = "an exported file" if request.source.endswith(".onnx") else "a folder"
         raise ModelError(f"{request.source} is {kind}; here name the float network that it was made from: {FORMS}")
     else:
-        raise ModelError(f"model {request.source!r} is not of a known form; give {FORMS}")
+        nothing = "" if Path(request.source).exists() else ", and there is no folder or file of that name"
+        raise ModelError(f"model {request.source!r} is not of a known form{nothing}; give {FORMS}")
     with torch.random.fork_rng(devices=[]):
         # Random weights, where there are no others, are the same on every call.
         torch.default_generator.manual_seed(0)
