@@ -150,7 +150,7 @@ class EvaluateSection(Settings):
     """What float and quantized network are measured on."""
 
     data: str = Field(min_length=1)
-    """Labelled images, in any form that `images.source` takes."""
+    """Labelled images: an image set folder, class folders, a Parquet file or folder, or a `datasets` name."""
     batch_size: int = Field(default=128, ge=1)
     """Images per forward pass; does not change the result beyond rounding."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)

@@ -126,6 +126,7 @@ def test_list_names_every_method_and_every_bundled_network(synthquant: Command) 
     assert set(listed["quantize"]) == set(QUANTIZERS.names())
     assert "zoo/cifar10-resnet20" in listed["zoo"]
     assert synthquant("list", "quantize").out.count("\n") == len(QUANTIZERS.names())
+    assert {line.split(maxsplit=2)[1] for line in synthquant("list", "zoo").out.splitlines()} == set(listed["zoo"])
 
 
 @pytest.mark.parametrize("method", [*SYNTHESIZERS.names(), *SELECTORS.names(), *QUANTIZERS.names()])
@@ -139,6 +140,7 @@ def test_show_explains_every_setting(synthquant: Command, method: str) -> None:
 def test_show_tells_range_and_default(synthquant: Command) -> None:
     iterations = GenieM.model_fields["iterations"].default
     assert f"iterations (int, >= 0) = {iterations}" in synthquant("show", "genie_m").out
+    assert "tuning (FewShotTuning | None) = None" in synthquant("show", "text_to_image").out
 
 
 @pytest.mark.parametrize("command", ["demo", "run", "synthesize", "select", "quantize", "evaluate"])

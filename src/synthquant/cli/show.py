@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, cast
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import typer
 
@@ -56,9 +57,10 @@ def list_methods(
     if json:
         print_json(tables)
         return
+    width = max(len(entry) for table in tables.values() for entry in table) + 2
     for name, table in tables.items():
         for entry, title in table.items():
-            print(f"{name:<12}{entry:<24}{title}")
+            print(f"{name:<12}{entry:<{width}}{title}")
 
 
 def show(
@@ -94,4 +96,8 @@ def _title(method: object) -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_type_name(one) for one in get_args(annotation))
+    if annotation is NoneType:
+        return "None"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -119,7 +119,7 @@ class GenieD(Settings):
             untrained=self.untrained,
         )
         generator = Generator(self.latent_size, model.preprocess.input_size, model.device)
-        with progress.bar(f"genie_d, {len(sizes)} batches", self.iterations * len(sizes)) as bar:
+        with progress.bar(f"genie_d, {len(sizes)} x {self.iterations} iterations", self.iterations * len(sizes)) as bar:
             bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
 
             def make_batch(index: int, size: int, source: Rng) -> Tensor:

@@ -103,7 +103,7 @@ class ZeroQ(Settings):
             epsilon=TARGET_EPSILON,
             untrained=self.untrained,
         )
-        with progress.bar(f"zeroq, {len(sizes)} batches", self.iterations * len(sizes)) as bar:
+        with progress.bar(f"zeroq, {len(sizes)} x {self.iterations} iterations", self.iterations * len(sizes)) as bar:
             bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
 
             def make_batch(index: int, size: int, source: Rng) -> Tensor:
