@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[tuple[object, ...], str, tuple[str, ...]]] = {
     "quantize": ((*QUANTIZE, "--data", "data"), "out", ("images", "data")),
     "export onnx": (EXPORT, "out.onnx", ("run", "data")),
     "export torch": (("export", "run", "--to", "torch"), "out.pt2", ("run", "data")),
-    "report": (("report", "run", "chosen"), "out.html", ("run", "chosen", "images", "data")),
+    "report": (("report", "run"), "out.html", ("run", "data")),
     "tune-prompt": (TUNE, "out.safetensors", ("data",)),
 }
 """By name: the arguments, what is written, and what of `Made` it needs."""
