@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Command
 
+from synthquant.cli.export import _print_export as print_export
+
 pytest.importorskip("onnxruntime")
 
 
@@ -81,3 +83,12 @@ def test_wrong_files_and_runtimes_are_one_line(synthquant: Command, run: Path, d
     assert "no such file" in synthquant("benchmark", tmp_path / "none.onnx").error
     found = synthquant("evaluate", run, "--data", data, "--runtime", "openvino")
     assert "--runtime belongs to an exported FILE.onnx" in found.error
+
+
+def test_images_that_differ_only_because_two_classes_are_nearly_tied_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"agreement": 0.75, "ties": 2, "mean_error": 0.01, "max_steps": None}
+    found = {"images": 8, "optimized": row}
+    print_export({"scheme": "W4A4", "out": "x.onnx", "bytes": 1, "verification": found})
+    assert "agreement 75.00% on 8 images (2 others nearly tied)," in capsys.readouterr().out

@@ -111,9 +111,10 @@ def _print_export(result: dict[str, Any]) -> None:
     for name in ("loaded", "as_written", "optimized"):
         if name in found:
             row = found[name]
+            ties = f" ({row['ties']} others nearly tied)" if row["ties"] else ""
             steps = "" if row["max_steps"] is None else f", at most {row['max_steps']:.1f} steps of the output's grid"
             print(
-                f"{name.replace('_', ' '):<11} agreement {row['agreement']:.2%} on {found['images']} images,"
+                f"{name.replace('_', ' '):<11} agreement {row['agreement']:.2%} on {found['images']} images{ties},"
                 f" mean difference {row['mean_error']:.2%} of the logits' spread{steps}"
             )
     if "layers" in found:
