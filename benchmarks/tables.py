@@ -379,7 +379,7 @@ def demo() -> str:
     ]
     where = result["environment"]
     return (
-        table(["network", "top-1 %", "agreement %", "divergence", "size"], body)
+        table(["network", "top-1 %", "agreement %", "kl", "size"], body)
         + f"\n\nOn {where['cpu']}, {where['threads']} threads, torch {where['torch']}."
     )
 
