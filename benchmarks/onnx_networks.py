@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime_quantizer import quantize_file_with_runtime
 from synthquant.core.files import write_json
 from synthquant.core.modules import hooked
 from synthquant.core.record import environment
@@ -151,33 +151,6 @@ def timed(files: dict[str, Path], inputs: Tensor, threads: int, seconds: float) 
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
-def peer(reference: Path, inputs: Tensor, folder: Path) -> Path:
-    """What ONNX Runtime's own quantizer makes of the float file."""
-    from onnxruntime import quantization
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self._left: Iterator[Tensor] = iter(inputs.split(1))
-
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(self._left, None)
-            return None if image is None else {"images": image.numpy()}
-
-    prepared_file, out = folder / "prepared.onnx", folder / "peer.onnx"
-    quant_pre_process(str(reference), str(prepared_file), skip_symbolic_shape=True)
-    quantization.quantize_static(
-        str(prepared_file),
-        str(out),
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-    )
-    return out
-
-
 def measure(source: str, weights: str | None, data: ImageSet, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one network."""
     model = prepared(source, weights, data)
@@ -203,7 +176,7 @@ def measure(source: str, weights: str | None, data: ImageSet, arguments: argpars
         if arguments.timed:
             files = {"float": reference, "quantized": path}
             inputs = model_inputs(data, model.preprocess, calibration)
-            files["peer"] = peer(reference, inputs, folder)
+            files["peer"] = quantize_file_with_runtime(reference, inputs, folder / "peer.onnx", "minmax")
             result["milliseconds"] = timed(files, inputs[:1], arguments.threads, arguments.seconds)
             result["threads"] = arguments.threads
     return result

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import generated_tables
+import imagenet_page
 import robustness_table
 
 ROOT = Path(__file__).parent.parent
@@ -357,6 +358,8 @@ def main() -> None:
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
+    if results := load("imagenet"):
+        (folder / "imagenet.md").write_text(imagenet_page.page(results, table))
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, content in (("demo", demo()), ("zero_shot", promise())):

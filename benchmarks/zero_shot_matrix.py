@@ -38,16 +38,24 @@ from synthquant.recipe import SynthesizeSection
 SCHEMES = {"W8A8": "W8A8", "W4A4": "W4A4", "W2A4": "W2A4", "W4A4-same": {"preset": "W4A4", "ends": "same"}}
 
 
-def settings_of(method: str, args: argparse.Namespace) -> dict[str, Any]:
+def settings_of(method: str, iterations: int, batch_size: int, rounding_weight: float | None) -> dict[str, Any]:
     """Settings of a quantization method at this budget; everything else as its paper says."""
     if method == "rtn":
         return {}
-    settings: dict[str, Any] = {"iterations": args.iterations, "batch_size": args.batch_size}
+    settings: dict[str, Any] = {"iterations": iterations, "batch_size": batch_size}
     if method == "brecq":
-        settings["activation_iterations"] = args.iterations // 4
-    if args.rounding_weight is not None and method != "genie_m":
-        settings["rounding_weight"] = args.rounding_weight
+        settings["activation_iterations"] = iterations // 4
+    if rounding_weight is not None and method != "genie_m":
+        settings["rounding_weight"] = rounding_weight
     return settings
+
+
+def synthetic_images(
+    kind: str, model: FloatModel, count: int, settings: dict[str, Any], seed: int, folder: Path
+) -> ImageSet:
+    """The images of a method in `folder`: made there, or what is missing of them."""
+    section = SynthesizeSection.parse({"method": kind, "count": count, **settings}, "images")
+    return synthesize(model, section, seed, folder, ConsoleProgress())
 
 
 def images_of(kind: str, model: FloatModel, args: argparse.Namespace) -> tuple[ImageSet, dict[str, Any]]:
@@ -60,9 +68,9 @@ def images_of(kind: str, model: FloatModel, args: argparse.Namespace) -> tuple[I
         order = torch.randperm(len(images), generator=Rng(args.seed).generator("draw images"))
         return images.subset(order[: args.count].tolist()), {"source": "training images"}
     settings = {} if kind == "noise" else {"iterations": args.synthesis_iterations[kind]}
-    section = SynthesizeSection.parse({"method": kind, "count": args.count, **settings}, "images")
     began = time.perf_counter()
-    images = synthesize(model, section, args.seed, args.work / args.name / f"{kind}-{args.seed}", ConsoleProgress())
+    folder = args.work / args.name / f"{kind}-{args.seed}"
+    images = synthetic_images(kind, model, args.count, settings, args.seed, folder)
     return images, {"method": kind, **settings, "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -75,7 +83,7 @@ def row_of(
     measure: Callable[..., Evaluation],
 ) -> dict[str, Any]:
     """Quantize and measure once."""
-    settings = settings_of(method, args)
+    settings = settings_of(method, args.iterations, args.batch_size, args.rounding_weight)
     quant_model = QuantModel.build(model, QuantScheme.parse(SCHEMES[scheme]))
     began = time.perf_counter()
     report = QUANTIZERS.get(method)(**settings).apply(quant_model, images, Rng(args.seed).child("quantize"))

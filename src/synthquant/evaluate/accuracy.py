@@ -206,6 +206,13 @@ def compare_logits(logits: Tensor, labels: Tensor | None, reference_logits: Tens
     )
 
 
+def image_kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(reference) || softmax(logits)) of each row `[N]` of logits `[N, classes]`, float64 [nats]."""
+    target = reference.double().log_softmax(dim=1)
+    actual = logits.double().log_softmax(dim=1)
+    return functional.kl_div(actual, target, reduction="none", log_target=True).sum(dim=1)
+
+
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     """Return the 95% confidence interval of a share (Wilson 1927): unlike the normal one it stays inside 0..1.
 
@@ -234,10 +241,8 @@ def _mean_kl(reference: Tensor, logits: Tensor, valid: Tensor) -> float | None:
     """Mean KL(softmax(reference) || softmax(logits)) over the `valid` rows, in float64."""
     if not bool(valid.any()):
         return None
-    target = reference[valid].double().log_softmax(dim=1)
-    actual = logits[valid].double().log_softmax(dim=1)
     # rounding can bring equal rows to -1e-17
-    return max(0.0, float(functional.kl_div(actual, target, reduction="batchmean", log_target=True)))
+    return max(0.0, float(image_kl(reference[valid], logits[valid]).mean()))
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
