@@ -142,7 +142,7 @@ def section_of(row: Row, args: argparse.Namespace) -> QuantizeSection:
 
 def image_settings(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """All settings of a method that makes images."""
-    values: dict[str, Any] = {"method": kind, "count": CALIBRATION}
+    values: dict[str, Any] = {"method": kind, "count": args.count}
     if kind != "noise":
         values |= {"iterations": args.synthesis_iterations, "batch_size": args.synthesis_batch_size}
     wanted = [rest for section, _, rest in (text.partition(".") for text in args.set) if section == kind]
@@ -152,12 +152,10 @@ def image_settings(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 class Clock:
     """Wall and processor seconds of a piece of work, and how many processes have begun it."""
 
-    def __init__(self, note: Path | None = None) -> None:
-        self.sittings = 1
-        if note is not None:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            self.sittings += int(note.read_text()) if note.exists() else 0
-            note.write_text(str(self.sittings))
+    def __init__(self, note: Path, device: str) -> None:
+        self.sittings = 1 + (int(note.read_text()) if note.exists() else 0)
+        note.write_text(str(self.sittings))
+        self._device = device
         self._wall, self._user, self._system = time.perf_counter(), *_processor()
 
     def values(self) -> dict[str, Any]:
@@ -167,7 +165,7 @@ class Clock:
             "seconds": round(time.perf_counter() - self._wall, 1),
             "user_seconds": round(user - self._user, 1),
             "system_seconds": round(system - self._system, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(self._device),
             "sittings": self.sittings,
         }
 
@@ -186,15 +184,15 @@ def images_of(row: Row, model: FloatModel, real: ImageSet, table: Table) -> Imag
     folder = table.work / f"images-{name}-{digest(settings)}"
     if known is not None and known["settings"] == settings and folder.exists():
         return ImageSet.open(folder)
-    clock = Clock(folder.with_suffix(".sittings"))
-    images = synthetic_images(row.data, model, CALIBRATION, settings, row.seed, folder)
+    clock = Clock(folder.with_suffix(".sittings"), table.args.device)
+    images = synthetic_images(row.data, model, table.args.count, settings, row.seed, folder)
     table.content["images"][name] = {
         "settings": settings,
         "count": len(images),
         "fingerprint": images.fingerprint,
         "seed": row.seed,
         **clock.values(),
-        "environment": environment(),
+        "environment": environment(table.args.device),
     }
     table.save()
     return images
@@ -207,7 +205,7 @@ def digest(values: dict[str, Any]) -> str:
 
 def measured(network: Network | QuantModel, model: FloatModel, test: ImageSet, reference: Tensor) -> dict[str, Any]:
     """Columns of a row."""
-    found = evaluate_model(network, model.preprocess, test, reference_logits=reference, device="cpu")
+    found = evaluate_model(network, model.preprocess, test, reference_logits=reference)
     return columns(found, test, reference)
 
 
@@ -225,7 +223,7 @@ def float_logits(model: FloatModel, test: ImageSet, table: Table) -> Tensor:
     file = table.work / f"float-{digest({'model': model.fingerprint, 'images': test.fingerprint})}.safetensors"
     if "float" in table.content and file.exists():
         return load_file(file)["logits"]
-    found = evaluate_model(model.module, model.preprocess, test, device="cpu")
+    found = evaluate_model(model.module, model.preprocess, test)
     write_bytes(file, save({"logits": found.logits}))
     table.content |= {"fingerprint": model.fingerprint, "float": columns(found, test, found.logits)}
     table.save()
@@ -235,7 +233,7 @@ def float_logits(model: FloatModel, test: ImageSet, table: Table) -> Tensor:
 def do_row(row: Row, args: argparse.Namespace) -> None:
     """Quantize and measure once, and keep the row."""
     table = Table(row.network, args)
-    model = open_model(NETWORKS[row.network], weights=args.files.get(row.network), device="cpu")
+    model = open_model(NETWORKS[row.network], weights=args.files.get(row.network), device=args.device)
     real, test = divided(args.photographs)
     if table.content.get("fingerprint") not in (None, model.fingerprint):
         raise SystemExit(f"{table.path} is of other weights of {row.network}; choose another --out")
@@ -243,7 +241,7 @@ def do_row(row: Row, args: argparse.Namespace) -> None:
     images = images_of(row, model, real, table)
     key = digest({**section_of(row, args).model_dump(mode="json"), "images": images.fingerprint})
     work = table.work / f"{row.name}-{args.label}-{key}"
-    clock = Clock(work.with_suffix(".sittings"))
+    clock = Clock(work.with_suffix(".sittings"), args.device)
     if row.method == RUNTIME:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "runtime.onnx"
@@ -256,7 +254,7 @@ def do_row(row: Row, args: argparse.Namespace) -> None:
         values = measured(quant_model, model, test, reference)
     settings = section_of(row, args).model_dump(mode="json")
     made = {"settings": settings, "changes": args.set, "images_fingerprint": images.fingerprint, "diverged": diverged}
-    table.add(row, {**values, **cost, **made, "environment": {**environment(), "seed": str(row.seed)}})
+    table.add(row, {**values, **cost, **made, "environment": {**environment(args.device), "seed": str(row.seed)}})
     short = {name: values[name] for name in ("top1", "agreement", "kl")}
     print(row.name, json.dumps({**short, **cost}), flush=True)
 
@@ -279,7 +277,7 @@ def estimate(row: Row, made: set[str], args: argparse.Namespace) -> float:
     images = f"{row.network}-{row.data}-{row.seed}"
     if row.data in ("genie_d", "zeroq") and images not in made:
         made.add(images)
-        seconds += COSTS["synthesis"] * CALIBRATION * image_settings(row.data, args)["iterations"]
+        seconds += COSTS["synthesis"] * args.count * image_settings(row.data, args)["iterations"]
     settings = section_of(row, args).settings
     steps = settings.get("iterations", 0) + settings.get("activation_iterations", 0)
     return seconds + COSTS["reconstruction"] * steps * settings.get("batch_size", 0)
@@ -293,6 +291,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2], help="besides 0")
     parser.add_argument("--only", action="append", default=[], help="part of a row's name")
+    parser.add_argument("--count", type=int, default=CALIBRATION, help="synthetic images")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--iterations", type=int, default=60, help="of each unit, of methods that learn")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounding-weight", type=float, default=0.1, help="of BRECQ and QDrop")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tests.cli.conftest import Command
+from tests.killed import kill_when, start
 
 from synthquant.core.files import sha256_file
 from synthquant.data.image_set import ImageSet
@@ -85,14 +81,7 @@ def test_a_killed_drawing_ends_with_the_same_bytes(synthquant: Command, generato
     def hashes(name: str) -> dict[str, str]:
         return {path.name: sha256_file(path) for path in (tmp_path / name).iterdir()}
 
-    command = [sys.executable, "-c", "from synthquant.cli import main; main()", *arguments("killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "part-00000.parquet").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    kill_when(start(*arguments("killed")), tmp_path / "killed" / "part-00000.parquet")
     assert not (tmp_path / "killed" / "manifest.json").exists()
     for name in ("killed", "whole"):
         assert synthquant(*arguments(name)).status == 0
