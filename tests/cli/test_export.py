@@ -7,26 +7,35 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Command
+from tests.small_networks import small_float_model
 
 from synthquant.cli.export import _print_export as print_export
+from synthquant.pipeline import run as run_recipe
+from synthquant.recipe import Recipe
 
 pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture
-def run(synthquant: Command, recipe: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a scheme that integer kernels take."""
-    scheme = ["--set", "quantize.scheme={preset: W8A8, weights: {symmetric: true}, deploy: full}"]
-    assert synthquant("run", recipe, "--out", tmp_path / "run", *scheme).status == 0
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("exported")
+    values = {
+        "model": small_float_model(folder).source.model_dump(mode="json"),
+        "images": {"method": "noise", "count": 9},
+        "quantize": {"method": "rtn", "scheme": {"preset": "W8A8", "weights": {"symmetric": True}, "deploy": "full"}},
+        "device": "cpu",
+    }
+    run_recipe(Recipe.parse(values), folder / "run")
+    return folder / "run"
 
 
 def test_export_evaluate_and_benchmark(synthquant: Command, run: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "net.onnx"
-    exported = synthquant("export", run, "--trust-code", "--out", file, "--json")
+    exported = synthquant("export", run, "--trust-code", "--to", "onnx", "--preset", "ort-cpu", "--out", file)
     assert exported.status == 0, exported.err
-    result = json.loads(exported.out)
-    assert result["bytes"] == file.stat().st_size and result["verification"]["layers"]["integer"] == 7
+    assert "agreement" in exported.out and "QLinearConv" in exported.out
+    assert "7 of 8 layers run on integers" in exported.out
     assert not list(tmp_path.glob(".net.onnx*"))
 
     in_torch = json.loads(synthquant("evaluate", run, "--trust-code", "--data", data, "--json").out)
@@ -42,16 +51,15 @@ def test_export_evaluate_and_benchmark(synthquant: Command, run: Path, data: Pat
     assert measured["speedup"] > 0 and measured["float"]["bytes"] > 0 and measured["batch"] == 2
 
 
-def test_export_prints_what_matters(synthquant: Command, run: Path, tmp_path: Path) -> None:
-    found = synthquant(
-        "export", run, "--trust-code", "--to", "onnx", "--preset", "ort-cpu", "--out", tmp_path / "net.onnx"
-    )
-    assert found.status == 0
-    assert "agreement" in found.out and "7 of 8 layers run on integers" in found.out and "QLinearConv" in found.out
-    unverified = synthquant(
-        "export", run, "--trust-code", "--to", "torch", "--no-verify", "--out", tmp_path / "net.pt2"
-    )
-    assert unverified.status == 0 and "not verified" in unverified.out
+def test_an_unverified_export_says_so(
+    synthquant: Command, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "net.pt2"
+    done = synthquant("export", run, "--trust-code", "--to", "torch", "--no-verify", "--out", file, "--json")
+    result = json.loads(done.out)
+    assert done.status == 0 and result["bytes"] == file.stat().st_size
+    print_export(result)
+    assert "not verified" in capsys.readouterr().out
 
 
 def test_what_cannot_be_exported_is_one_line_and_no_file(

@@ -13,7 +13,7 @@ from synthquant.data.sources import open_images
 
 
 def test_the_demo_measures_three_ways_beside_float(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    open_images("bundled/cifar10-test").subset(range(300)).save(tmp_path / "data")
+    open_images("bundled/cifar10-test").subset(range(150)).save(tmp_path / "data")
     small = {"images.count": 32, "images.iterations": 15, "quantize.iterations": 10, "evaluate.data": tmp_path / "data"}
     settings = [part for name, value in small.items() for part in ("--set", f"{name}={value}")]
     with pytest.raises(SystemExit) as stop:
