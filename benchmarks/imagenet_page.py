@@ -131,6 +131,24 @@ def _share(runs: list[PerImage]) -> Difference:
     return mean_difference(agrees, 0 * agrees)
 
 
+def promise(results: list[Result], table: Table) -> str:
+    """The README's table: Genie-D and Genie-M beside the same with real photographs."""
+    body = []
+    for result in results:
+        for scheme in SCHEMES:
+            made, real = (rows_of(result, data, scheme, "genie_m") for data in ("genie_d", "real"))
+            if made and real:
+                float_top1 = f"{100 * result['float']['top1']:.1f}"
+                body.append([result["network"], scheme, float_top1, short(made), short(real)])
+    header = ["network", "bits", "float top-1 %", "no data: top-1 / agreement %", "64 photographs: the same"]
+    return table(header, body)
+
+
+def short(rows: list[Result]) -> str:
+    """Means over seeds of top-1 and agreement."""
+    return " / ".join(f"{100 * sum(row[key] for row in rows) / len(rows):.1f}" for key in ("top1", "agreement"))
+
+
 def costs(results: list[Result], table: Table) -> list[str]:
     """Seconds and memory of images and rows."""
     body = []

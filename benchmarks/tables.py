@@ -358,11 +358,12 @@ def main() -> None:
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
-    if results := load("imagenet"):
-        (folder / "imagenet.md").write_text(imagenet_page.page(results, table))
+    networks = load("imagenet")
+    (folder / "imagenet.md").write_text(imagenet_page.page(networks, table))
+    imagenet = imagenet_page.promise(networks, table)
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, content in (("demo", demo()), ("zero_shot", promise())):
+    for name, content in (("demo", demo()), ("zero_shot", promise()), ("imagenet", imagenet)):
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
     readme.write_text(text)

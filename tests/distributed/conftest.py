@@ -1,4 +1,4 @@
-"""A real Ray on this machine."""
+"""A real Ray on this machine, one for all tests of this folder: it takes long to start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from synthquant.distributed.ray_cluster import ray_session
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     pytest.importorskip("ray", reason="needs the extra 'ray'")
     threads = torch.get_num_threads()
