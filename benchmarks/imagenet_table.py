@@ -44,6 +44,7 @@ from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.equalize import equalized
 from synthquant.recipe import QuantizeSection, SynthesizeSection, apply_overrides
 from zero_shot_matrix import settings_of, synthetic_images
 
@@ -265,7 +266,7 @@ def quantized(
     """The network as a row quantizes it; finished units lie in `work`."""
     section = section_of(row, args)
     work.mkdir(parents=True, exist_ok=True)
-    quant_model = QuantModel.build(model, section.scheme)
+    quant_model = equalized(QuantModel.build(model, section.scheme), section.equalize, images)
     rng = Rng(row.seed).child("quantize")
     report = section.build().apply(quant_model, images, rng, progress=ConsoleProgress(), workdir=work)
     return quant_model, report
@@ -308,7 +309,7 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     args.files = dict(text.split("=", 1) for text in args.weights)
     if args.remedies:
-        args.set = ["quantize.equalize=true", "quantize.bias_correction=true", *args.set]
+        args.set = ["quantize.equalize=activations", "quantize.bias_correction=true", *args.set]
     return args
 
 

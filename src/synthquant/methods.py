@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from synthquant.nn.quant_model import QuantModel
 
 
+Equalize = Literal["none", "weights", "activations"]
+"""What channels are scaled by before quantization: nothing, ranges of weights (DFQ) or of activations (SmoothQuant)."""
+
+
 class MemoryBudget(Settings):
     """How much memory the caches of reconstruction may take, and in which precision they are kept."""
 

@@ -33,6 +33,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.equalize import equalized
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 from synthquant.report.html import write_report
 from synthquant.resume import RECIPE_NAME, checkpoint_hash, take_back_what_is_gone, write_recipe
@@ -232,7 +233,8 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
         return load_checkpoint(folder.checkpoint, float_model=model)
     # A run that was killed after this stage comes here again; the units are then read from the working folder.
     with folder.stage("quantize") as metrics:
-        quant_model = QuantModel.build(model, recipe.quantize.scheme)
+        plain = QuantModel.build(model, recipe.quantize.scheme)
+        quant_model = equalized(plain, recipe.quantize.equalize, images, progress)
         coverage = quant_model.coverage()
         summary = summarize(coverage)
         if summary.in_float:

@@ -29,7 +29,16 @@ from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
-from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS, MemoryBudget, QuantStep, Selector, Synthesizer
+from synthquant.methods import (
+    QUANTIZERS,
+    SELECTORS,
+    SYNTHESIZERS,
+    Equalize,
+    MemoryBudget,
+    QuantStep,
+    Selector,
+    Synthesizer,
+)
 from synthquant.models.float_model import ModelSource
 from synthquant.nn.scheme import QuantScheme
 from synthquant.select.sequence import require_enough
@@ -125,6 +134,9 @@ class QuantizeSection(Settings):
     """Registered name of a quantization method."""
     scheme: QuantScheme
     """A preset such as `W4A4`, or a mapping with a `preset` and changes to it."""
+    equalize: Equalize = "none"
+    """Scale channels before, in a network that computes the same: `weights` (DFQ: ranges of weights), `activations`
+    (ranges on the images against those of weights, whole residual streams alike) or `none`."""
     settings: dict[str, Any]
     """All fields of the method; written beside `method` in a recipe."""
 

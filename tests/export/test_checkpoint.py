@@ -226,8 +226,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, t
 def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
     config = read_sealed_json(folder / CONFIG_NAME)
-    _rewrite(folder, format_version=3)
-    with pytest.raises(ModelError, match="has version 3, this release reads 1 to 2"):
+    _rewrite(folder, format_version=4)
+    with pytest.raises(ModelError, match="has version 4, this release reads 1 to 3"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, format_version=2, format="other")
     with pytest.raises(ModelError, match="its format is not 'synthquant-packed'"):

@@ -45,7 +45,7 @@ def quantized_cost(quant_model: QuantModel) -> Cost:
 
     The size is that of its tensors in a checkpoint: codes packed at their bits, scales in float32, zero points in one
     byte where they fit, and what is left in float (biases, normalisation, weights outside the scheme) as it is, with
-    tensors that stand under several names counted once.
+    tensors that stand under several names counted once. How a network was equalised is not counted: it runs without.
     """
     codes = {f"{name}.weight_codes": layer for name, layer in quant_model.layers.items()}
     size = 0

@@ -6,6 +6,8 @@ Tensors in `model.safetensors`:
 - `NAME.weight_scale` `[C, G, 1]` float32 and `NAME.weight_zero_point` `[C, G, 1]`
 - `QUANTIZER.scale` `[1]` float32 and `QUANTIZER.zero_point` `[1]` of every activation quantizer
 - everything else (biases, normalisation, layers left in float) under the names of the float network, batch norms folded
+- in an equalised network, what was done to the float one: `NAME.equalize_rows`, `NAME.equalize_columns` and
+  `NAME.equalize_shift` of layers, `NAME.equalize_bounds` and `NAME.equalize_bound_shift` of clips, float32
 
 A weight is `(code - zero_point) * scale`. Zero points are whole numbers, kept as uint8 where they fit and as int32
 elsewhere. The same network gives the same bytes.
@@ -37,6 +39,7 @@ from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import FloatModel, ModelSource, RecordedSource
 from synthquant.models.open import open_model
+from synthquant.nn.equalization import Equalization
 from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
@@ -45,6 +48,7 @@ CONFIG_NAME = "quant_config.json"
 WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "synthquant-packed"
 _VERSION = 2
+_EQUALIZED = 3
 # Of the first version, which did not carry the hash of its own content.
 _UNSEALED = {"format": _FORMAT, "format_version": 1}
 
@@ -85,7 +89,7 @@ class QuantConfig(Settings):
     format: str = _FORMAT
     """Always `synthquant-packed`."""
     format_version: int = _VERSION
-    """Version of the format; since 2 the file carries the hash of its own content."""
+    """Version of the format; since 2 the file carries the hash of its own content; 3 is of equalised networks."""
     synthquant_version: str
     """Release that wrote the checkpoint."""
     scheme: QuantScheme
@@ -202,7 +206,8 @@ def load_checkpoint(
         name = config.float_model.name
         raise ModelError(f"the checkpoint was made from other weights of {name} than the float model given")
     placed = float_model if device is None else float_model.to(device)
-    quant_model = QuantModel.build(placed, config.scheme)
+    equalization, tensors = Equalization.split(tensors)
+    quant_model = QuantModel.build(placed, config.scheme, equalization)
     _check_layers(config, _layer_entries(quant_model), folder)
     try:
         quant_model.load_state(_unpacked(config, tensors, path))
@@ -241,9 +246,9 @@ def read_config(folder: Path) -> QuantConfig:
         content = read_sealed_json(path, unsealed=_UNSEALED)
         if content.get("format") != _FORMAT:
             raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
-        if content.get("format_version") not in (_UNSEALED["format_version"], _VERSION):
+        if content.get("format_version") not in (_UNSEALED["format_version"], _VERSION, _EQUALIZED):
             raise ModelError(
-                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_VERSION}"
+                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_EQUALIZED}"
             )
         return parse_settings(QuantConfig, content, str(path))
     except ModelError:
@@ -269,6 +274,7 @@ def _architecture(config: QuantConfig, source: ModelSource) -> FloatModel:
 def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
     model = quant_model.float_model
     return QuantConfig(
+        format_version=_VERSION if quant_model.equalization is None else _EQUALIZED,
         synthquant_version=package_version(),
         scheme=quant_model.scheme,
         scheme_summary=quant_model.scheme.describe(),
@@ -323,6 +329,8 @@ def _packed(quant_model: QuantModel) -> dict[str, Tensor]:
             packed[name] = _whole(value.cpu(), name)
         else:
             packed[name] = value.cpu().contiguous().clone()  # safetensors takes no tensors that share memory
+    if quant_model.equalization is not None:
+        packed |= quant_model.equalization.tensors()
     return packed
 
 

@@ -120,7 +120,7 @@ def _folds_into(seen: Trace, module: nn.Module, name: str, norm: _BatchNorm) -> 
     layer = get_module(module, source.name)
     if not isinstance(layer, _Foldable) or source.outputs != (value,) or value in seen.module_calls[0].outputs:
         return None
-    if not _is_plain(seen, source.name, layer, producer):
+    if not is_plain(seen, source.name, layer, producer):
         return None
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     # On more than two dimensions batch norm takes dimension 1 for the channels, and linear layers the last.
@@ -128,7 +128,7 @@ def _folds_into(seen: Trace, module: nn.Module, name: str, norm: _BatchNorm) -> 
     return (source.name, layer) if fits else None
 
 
-def _is_plain(seen: Trace, name: str, layer: nn.Module, operation: Operation) -> bool:
+def is_plain(seen: Trace, name: str, layer: nn.Module, operation: Operation) -> bool:
     """Whether a layer is called once and hands its own weight and bias to its operation, as they are.
 
     That is not so for standardised, normalised or masked weights, and for weights that other layers use too.

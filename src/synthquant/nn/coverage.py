@@ -11,6 +11,7 @@ from torch import nn
 from synthquant.core.modules import get_module
 from synthquant.models.blocks import QUANTIZABLE
 from synthquant.models.products import Product
+from synthquant.nn.equalization import ChannelClip
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.placement import OperationRow
 
@@ -108,7 +109,7 @@ def coverage_rows(
     input_bits: Mapping[str, int],
     operations: Sequence[OperationRow],
 ) -> list[CoverageRow]:
-    """One row for each layer, for each other weight, and for each product without a weight, in execution order.
+    """One row for each layer, other weight, and product without a weight, in execution order; then one for each clip.
 
     Args:
         module: the network with its quantized layers.
@@ -132,7 +133,7 @@ def coverage_rows(
             rows.append(_other_row(name, group[0], layers, kept, macs))
     idle = [name for name in candidates if name not in groups]
     rows += [_layer_row(module, name, [], layers.get(name), None, 0) for name in idle]
-    return list(_with_weights(rows, module, candidates))
+    return [*_with_weights(rows, module, candidates), *_clip_rows(module)]
 
 
 def _row_name(product: Product, candidates: Collection[str], executed: Collection[str | None]) -> str:
@@ -198,6 +199,13 @@ def _with_weights(
         yield row if count is None else CoverageRow(**{**asdict(row), "kind": "Parameter", "parameters": count})
     for name, count in free.items():
         yield CoverageRow(name, "Parameter", None, None, count, 0, "no matrix product reads it as it is")
+
+
+def _clip_rows(module: nn.Module) -> Iterator[CoverageRow]:
+    """Rows for what equalisation made of clips; they multiply nothing."""
+    for name, part in module.named_modules():
+        if isinstance(part, ChannelClip):
+            yield CoverageRow(name, "ChannelClip", None, None, 0, 0, "equalised: each channel has a bound of its own")
 
 
 def _percent(share: float) -> str:

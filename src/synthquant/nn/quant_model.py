@@ -17,6 +17,7 @@ from synthquant.models.products import Product, find_products
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.coverage import CoverageRow, coverage_rows
+from synthquant.nn.equalization import Equalization
 from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
 from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
@@ -43,6 +44,7 @@ class QuantModel(nn.Module):
         scheme: what was asked for.
         module: the quantized network.
         folded: pairs (batch norm, layer it was folded into).
+        equalization: how the folded network was changed before it was quantized, or none.
         layers: quantized layers by name, in execution order.
         quantizers: activation quantizers by name, each once.
         made_by: for each layer whose input is quantized where it is made, the name of that quantizer (`deploy: full`).
@@ -63,24 +65,30 @@ class QuantModel(nn.Module):
         self.operations: list[OperationRow] = []
         self.operation_quantizers = nn.ModuleList()
         self.loaded = False
+        self.equalization: Equalization | None = None
         self._products: list[Product] = []
         self._input_bits: dict[str, int] = {}
         self._units: dict[Granularity, list[Unit]] = {}
 
     @classmethod
-    def build(cls, float_model: FloatModel, scheme: QuantScheme | str) -> QuantModel:
+    def build(
+        cls, float_model: FloatModel, scheme: QuantScheme | str, equalization: Equalization | None = None
+    ) -> QuantModel:
         """Copy `float_model`, fold its batch norms and put in quantizers by `scheme`; ranges are not calibrated yet.
+
+        With an `equalization` the folded copy is changed by it first: its float side then is the equalised network.
 
         Raises:
             SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
+            ModelError: the equalisation is one of another network.
         """
         scheme = QuantScheme.parse(scheme)
-        module = copy_network(float_model.module).eval().requires_grad_(False)
-        _run_layers_themselves(module)
+        module, folded = folded_copy(float_model)
         example = float_model.example_input(2)
-        folded = fold_batch_norms(module, example)
+        if equalization is not None:
+            equalization.apply(module)
         model = cls(float_model, scheme, module)
-        model.folded = folded
+        model.folded, model.equalization = folded, equalization
         with torch.no_grad():
             seen = trace(module, example)
         order = [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
@@ -323,6 +331,13 @@ class QuantModel(nn.Module):
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
         entries = self.module.state_dict(keep_vars=True)
         return {name: value.detach() for name, value in entries.items() if id(value) not in own}
+
+
+def folded_copy(float_model: FloatModel) -> tuple[nn.Module, list[tuple[str, str]]]:
+    """A copy of the network without gradients, batch norms folded, and the pairs (batch norm, layer) of these."""
+    module = copy_network(float_model.module).eval().requires_grad_(False)
+    _run_layers_themselves(module)
+    return module, fold_batch_norms(module, float_model.example_input(2))
 
 
 def _run_layers_themselves(module: nn.Module) -> None:

@@ -137,7 +137,9 @@ class Reconstruction:
         return cache, count
 
     def _made_from(self, *more: object) -> tuple[object, ...]:
-        float_model = self.model.float_model
+        float_model, equalization = self.model.float_model, self.model.equalization
+        if equalization is not None:
+            more = (equalization.fingerprint, *more)
         return (float_model.fingerprint, self.model.scheme, self._calibration.fingerprint, self.units, *more)
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
