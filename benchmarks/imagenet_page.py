@@ -31,7 +31,9 @@ def page(results: list[Result], table: Table) -> str:
         "",
         "Cells: top-1 % / agreement with the float network % / Kullback-Leibler divergence from it, the mean over",
         "seeds where there are several. *ONNX Runtime's own*: `quantize_static`, weights per channel, percentile",
-        "ranges, run with graph optimisations off, so that sums are exact on CPUs without VNNI, too.",
+        "ranges, run with graph optimisations off, so that sums are exact on CPUs without VNNI, too. MobileNetV2 has",
+        "torchvision's first weights (`IMAGENET1K_V1`) and sees images resized to 232 pixels, as torchvision's present",
+        "weights ask; the first ones were published with 256.",
     ]
     for section in SECTIONS:
         lines += ["", *section(results, table)]
