@@ -139,7 +139,7 @@ def promise(results: list[Result], table: Table) -> str:
     for result in results:
         for scheme in SCHEMES:
             made, real = (rows_of(result, data, scheme, "genie_m") for data in ("genie_d", "real"))
-            if made and real:
+            if made or real:
                 float_top1 = f"{100 * result['float']['top1']:.1f}"
                 body.append([result["network"], scheme, float_top1, short(made), short(real)])
     header = ["network", "bits", "float top-1 %", "no data: top-1 / agreement %", "64 photographs: the same"]
@@ -147,7 +147,9 @@ def promise(results: list[Result], table: Table) -> str:
 
 
 def short(rows: list[Result]) -> str:
-    """Means over seeds of top-1 and agreement."""
+    """Means over seeds of top-1 and agreement; `-` without a row."""
+    if not rows:
+        return "-"
     return " / ".join(f"{100 * sum(row[key] for row in rows) / len(rows):.1f}" for key in ("top1", "agreement"))
 
 
