@@ -163,7 +163,8 @@ def costs(results: list[Result], table: Table) -> list[str]:
         for what, row in made:
             more = "" if row["sittings"] == 1 else "+"  # of the last sitting only
             seconds = [f"{row[key]:.0f}{more}" for key in ("user_seconds", "system_seconds", "seconds")]
-            body.append([result["network"], what, *seconds, f"{row['peak_memory_bytes'] / 2**30:.1f}"])
+            peak = row["peak_memory_bytes"]
+            body.append([result["network"], what, *seconds, "-" if peak is None else f"{peak / 2**30:.1f}"])
     where = next(row["environment"] for result in results for row in result["rows"])
     header = ["network", "what", "user s", "system s", "wall s", "peak GiB"]
     return [

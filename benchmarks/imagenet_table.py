@@ -33,7 +33,7 @@ from photographs import CALIBRATION, divided
 from runtime_quantizer import exact_network, quantize_with_runtime
 from synthquant.core.files import write_bytes, write_json
 from synthquant.core.progress import ConsoleProgress
-from synthquant.core.record import environment, peak_memory_bytes
+from synthquant.core.record import environment, peak_memory_bytes, reset_peak_memory
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import model_inputs
@@ -164,10 +164,11 @@ class Clock:
         self.sittings = 1 + (int(note.read_text()) if note.exists() else 0)
         note.write_text(str(self.sittings))
         self._device = device
+        reset_peak_memory(device)
         self._wall, self._user, self._system = time.perf_counter(), *_processor()
 
     def values(self) -> dict[str, Any]:
-        """Return seconds of this sitting and the peak memory of this process; all of the work if `sittings` is 1."""
+        """Return seconds and peak memory of this sitting, which is all of the work if `sittings` is 1."""
         user, system = _processor()
         return {
             "seconds": round(time.perf_counter() - self._wall, 1),
