@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.onnx import Onnx
 from synthquant.methods import Equalize
 from synthquant.models.float_model import FloatModel
-from synthquant.nn.equalization import Equalization
+from synthquant.nn.equalization import ChannelClip, Equalization
 from synthquant.nn.quant_model import QuantModel
+from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize.calibrate import CalibrationImages
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.rtn import Rtn
@@ -101,9 +103,11 @@ def outputs(model: QuantModel | nn.Module, images: Tensor) -> Tensor:
         return model(images)
 
 
-def made(network: nn.Module, kind: Equalize, scheme: str = "W8A8") -> tuple[FloatModel, QuantModel, Equalization]:
+def made(
+    network: nn.Module, kind: Equalize, scheme: str | dict[str, Any] = "W8A8"
+) -> tuple[FloatModel, QuantModel, Equalization]:
     model = lively(network)
-    quant_model = equalized(QuantModel.build(model, scheme), kind, small_images())
+    quant_model = equalized(QuantModel.build(model, QuantScheme.parse(scheme)), kind, small_images())
     assert quant_model.equalization is not None
     return model, quant_model, quant_model.equalization
 
@@ -142,6 +146,13 @@ def test_all_that_writes_into_a_stream_or_reads_it_shares_scales_and_clips_take_
     assert torch.allclose(clip.high, 6 * found.rows["2.expand.0"]) and torch.equal(clip.low, torch.zeros(8))
     rows = {row.name: row for row in quant_model.coverage()}
     assert rows["2.expand.2"].kind == "ChannelClip" and "bound of its own" in rows["2.expand.2"].reason
+
+
+def test_under_deploy_full_clips_keep_their_one_bound() -> None:
+    _, quant_model, found = made(Mobile(), "activations", {"preset": "W8A8", "deploy": "full"})
+    assert not found.bounds and set(found.rows) == {"1.0", "2.project.0", "3.project.0"}
+    assert set(found.columns) == {"2.expand.0", "3.expand.0", "4.0"}
+    assert not any(isinstance(part, ChannelClip) for part in quant_model.module.modules())
 
 
 class Heard(Progress):

@@ -45,14 +45,15 @@ class Channels:
             padding: the name of the clip ("" for a ReLU), and those layers. A constant can move through.
     """
 
-    def __init__(self, module: nn.Module, seen: Trace) -> None:
+    def __init__(self, module: nn.Module, seen: Trace, *, through_clips: bool = True) -> None:
         """Follow the tensors of a forward pass.
 
         Args:
             module: the network, batch norms folded.
             seen: its trace, on two images or more.
+            through_clips: whether a clip can have a bound for each channel; otherwise it pins them.
         """
-        self._module, self._seen = module, seen
+        self._module, self._seen, self._through_clips = module, seen, through_clips
         self._parents: list[int] = []
         self._of_value: dict[int, list[int]] = {}
         self._pinned: set[int] = set()
@@ -122,7 +123,9 @@ class Channels:
         return False
 
     def _clip_module(self, operation: Operation) -> str | None:
-        """The module whose only work this clipping is; none if a function does it, or it runs several times."""
+        """The module whose only work this clipping is; none if a function does it, it runs twice or is to stay."""
+        if not self._through_clips:
+            return None
         call = self._seen.module_calls[operation.call]
         own = isinstance(get_module(self._module, call.name), nn.Hardtanh) and len(self._seen.calls(call.name)) == 1
         return call.name if own and call.inputs == operation.inputs and call.outputs == operation.outputs else None

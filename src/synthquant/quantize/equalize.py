@@ -63,7 +63,9 @@ def equalized(quant_model: QuantModel, kind: Equalize, images: ImageSet, progres
     float_model = quant_model.float_model
     module, folded = folded_copy(float_model)
     example = float_model.example_input(2)
-    channels = Channels(module, trace(module, example))
+    # runtimes fuse a clip with one bound into the integer kernel before it, and one with many not
+    through_clips = quant_model.scheme.deploy != "full"
+    channels = Channels(module, trace(module, example), through_clips=through_clips)
     if bool(channels.pinned.all()):
         progress.warn(f"{float_model.name}: no channels can be scaled; quantize.equalize changes nothing")
         return quant_model
