@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from synthquant.export.compare import Network
@@ -33,8 +34,20 @@ def quantize_with_runtime(model: FloatModel, inputs: Tensor, out: Path, ranges: 
         return quantize_file_with_runtime(export_float(model, Path(folder) / "float.onnx"), inputs, out, ranges)
 
 
-def quantize_file_with_runtime(reference: Path, inputs: Tensor, out: Path, ranges: Ranges) -> Path:
-    """As `quantize_with_runtime`, for a network that is exported already."""
+def quantize_file_with_runtime(
+    reference: Path,
+    inputs: Tensor,
+    out: Path,
+    ranges: Ranges,
+    *,
+    image_range: tuple[float, float] | None = None,
+    reduce_range: bool = False,
+) -> Path:
+    """As `quantize_with_runtime`, for a network that is exported already.
+
+    `image_range` are the ends of the grid of the image, which otherwise is what `inputs` span; `reduce_range` gives
+    weights 7 bits, so that sums of two products fit 16 bits.
+    """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -58,6 +71,11 @@ def quantize_file_with_runtime(reference: Path, inputs: Tensor, out: Path, range
             image = next(self._left, None)
             return None if image is None else {"images": image.numpy()}
 
+    # the name is historic: it goes for all methods, and bounds the images whose activations are held at a time
+    extra: dict[str, Any] = {"CalibStridedMinMax": math.gcd(len(inputs), _IMAGES_AT_A_TIME)}
+    if image_range is not None:
+        ends = {"rmin": np.float32(image_range[0]), "rmax": np.float32(image_range[1])}
+        extra["TensorQuantOverrides"] = {"images": [ends]}
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(str(reference), str(prepared), skip_symbolic_shape=True)
@@ -67,12 +85,11 @@ def quantize_file_with_runtime(reference: Path, inputs: Tensor, out: Path, range
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=False,
+            reduce_range=reduce_range,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=methods[ranges],
-            # the name is historic: it goes for all methods, and bounds the images whose activations are held at a time
-            extra_options={"CalibStridedMinMax": math.gcd(len(inputs), _IMAGES_AT_A_TIME)},
+            extra_options=extra,
         )
     return out
 
