@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import imagenet_peers
 from synthquant.evaluate.paired import Difference, PerImage, mean_difference, mean_over, share, share_difference
 
 Table = Callable[[list[str], list[list[str]]], str]
@@ -36,7 +37,8 @@ def page(results: list[Result], table: Table) -> str:
         "weights ask; the first ones were published with 256.",
     ]
     for section in SECTIONS:
-        lines += ["", *section(results, table)]
+        if found := section(results, table):
+            lines += ["", *found]
     return "\n".join(lines) + "\n"
 
 
@@ -198,4 +200,6 @@ def tried(results: list[Result], table: Table) -> list[str]:
     return ["## Other settings", "", table(header, body)]
 
 
-SECTIONS: list[Callable[[list[Result], Table], list[str]]] = [aims, networks, tried, costs]
+SECTIONS: list[Callable[[list[Result], Table], list[str]]] = [
+    *(aims, networks, imagenet_peers.files, imagenet_peers.toolkit, tried, costs)
+]

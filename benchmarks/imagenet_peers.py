@@ -36,8 +36,8 @@ def cell(row: Result) -> str:
     return f"{100 * row['top1']:.2f} / {100 * row['agreement']:.2f} / {row['kl']:.3g}"
 
 
-def files(table: Table) -> list[str]:
-    """Accuracy, size and speed of the files."""
+def files(rows: list[Result], table: Table) -> list[str]:
+    """Accuracy, size and speed of the files, beside the table's `rows`."""
     results = load("imagenet_files")
     if not results:
         return []
@@ -53,7 +53,13 @@ def files(table: Table) -> list[str]:
     for result in results:
         body = [_file_row(row) for row in sorted(result["rows"], key=_order)]
         header = ["file", "images", "as written", "integer kernels", "layers on integers", "bytes of float"]
-        lines += ["", f"### {result['network']}, files", "", table(header, body), *_placement(result)]
+        lines += [
+            "",
+            f"### {result['network']}, files",
+            "",
+            table(header, body),
+            *_placement(result, _table_rows(rows, result["network"])),
+        ]
         if "latency" in result:
             lines += ["", *_latency(result, table)]
     return lines
@@ -78,16 +84,14 @@ def _file_row(row: Result) -> list[str]:
     ]
 
 
-def _placement(result: Result) -> list[str]:
+def _placement(result: Result, papers: list[Result]) -> list[str]:
     """What the residuals cost: the table's W8A8, quantized where layers read, beside the file's."""
-    papers = {found["network"]: found for found in load("imagenet")}.get(result["network"], {"rows": []})
     sentences = []
     for row in sorted(result["rows"], key=_order):
         same = [
             one
-            for one in papers["rows"]
-            if row["kind"] == "W8A8"
-            and (one["label"], one["scheme"], one["seed"]) == ("default", "W8A8", 0)
+            for one in papers
+            if (row["kind"], one["scheme"]) == ("W8A8", "W8A8")
             and (one["data"], one["method"]) == (row["data"], row["method"])
             and (row["data"] == "real" or one["images_fingerprint"] == row["images"])
         ]
@@ -95,8 +99,9 @@ def _placement(result: Result) -> list[str]:
             mine, other = (PerImage.unpacked(one["per_image"]) for one in (row["exact"], same[0]))
             change = mean_difference(mine.kl, other.kl)
             sentences.append(
-                f"{_name(row)}, {DATA[row['data']]}: {cell(same[0])} where layers' inputs are quantized, asymmetric"
-                f" weights; divergence {change.value:+.3g} ({change.low:+.3g} to {change.high:+.3g}) in the file.  "
+                f"{_name(row)}, {DATA[row['data']]}: {cell(same[0])} where layers' inputs are quantized and nothing"
+                f" else; in the file the divergence is {change.value:+.3g} ({change.low:+.3g} to {change.high:+.3g})"
+                " away from that.  "
             )
     return ["", *sentences] if sentences else []
 
@@ -115,8 +120,8 @@ def _latency(result: Result, table: Table) -> list[str]:
     ]
 
 
-def toolkit(table: Table) -> list[str]:
-    """Sony's images and quantizers beside ours."""
+def toolkit(found: list[Result], table: Table) -> list[str]:
+    """Sony's images and quantizers beside ours, which stand in the table."""
     lines = []
     for result in load("mct"):
         made = result.get("images")
@@ -134,7 +139,7 @@ def toolkit(table: Table) -> list[str]:
                 f" {made['iterations']} iterations in {made['processor_seconds']:.0f} s of the processor,"
                 f" {made['peak_memory_bytes'] / 2**30:.1f} GiB.",
             ]
-        rows = [*result["rows"], *_table_rows(result["network"])]
+        rows = [*result["rows"], *_table_rows(found, result["network"])]
         schemes = [name for name in ("W8A8", "W4A8", "W4A4") if any(row["scheme"] == name for row in rows)]
         body = []
         for data in ("mct", "genie_d", "real"):
@@ -146,7 +151,7 @@ def toolkit(table: Table) -> list[str]:
     return lines
 
 
-def _table_rows(network: str) -> list[Result]:
+def _table_rows(results: list[Result], network: str) -> list[Result]:
     """Rows of the table, seed 0."""
-    found = {result["network"]: result["rows"] for result in load("imagenet")}.get(network, [])
-    return [row for row in found if (row["label"], row["seed"]) == ("default", 0)]
+    rows = {result["network"]: result["rows"] for result in results}.get(network, [])
+    return [row for row in rows if (row["label"], row["seed"]) == ("default", 0)]
