@@ -253,16 +253,31 @@ def test_what_a_relu_hardly_ever_cuts_moves_into_the_next_bias() -> None:
     )
 
 
-def test_activations_follow_the_equation_of_smoothquant() -> None:
-    model, _, found = made(Chain(), "activations")
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_activations_follow_the_equation_of_smoothquant(strategy: str) -> None:
+    scheme = {"preset": "W8A8", "weights": {"num_bits": 8, "strategy": strategy}}
+    model, _, found = made(Chain(), "activations", scheme)
     plain, seen = QuantModel.build(model, "W8A8"), []
     hook = plain.layers["two"].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     (images,) = CalibrationImages(plain, small_images()).batches()
     outputs(plain, images)
     hook.remove()
-    a, w = seen[0].abs().amax((0, 2, 3)), plain.layers["two"].float_weight.abs().amax((0, 2, 3))
-    expected = torch.where((a > 0) & (w > 0), (a / w).sqrt(), 1.0)
+    a, w = seen[0].abs().amax((0, 2, 3)), plain.layers["two"].float_weight.abs().flatten(1)
+    w = w / (w.amax(1, keepdim=True) if strategy == "channel" else w.max())  # relative to what shares the grid
+    expected = torch.where(a > 0, (a.clamp(min=a.max() / 64) / w.amax(0)).sqrt(), 1.0)
     assert torch.allclose(found.columns["two"], expected, rtol=1e-5)
+
+
+def test_depthwise_layers_take_all_of_the_range_of_activations() -> None:
+    _, quant_model, found = made(Mobile(nn.ReLU), "activations")
+    seen: list[Tensor] = []
+    depthwise = quant_model.layers["2.depthwise.0"]
+    hook = depthwise.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    (images,) = CalibrationImages(quant_model, small_images()).batches()
+    outputs(quant_model, images)
+    hook.remove()
+    ranges = seen[0].abs().amax((0, 2, 3))
+    assert (ranges > 0.999 * ranges.max()).sum() > 2 and "2.depthwise.0" in found.columns
 
 
 @pytest.mark.parametrize("name", ["mobile", "joined"])

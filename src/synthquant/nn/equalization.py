@@ -137,8 +137,8 @@ class ChannelClip(nn.Module):
 
 
 def weight_by_group(layer: nn.Module) -> Tensor:
-    """A view `[G, C_out / G, C_in / G, ...]` of the weight of a convolution or linear layer with `G` groups."""
-    weight = cast(nn.Conv2d, layer).weight
+    """A view `[G, C_out / G, C_in / G, ...]` of the float weight of a convolution or linear layer with `G` groups."""
+    weight = cast(Tensor, layer._parameters["weight"])
     groups: int = getattr(layer, "groups", 1)
     grouped = weight.view(groups, -1, *weight.shape[1:])
     return grouped.transpose(1, 2) if isinstance(layer, _TRANSPOSED) else grouped

@@ -6,7 +6,9 @@ that read it, `s = sqrt(r1 r2) / r2` makes both equal; repeated over the network
 hardly ever cuts, `c = max(0, beta - 3 gamma)` of the batch norm before it, moves from its bias into the next bias.
 
 `activations`: SmoothQuant's migration (arXiv:2211.10438), equation 4 with its strength of a half, on convolutions: with
-`a` the range of a channel on calibration images, `s = sqrt(a / r2)`.
+`a` the range of a channel on calibration images, `s = sqrt(a / w)`. There `w` is the range of the columns, here
+the share that they take of their grid: of the range of their row, or of the whole weight if that has one scale. Columns
+that share a scale with no other channel's (depthwise layers) cost nothing: where only these read a channel, `s = a`.
 
 Both leave a network that computes the same (the ReLU but for three deviations). They depart from their papers where
 those stop at a residual connection: all layers that write into a stream or read it share its scales. A ReLU6 stays one,
@@ -32,6 +34,7 @@ from synthquant.models.channels import Channels
 from synthquant.models.float_model import FloatModel
 from synthquant.models.trace import trace
 from synthquant.nn.equalization import Equalization, weight_by_group
+from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel, folded_copy
 from synthquant.quantize.calibrate import CalibrationImages
 
@@ -41,6 +44,8 @@ _SWEEPS = 100
 _SMALLEST_CHANGE = 1e-3
 """Sweeps over the weights end when no factor changes by more than this share."""
 _DEVIATIONS = 3
+_MOST_STRETCHED = 64
+"""How much wider than a channel the widest of its tensor may be taken to be: other images may move it more."""
 _TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, that rounding may make."""
 
@@ -74,7 +79,7 @@ def equalized(quant_model: QuantModel, kind: Equalize, images: ImageSet, progres
         if kind == "weights":
             scales = weight_scales(module, channels)
         else:
-            scales = activation_scales(module, channels, channel_ranges(quant_model, channels, images))
+            scales = activation_scales(quant_model, channels, channel_ranges(quant_model, channels, images))
         found = _as_factors(channels, scales)
         found.apply(module)
         _require_same(float_model, before, module(example))
@@ -101,11 +106,35 @@ def weight_scales(module: nn.Module, channels: Channels) -> Tensor:
     return ranges.scales
 
 
-def activation_scales(module: nn.Module, channels: Channels, activations: Tensor) -> Tensor:
-    """SmoothQuant's factors, float64 `[count]`, from the ranges `[count]` of channels on images."""
-    columns = _Ranges(module, channels).of_columns(torch.arange(channels.count))
-    alive = (activations > 0) & (columns > 0) & ~channels.pinned
-    return torch.where(alive, (activations.double() / columns).sqrt(), 1.0)
+def activation_scales(quant_model: QuantModel, channels: Channels, activations: Tensor) -> Tensor:
+    """SmoothQuant's factors, float64 `[count]`, from the ranges `[count]` of channels on images.
+
+    Args:
+        quant_model: not equalised; says which weights share a scale.
+        channels: of its network.
+        activations: the largest absolute values, as `channel_ranges` finds them.
+    """
+    ranges, shares = activations.clone(), torch.zeros(channels.count, dtype=torch.float64)
+    for name, own in channels.read.items():
+        floor = (activations[own].max() / _MOST_STRETCHED).expand(len(own))
+        ranges.scatter_reduce_(0, own, floor, "amax")
+        shares.scatter_reduce_(0, own, _column_shares(quant_model.layers.get(name), len(own)), "amax")
+    # columns that nothing shares a scale with cost nothing: there the range of activations alone decides
+    scales = torch.where(shares > 0, (ranges / shares).sqrt(), ranges)
+    return torch.where((activations > 0) & ~channels.pinned, scales, 1.0)
+
+
+def _column_shares(layer: QuantLayer | None, count: int) -> Tensor:
+    """`[count]`: what the columns of each input channel take of the weight's grids; 0 where no other shares these."""
+    if layer is None or layer.weight_quantizer is None:
+        return torch.zeros(count, dtype=torch.float64)
+    largest = _largest(layer)
+    if layer.weight_quantizer.args.strategy == "tensor":
+        return (largest.amax(1) / largest.max()).flatten()
+    if largest.shape[2] == 1:
+        return torch.zeros(count, dtype=torch.float64)
+    rows = largest.amax(2, keepdim=True)
+    return torch.where(rows > 0, largest / rows, 0.0).amax(1).flatten()
 
 
 def channel_ranges(quant_model: QuantModel, channels: Channels, images: ImageSet) -> Tensor:
@@ -138,8 +167,7 @@ class _Ranges:
         self.scales = torch.ones(channels.count, dtype=torch.float64)
         self._largest = {}
         for name in channels.made:
-            weight = weight_by_group(get_module(module, name)).detach().cpu().double().abs()
-            self._largest[name] = weight.flatten(3).amax(3) if weight.ndim > 3 else weight
+            self._largest[name] = _largest(get_module(module, name))
 
     def of_rows(self, numbers: Tensor) -> Tensor:
         """The largest weight of the rows that make each of these channels."""
@@ -161,6 +189,12 @@ class _Ranges:
                 columns = self.scales[self._channels.read[name]].view(groups, 1, inputs)
                 found.scatter_reduce_(0, own, (largest / rows * columns).amax(axis).flatten(), "amax")
         return found[numbers]
+
+
+def _largest(layer: nn.Module) -> Tensor:
+    """`[G, C_out / G, C_in / G]`, float64: the largest absolute weight between two channels."""
+    weight = weight_by_group(layer).detach().cpu().double().abs()
+    return weight.flatten(3).amax(3) if weight.ndim > 3 else weight
 
 
 def _as_factors(channels: Channels, scales: Tensor) -> Equalization:
