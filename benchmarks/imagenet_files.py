@@ -23,7 +23,7 @@ import torch
 
 from imagenet_table import NETWORKS, Row, columns, quantized, section_of
 from photographs import divided
-from runtime_quantizer import exact_network, quantize_file_with_runtime
+from runtime_quantizer import Ranges, exact_network, quantize_file_with_runtime
 from synthquant.core.files import write_json
 from synthquant.core.record import environment
 from synthquant.data.image_set import ImageSet
@@ -39,10 +39,23 @@ from synthquant.models.open import open_model
 
 ROOT = Path(__file__).parent.parent
 SYMMETRIC = ["quantize.scheme.deploy=full", "quantize.scheme.weights.symmetric=true"]
-OURS = {"W8A8": SYMMETRIC, "W7A8": [*SYMMETRIC, "quantize.scheme.ends=same"]}
+EQUALIZED = "quantize.equalize=activations"
+SEVEN = [*SYMMETRIC, "quantize.scheme.ends=same"]
+OURS = {
+    "W8A8": SYMMETRIC,
+    "W7A8": SEVEN,
+    "W8A8-equalized": [*SYMMETRIC, EQUALIZED],
+    "W7A8-equalized": [*SEVEN, EQUALIZED],
+}
 BATCH = 32
-# What the runtime's own quantizer is told: the image's range from its pixels, 7-bit weights.
-RUNTIME = {"runtime": (False, False), "runtime-pixels": (True, False), "runtime-pixels-7": (True, True)}
+# What the runtime's own quantizer is told: whether the image's range comes from its pixels, whether weights have 7
+# bits, and how it takes ranges.
+RUNTIME: dict[str, tuple[bool, bool, Ranges]] = {
+    "runtime": (False, False, "percentile"),
+    "runtime-pixels": (True, False, "percentile"),
+    "runtime-pixels-minmax": (True, False, "minmax"),
+    "runtime-pixels-7": (True, True, "percentile"),
+}
 
 
 def pixel_range(model: FloatModel) -> tuple[float, float]:
@@ -57,13 +70,18 @@ def write_file(
     """Quantize and write one file."""
     path: Path = args.work / f"{args.network}-{data}-{kind}-{args.method if kind in OURS else 'own'}.onnx"
     if kind in RUNTIME:
-        pixels, seven = RUNTIME[kind]
+        pixels, seven, ranges = RUNTIME[kind]
         ends = pixel_range(model) if pixels else None
         inputs = model_inputs(images, model.preprocess)
-        return quantize_file_with_runtime(reference, inputs, path, "percentile", image_range=ends, reduce_range=seven)
-    row = Row(args.network, data, kind, args.method)
+        return quantize_file_with_runtime(reference, inputs, path, ranges, image_range=ends, reduce_range=seven)
+    row = row_of(kind, data, args)
     quant_model, _ = quantized(row, model, images, path.with_suffix(""), args)
     return Onnx().export(quant_model, path)
+
+
+def row_of(kind: str, data: str, args: argparse.Namespace) -> Row:
+    """How the table calls it."""
+    return Row(args.network, data, kind.partition("-")[0], args.method)
 
 
 def measure(
@@ -76,7 +94,7 @@ def measure(
     path = write_file(kind, data, images, model, reference, args)
     logits = torch.load(args.work / f"{args.network}-float.pt")
     ways = {"integer": ort_network(session(path, threads=1))}
-    if kind != "W7A8":  # integer sums of 7-bit weights are exact: the slow way would say the same
+    if not kind.startswith("W7A8"):  # integer sums of 7-bit weights are exact: the slow way would say the same
         ways["exact"] = exact_network(path)
     inputs = model_inputs(test, model.preprocess)
     found = {}
@@ -123,7 +141,7 @@ def main() -> None:
     for data, images in sets.items():
         for kind in args.kinds:
             args.set = [*OURS.get(kind, []), *args.change]
-            settings = section_of(Row(args.network, data, kind, args.method), args) if kind in OURS else None
+            settings = section_of(row_of(kind, data, args), args) if kind in OURS else None
             identity = {
                 "data": data,
                 "kind": kind,
@@ -156,7 +174,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", action="append", default=[], metavar="NAME=SOURCE", help="synthetic images")
     parser.add_argument("--no-real", dest="real", action="store_false", help="synthetic images only")
     parser.add_argument("--method", default="rtn")
-    parser.add_argument("--kinds", nargs="+", default=[*OURS, *RUNTIME], choices=[*OURS, *RUNTIME])
+    parser.add_argument("--kinds", nargs="+", default=["W8A8", "W7A8", *RUNTIME], choices=[*OURS, *RUNTIME])
     parser.add_argument("--iterations", type=int, default=60, help="of each unit, of methods that learn")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounding-weight", type=float, default=0.1, help="of BRECQ and QDrop")

@@ -16,11 +16,17 @@ Table = Callable[[list[str], list[list[str]]], str]
 Result = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
-OURS = {"W8A8": "W8A8", "W7A8": "W7A8, `ends: same`"}
+OURS = {
+    "W8A8": "W8A8",
+    "W7A8": "W7A8, `ends: same`",
+    "W8A8-equalized": "W8A8, `equalize: activations`",
+    "W7A8-equalized": "W7A8, `ends: same`, `equalize: activations`",
+}
 RUNTIME = {
     "runtime": "its own quantizer",
     "runtime-pixels": "its own, image's range from pixels",
-    "runtime-pixels-7": "its own, the same, 7-bit weights (`reduce_range`)",
+    "runtime-pixels-minmax": "its own, the same, smallest and largest values",
+    "runtime-pixels-7": "its own, image's range from pixels, 7-bit weights",
 }
 METHODS = {"rtn": "RTN", "genie_m": "Genie-M", "ptq": "MCT PTQ", "gptq": "MCT GPTQ"}
 DATA = {"genie_d": "Genie-D", "mct": "MCT", "real": "64 photographs"}
