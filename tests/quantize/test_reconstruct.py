@@ -19,9 +19,10 @@ from synthquant.core.progress import QUIET, Bar, Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.methods import QUANTIZERS, Equalize, MemoryBudget, QuantReport
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.equalize import equalized
 from synthquant.quantize.reconstruct import Reconstruction
 
 LEARNED = ("adaround", "brecq", "qdrop", "genie_m")
@@ -51,9 +52,10 @@ def quantize(
     workdir: Path | None = None,
     memory: MemoryBudget | None = None,
     data: ImageSet | None = None,
+    equalize: Equalize = "none",
     **changes: Any,
 ) -> tuple[QuantModel, QuantReport]:
-    model = QuantModel.build(float_model(network or Network()), scheme)
+    model = equalized(QuantModel.build(float_model(network or Network()), scheme), equalize, images())
     report = method(name, **changes).apply(
         model, data or images(), Rng(seed), progress=progress, workdir=workdir, memory=memory or MemoryBudget()
     )
@@ -189,9 +191,10 @@ def test_a_damaged_unit_is_learned_again_and_the_others_stay(
 
 def test_units_of_other_settings_images_or_seeds_are_refused(tmp_path: Path) -> None:
     quantize("genie_m", workdir=tmp_path, iterations=1)
-    for changes in ({"iterations": 2}, {"keep": 0.75}, {"seed": 1}, {"data": images(20)}, {"scheme": "W2A4"}):
+    others: list[dict[str, Any]] = [{"iterations": 2}, {"keep": 0.75}, {"seed": 1}, {"data": images(20)}]
+    for changes in (*others, {"scheme": "W2A4"}, {"equalize": "activations"}):
         with pytest.raises(DataError, match="holds units of another run"):
-            quantize("genie_m", workdir=tmp_path, **{"iterations": 1, **changes})  # type: ignore[arg-type]
+            quantize("genie_m", workdir=tmp_path, **{"iterations": 1, **changes})
 
 
 @pytest.mark.parametrize("network", [Network, Upsampling, Keywords])

@@ -99,7 +99,8 @@ class Equalization:
             clip = get_module(module, name)
             if not isinstance(clip, nn.Hardtanh):
                 raise ModelError(f"equalisation does not fit this network: {name} is no ReLU6 or Hardtanh")
-            replace_module(module, name, ChannelClip.of(clip, self.bounds.get(name), self.bound_shifts.get(name)))
+            bounded = ChannelClip.of(clip, self.bounds.get(name), self.bound_shifts.get(name))
+            replace_module(module, name, bounded.to(next(module.parameters())))
 
 
 class ChannelClip(nn.Module):

@@ -254,9 +254,9 @@ def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _require_same(float_model: FloatModel, before: Tensor, after: Tensor) -> None:
-    error = float((after - before).abs().max() / before.abs().max())
-    if not error < _TOLERANCE:
+    error, largest = float((after - before).abs().max()), float(before.abs().max())
+    if not error <= _TOLERANCE * largest:
         raise UnsupportedModelError(
-            f"{float_model.name}: equalised, it computes something else (logits differ by {error:.1%});"
+            f"{float_model.name}: equalised it computes something else (logits of {largest:.3g} differ by {error:.2g});"
             " leave quantize.equalize out"
         )
