@@ -94,7 +94,7 @@ def measure(
     path = write_file(kind, data, images, model, reference, args)
     logits = torch.load(args.work / f"{args.network}-float.pt")
     ways = {"integer": ort_network(session(path, threads=1))}
-    if not kind.startswith("W7A8"):  # integer sums of 7-bit weights are exact: the slow way would say the same
+    if not kind.startswith("W7A8"):  # integer sums of 7-bit weights do not overflow: no slow way is needed
         ways["exact"] = exact_network(path)
     inputs = model_inputs(test, model.preprocess)
     found = {}
@@ -138,6 +138,11 @@ def main() -> None:
         result["float"] = columns(found, test, found.logits)
     sets = {"real": real} if args.real else {}
     sets |= {name: open_images(source) for name, _, source in (t.partition("=") for t in args.images)}
+    result["sets"] = result.get("sets", {}) | {
+        name: {"count": len(images), "iterations": images.manifest.settings.get("iterations")}
+        for name, images in sets.items()
+    }
+    write_json(path, result)
     for data, images in sets.items():
         for kind in args.kinds:
             args.set = [*OURS.get(kind, []), *args.change]

@@ -84,7 +84,7 @@ def _file_row(row: Result) -> list[str]:
     return [
         _name(row),
         DATA[row["data"]],
-        *(cell(row[way]) if way in row else "the same" for way in ("exact", "integer")),
+        *(cell(row[way]) if way in row else "-" for way in ("exact", "integer")),
         f"{layers['integer']} of {layers['integer'] + layers['floating']}",
         f"{size['quantized'] / size['float']:.3f}",
     ]
@@ -136,14 +136,16 @@ def toolkit(found: list[Result], table: Table) -> list[str]:
             "",
             "From `results/mct/*.json` (`benchmarks/beside_mct.py`, `mct_images.py`): the toolkit's data generation",
             "and post-training quantization with defaults (target IMX500: power-of-two ranges of activations, biases",
-            "corrected, residual sums quantized). Top-1 % / agreement % / divergence on the same photographs.",
+            "corrected, residual sums quantized, all layers with the bits named).",
+            "Top-1 % / agreement % / divergence on the same photographs.",
         ]
         if made:
             lines += [
                 "",
                 f"The toolkit (version {made['toolkit']}, torch {made['torch']}): {made['count']} images of"
                 f" {made['iterations']} iterations in {made['processor_seconds']:.0f} s of the processor,"
-                f" {made['peak_memory_bytes'] / 2**30:.1f} GiB.",
+                f" {made['peak_memory_bytes'] / 2**30:.1f} GiB; what Genie-D's took stands"
+                " under *What it costs*.",
             ]
         rows = [*result["rows"], *_table_rows(found, result["network"])]
         schemes = [name for name in ("W8A8", "W4A8", "W4A4") if any(row["scheme"] == name for row in rows)]
