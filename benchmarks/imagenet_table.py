@@ -44,6 +44,7 @@ from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.equalize import equalized
 from synthquant.recipe import QuantizeSection, SynthesizeSection, apply_overrides
 from zero_shot_matrix import settings_of, synthetic_images
@@ -277,6 +278,8 @@ def quantized(
     quant_model = equalized(QuantModel.build(model, section.scheme), section.equalize, images)
     rng = Rng(row.seed).child("quantize")
     report = section.build().apply(quant_model, images, rng, progress=ConsoleProgress(), workdir=work)
+    if section.bias_correction:
+        correct_biases(quant_model, images)
     return quant_model, report
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,13 +29,15 @@ from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.measure import float_beside_quantized
+from synthquant.methods import MemoryBudget
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.equalize import equalized
-from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
+from synthquant.recipe import EvaluateSection, QuantizeSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 from synthquant.report.html import write_report
 from synthquant.resume import RECIPE_NAME, checkpoint_hash, take_back_what_is_gone, write_recipe
 from synthquant.select.sequence import require_supported
@@ -159,6 +162,34 @@ def select(
     )
 
 
+def quantize(
+    quant_model: QuantModel,
+    section: QuantizeSection,
+    images: ImageSet,
+    seed: int,
+    progress: Progress = QUIET,
+    *,
+    workdir: Path | None = None,
+    memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Quantize a network that `QuantModel.build` made with the scheme of `section`, in place.
+
+    Returns:
+        What was done, as plain data: the fields of the method's `QuantReport`, and `bias_correction`.
+
+    Raises:
+        DataError: no image can be read, or `workdir` holds units of another run.
+    """
+    report = section.build().apply(
+        quant_model, images, Rng(seed).child("quantize"), progress=progress, workdir=workdir, memory=memory
+    )
+    corrected = correct_biases(quant_model, images) if section.bias_correction else None
+    return {
+        **report.model_dump(mode="json"),
+        "bias_correction": None if corrected is None else corrected.model_dump(mode="json"),
+    }
+
+
 def _note_model(folder: RunFolder, model: FloatModel) -> None:
     """Record which network this is, or check that it still is the same one."""
     if folder.is_done("model"):
@@ -239,15 +270,15 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
         summary = summarize(coverage)
         if summary.in_float:
             progress.warn(summary.in_float)
-        report = recipe.quantize.build().apply(
+        metrics |= quantize(
             quant_model,
+            recipe.quantize,
             images,
-            Rng(recipe.seed).child("quantize"),
-            progress=progress,
+            recipe.seed,
+            progress,
             workdir=folder.work,
             memory=recipe.memory,
         )
-        metrics |= report.model_dump(mode="json")
         given = recipe.images.source if isinstance(recipe.images, SourceSection) else "the images to quantize with"
         metrics |= say_what_was_read(images, progress, given)
         metrics |= {

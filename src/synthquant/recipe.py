@@ -137,6 +137,8 @@ class QuantizeSection(Settings):
     equalize: Equalize = "none"
     """Scale channels before, in a network that computes the same: `weights` (DFQ: ranges of weights), `activations`
     (ranges on the images against those of weights, whole residual streams alike) or `none`."""
+    bias_correction: bool = False
+    """Take the mean error that rounded weights make at each layer's output out of its bias (DFQ, arXiv:1906.04721)."""
     settings: dict[str, Any]
     """All fields of the method; written beside `method` in a recipe."""
 

@@ -32,6 +32,7 @@ class QuantLayer(nn.Module):
         output_quantizer: quantizer of what the layer puts out, or none.
         weights_enabled: decode the codes; otherwise the float weight is used.
         weight_override: a weight to use instead of both, while roundings are learned.
+        float_bias: the bias before it was corrected, or none if it was not.
     """
 
     weight_quantizer: WeightQuantizer | None
@@ -39,6 +40,7 @@ class QuantLayer(nn.Module):
     output_quantizer: ActivationQuantizer | None
     weights_enabled: bool
     weight_override: torch.Tensor | None
+    float_bias: torch.Tensor | None
 
     @property
     def float_weight(self) -> torch.Tensor:
@@ -63,8 +65,34 @@ class QuantLayer(nn.Module):
             decoded: torch.Tensor = self.weight_quantizer()
         return decoded
 
+    @property
+    def bias(self) -> Any:
+        """The bias a forward pass uses, a tensor `[C]` or none: the float layer's own where float weights are used."""
+        if not self.has_own_bias:
+            return cast(Any, super()).bias
+        corrected = self.float_bias is not None
+        return self.float_bias if corrected and not self.weights_enabled else self._parameters["bias"]
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether the bias is a parameter of the layer's own, or there is none: it can be corrected."""
+        return "bias" in self._parameters
+
+    def correct_bias(self, change: torch.Tensor) -> None:
+        """Add `change`, `[C]`, to the bias of the quantized layer; a layer without one gets one."""
+        own = self._parameters["bias"]
+        former = torch.zeros_like(change) if own is None else own.detach()
+        self.float_bias = former if self.float_bias is None else self.float_bias
+        self._parameters["bias"] = nn.Parameter(former + change, requires_grad=False)
+
+    def make_room_for_bias(self, bias: torch.Tensor) -> None:
+        """Let a layer that has no bias take one of this shape from a checkpoint: bias correction gave it one."""
+        if self.has_own_bias and self._parameters["bias"] is None:
+            self._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+
     def drop_float_weight(self) -> None:
-        """Forget the float weight of a quantized layer."""
+        """Forget the float weight, and the float bias, of a quantized layer."""
+        self.float_bias = None
         if self.weight_quantizer is not None:
             self._parameters["weight"] = None
 
@@ -95,6 +123,7 @@ def quantize_layer(
     quantized.output_quantizer = output_quantizer
     quantized.weights_enabled = True
     quantized.weight_override = None
+    quantized.float_bias = None
     return quantized
 
 

@@ -306,6 +306,9 @@ class QuantModel(nn.Module):
         Raises:
             ModelError: names or shapes differ; says which.
         """
+        for name, layer in self.layers.items():
+            if f"{name}.bias" in state:
+                layer.make_room_for_bias(state[f"{name}.bias"])
         own = self.state()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
