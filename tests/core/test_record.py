@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from synthquant.cli.output import accuracy_rows, print_run
+from synthquant.core.allocator import ALLOCATOR
 from synthquant.core.errors import InputError
 from synthquant.core.files import write_json, write_sealed_json
 from synthquant.core.record import RunRecord, StageRecord, environment, peak_memory_bytes, reset_peak_memory
@@ -137,6 +138,7 @@ def test_environment_names_versions_and_hardware() -> None:
     assert found["torch"] == torch.__version__
     assert found["device"] == "cpu"
     assert found["threads"] == str(torch.get_num_threads())
+    assert found["allocator"] == ALLOCATOR.state
     assert all(found.values())
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from synthquant.cli.stop import STOP
+from synthquant.core.allocator import ALLOCATOR
 from synthquant.core.memory import ran_out
 
 __all__ = ["main"]
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     130 and 143 after Ctrl-C and SIGTERM, which are answered from here on: the commands are loaded only now.
     """
     STOP.listen()
+    ALLOCATOR.keep_freed()
     try:
         from synthquant.cli.app import run
     except (ImportError, MemoryError, OSError) as error:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
+from synthquant.core.allocator import ALLOCATOR
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json, write_sealed_json
 from synthquant.core.run_metrics import METRICS, Metrics
@@ -118,6 +119,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "threads": str(torch.get_num_threads()),
+        "allocator": ALLOCATOR.state,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
@@ -136,6 +138,7 @@ def reset_peak_memory(device: str | torch.device = "cpu") -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
+    ALLOCATOR.give_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
     except OSError:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from synthquant.core.allocator import ALLOCATOR
 from synthquant.core.errors import InputError, MissingExtraError, SynthquantError
 
 RESTARTS = 3
@@ -33,6 +34,7 @@ class Worker:
     def __init__(self, task: Any, threads: int) -> None:
         import ray
 
+        ALLOCATOR.keep_freed()
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         if device == "cpu":
             torch.set_num_threads(threads)
