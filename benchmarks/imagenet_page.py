@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import imagenet_peers
+import remedies_page
 from synthquant.evaluate.paired import Difference, PerImage, mean_difference, mean_over, share, share_difference
 
 Table = Callable[[list[str], list[list[str]]], str]
@@ -201,5 +202,5 @@ def tried(results: list[Result], table: Table) -> list[str]:
 
 
 SECTIONS: list[Callable[[list[Result], Table], list[str]]] = [
-    *(aims, networks, imagenet_peers.files, imagenet_peers.toolkit, tried, costs)
+    *(aims, networks, imagenet_peers.files, imagenet_peers.toolkit, remedies_page.remedies, tried, costs)
 ]

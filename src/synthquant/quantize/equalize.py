@@ -6,9 +6,10 @@ that read it, `s = sqrt(r1 r2) / r2` makes both equal; repeated over the network
 hardly ever cuts, `c = max(0, beta - 3 gamma)` of the batch norm before it, moves from its bias into the next bias.
 
 `activations`: SmoothQuant's migration (arXiv:2211.10438), equation 4 with its strength of a half, on convolutions: with
-`a` the range of a channel on calibration images, `s = sqrt(a / w)`. There `w` is the range of the columns, here
-the share that they take of their grid: of the range of their row, or of the whole weight if that has one scale. Columns
-that share a scale with no other channel's (depthwise layers) cost nothing: where only these read a channel, `s = a`.
+`a` the range of a channel on calibration images, `s = sqrt(a / w)`. There `w` is the range of the columns, here the
+share that they take of their grid: of the range of their row, or of the whole weight if that has one scale. (Columns of
+a depthwise layer share a scale with no other channel's, and `s = a` would cost them nothing. It was worse on images
+other than those that ranges came from: then every channel ends where those images did.)
 
 Both leave a network that computes the same (the ReLU but for three deviations). They depart from their papers where
 those stop at a residual connection: all layers that write into a stream or read it share its scales. A ReLU6 stays one,
@@ -119,22 +120,21 @@ def activation_scales(quant_model: QuantModel, channels: Channels, activations: 
         floor = (activations[own].max() / _MOST_STRETCHED).expand(len(own))
         ranges.scatter_reduce_(0, own, floor, "amax")
         shares.scatter_reduce_(0, own, _column_shares(quant_model.layers.get(name), len(own)), "amax")
-    # columns that nothing shares a scale with cost nothing: there the range of activations alone decides
-    scales = torch.where(shares > 0, (ranges / shares).sqrt(), ranges)
-    return torch.where((activations > 0) & ~channels.pinned, scales, 1.0)
+    alive = (activations > 0) & (shares > 0) & ~channels.pinned
+    return torch.where(alive, (ranges / shares).sqrt(), 1.0)
 
 
 def _column_shares(layer: QuantLayer | None, count: int) -> Tensor:
-    """`[count]`: what the columns of each input channel take of the weight's grids; 0 where no other shares these."""
+    """`[count]`: what the columns of each input channel take of the weight's grids, at most 1; 0 for dead channels.
+
+    A weight that stays in float has no grid: its columns all count as 1.
+    """
     if layer is None or layer.weight_quantizer is None:
-        return torch.zeros(count, dtype=torch.float64)
+        return torch.ones(count, dtype=torch.float64)
     largest = _largest(layer)
-    if layer.weight_quantizer.args.strategy == "tensor":
-        return (largest.amax(1) / largest.max()).flatten()
-    if largest.shape[2] == 1:
-        return torch.zeros(count, dtype=torch.float64)
-    rows = largest.amax(2, keepdim=True)
-    return torch.where(rows > 0, largest / rows, 0.0).amax(1).flatten()
+    whole = layer.weight_quantizer.args.strategy == "tensor"
+    grids = largest.max().expand_as(largest) if whole else largest.amax(2, keepdim=True).expand_as(largest)
+    return torch.where(grids > 0, largest / grids, 0.0).amax(1).flatten()
 
 
 def channel_ranges(quant_model: QuantModel, channels: Channels, images: ImageSet) -> Tensor:
