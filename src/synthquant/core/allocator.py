@@ -18,7 +18,7 @@ class Allocator:
     """The allocator of this process, which is glibc's on most of Linux and is left alone elsewhere.
 
     By default glibc returns every large block to the system when it is freed, so each step of an optimisation asks for
-    all its tensors' pages anew, and the system clears them: a fourth to a third of the processor time of inversion at
+    all its tensors' pages anew, and the system clears them: about a fifth of the processor time of inversion at
     224x224. Raising the size from which blocks are mapped on their own is not enough, as it may be 32 MiB at most.
     """
 
