@@ -13,7 +13,7 @@ other than those that ranges came from: then every channel ends where those imag
 
 Both leave a network that computes the same (the ReLU but for three deviations). They depart from their papers where
 those stop at a residual connection: all layers that write into a stream or read it share its scales. A ReLU6 stays one,
-with a bound for each channel, where the paper takes a ReLU.
+for `weights` with a bound for each channel, where the paper takes a ReLU; for `activations` it pins them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SWEEPS = 100
 _SMALLEST_CHANGE = 1e-3
 """Sweeps over the weights end when no factor changes by more than this share."""
 _DEVIATIONS = 3
-_MOST_STRETCHED = 64
+_MOST_STRETCHED = 8
 """How much wider than a channel the widest of its tensor may be taken to be: other images may move it more."""
 _TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, that rounding may make."""
@@ -69,8 +69,9 @@ def equalized(quant_model: QuantModel, kind: Equalize, images: ImageSet, progres
     float_model = quant_model.float_model
     module, folded = folded_copy(float_model)
     example = float_model.example_input(2)
-    # runtimes fuse a clip with one bound into the integer kernel before it, and one with many not
-    through_clips = quant_model.scheme.deploy != "full"
+    # Runtimes fuse a clip with one bound into the integer kernel before it, and one with many not. And a clip has made
+    # ranges of activations even: those of channels that are seldom active are not to be had from a few images.
+    through_clips = kind == "weights" and quant_model.scheme.deploy != "full"
     channels = Channels(module, trace(module, example), through_clips=through_clips)
     if bool(channels.pinned.all()):
         progress.warn(f"{float_model.name}: no channels can be scaled; quantize.equalize changes nothing")
