@@ -23,6 +23,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.nn.equalization import ChannelClip, Equalization
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
+from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.calibrate import CalibrationImages
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.rtn import Rtn
@@ -278,6 +279,7 @@ def test_activations_follow_the_equation_of_smoothquant(strategy: str) -> None:
 def test_a_checkpoint_brings_the_equalised_network_back(name: str, tmp_path: Path) -> None:
     model, quant_model, found = made(NETWORKS[name](), "weights" if name == "mobile" else "activations")
     Rtn(observer="minmax").apply(quant_model, small_images(), Rng(0))
+    correct_biases(quant_model, small_images())
     save_checkpoint(quant_model, tmp_path / "model")
     loaded = load_checkpoint(tmp_path / "model", float_model=model)
     images = model.example_input(4, seed=1)
