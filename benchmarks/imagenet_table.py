@@ -44,8 +44,7 @@ from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.bias_correction import correct_biases
-from synthquant.quantize.equalize import equalized
+from synthquant.pipeline import quantize
 from synthquant.recipe import QuantizeSection, SynthesizeSection, apply_overrides
 from zero_shot_matrix import settings_of, synthetic_images
 
@@ -275,12 +274,7 @@ def quantized(
     """The network as a row quantizes it; finished units lie in `work`."""
     section = section_of(row, args)
     work.mkdir(parents=True, exist_ok=True)
-    quant_model = equalized(QuantModel.build(model, section.scheme), section.equalize, images)
-    rng = Rng(row.seed).child("quantize")
-    report = section.build().apply(quant_model, images, rng, progress=ConsoleProgress(), workdir=work)
-    if section.bias_correction:
-        correct_biases(quant_model, images)
-    return quant_model, report
+    return quantize(model, section, images, row.seed, ConsoleProgress(), workdir=work)
 
 
 def estimate(row: Row, made: set[str], args: argparse.Namespace) -> float:

@@ -14,7 +14,7 @@ import json
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from synthquant.core.record import environment
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.evaluate.accuracy import evaluate_model
+from synthquant.methods import Equalize
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
@@ -73,8 +74,9 @@ def measured(
     preset, strategy = identity["scheme"], identity["strategy"]
     bits = int(preset[1])
     scheme = QuantScheme.parse({"preset": preset, "weights": {"num_bits": bits, "strategy": strategy}})
+    kind = cast(Equalize, identity["equalize"])
     start = time.process_time()
-    quant_model = equalized(QuantModel.build(model, scheme), identity["equalize"], calibration)  # type: ignore[arg-type]
+    quant_model = equalized(QuantModel.build(model, scheme), kind, calibration)
     seconds = time.process_time() - start
     Rtn().apply(quant_model, calibration, Rng(0))
     rows = []

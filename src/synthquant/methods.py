@@ -86,6 +86,20 @@ class UnitReport(Settings):
     """The loss at these iterations, for the report's curves."""
 
 
+class BiasCorrectionReport(Settings):
+    """What bias correction did."""
+
+    images: int
+    """Images over which outputs were averaged."""
+
+    layers: int
+    """Layers whose bias was corrected."""
+
+    left_out: tuple[str, ...] = ()
+    """Layers with quantized weights that were left as they are: the network runs them not exactly once for each image,
+    or their bias is no parameter of their own."""
+
+
 class QuantReport(Settings):
     """What a quantization step did, unit by unit."""
 
@@ -94,6 +108,9 @@ class QuantReport(Settings):
 
     units: tuple[UnitReport, ...] = ()
     """The units in execution order; empty for methods that do not reconstruct."""
+
+    bias_correction: BiasCorrectionReport | None = None
+    """What became of the biases after the method; none: they were not corrected."""
 
     @property
     def diverged(self) -> tuple[str, ...]:

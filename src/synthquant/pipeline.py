@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.measure import float_beside_quantized
-from synthquant.methods import MemoryBudget
+from synthquant.methods import MemoryBudget, QuantReport
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
@@ -163,7 +162,7 @@ def select(
 
 
 def quantize(
-    quant_model: QuantModel,
+    model: FloatModel,
     section: QuantizeSection,
     images: ImageSet,
     seed: int,
@@ -171,23 +170,25 @@ def quantize(
     *,
     workdir: Path | None = None,
     memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
-) -> dict[str, Any]:
-    """Quantize a network that `QuantModel.build` made with the scheme of `section`, in place.
+) -> tuple[QuantModel, QuantReport]:
+    """Do what `section` says: equalise, apply the method, correct biases; say what stays in floating point.
 
-    Returns:
-        What was done, as plain data: the fields of the method's `QuantReport`, and `bias_correction`.
+    With a `workdir` finished units are kept there, and the same call goes on after them.
 
     Raises:
+        SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
         DataError: no image can be read, or `workdir` holds units of another run.
+        UnsupportedModelError: equalised, the network computes something else.
     """
+    quant_model = equalized(QuantModel.build(model, section.scheme), section.equalize, images, progress)
+    if in_float := summarize(quant_model.coverage()).in_float:
+        progress.warn(in_float)
     report = section.build().apply(
         quant_model, images, Rng(seed).child("quantize"), progress=progress, workdir=workdir, memory=memory
     )
-    corrected = correct_biases(quant_model, images) if section.bias_correction else None
-    return {
-        **report.model_dump(mode="json"),
-        "bias_correction": None if corrected is None else corrected.model_dump(mode="json"),
-    }
+    if section.bias_correction:
+        report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
+    return quant_model, report
 
 
 def _note_model(folder: RunFolder, model: FloatModel) -> None:
@@ -264,27 +265,17 @@ def _quantize(folder: RunFolder, recipe: Recipe, model: FloatModel, images: Imag
         return load_checkpoint(folder.checkpoint, float_model=model)
     # A run that was killed after this stage comes here again; the units are then read from the working folder.
     with folder.stage("quantize") as metrics:
-        plain = QuantModel.build(model, recipe.quantize.scheme)
-        quant_model = equalized(plain, recipe.quantize.equalize, images, progress)
-        coverage = quant_model.coverage()
-        summary = summarize(coverage)
-        if summary.in_float:
-            progress.warn(summary.in_float)
-        metrics |= quantize(
-            quant_model,
-            recipe.quantize,
-            images,
-            recipe.seed,
-            progress,
-            workdir=folder.work,
-            memory=recipe.memory,
+        quant_model, report = quantize(
+            model, recipe.quantize, images, recipe.seed, progress, workdir=folder.work, memory=recipe.memory
         )
+        coverage = quant_model.coverage()
+        metrics |= report.model_dump(mode="json")
         given = recipe.images.source if isinstance(recipe.images, SourceSection) else "the images to quantize with"
         metrics |= say_what_was_read(images, progress, given)
         metrics |= {
             "scheme": recipe.quantize.scheme.describe(),
             "coverage": [asdict(row) for row in coverage],
-            "coverage_summary": asdict(summary),
+            "coverage_summary": asdict(summarize(coverage)),
         }
     before = folder.record.metrics("checkpoint", CheckpointMetrics).weights_sha256
     with folder.stage("checkpoint") as metrics:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from synthquant.core.modules import hooked
-from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
+from synthquant.methods import BiasCorrectionReport
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationImages
@@ -18,20 +18,6 @@ from synthquant.quantize.calibrate import CalibrationImages
 # All images go through the quantized network in one batch; this much for the largest output of a layer.
 _LARGEST_OUTPUT = 2**29
 _MOST_IMAGES = 256
-
-
-class BiasCorrectionReport(Settings):
-    """What bias correction did."""
-
-    images: int
-    """Images over which outputs were averaged."""
-
-    layers: int
-    """Layers whose bias was corrected."""
-
-    left_out: tuple[str, ...] = ()
-    """Layers with quantized weights that were left as they are: the network runs them not exactly once for each image,
-    or their bias is no parameter of their own."""
 
 
 @torch.no_grad()
