@@ -54,7 +54,8 @@ print(json.dumps([ALLOCATOR.state, usual, images()]))
 
 
 def _run(code: str, **variables: str) -> Any:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    own = ("GLIBC_TUNABLES", "LD_PRELOAD")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k not in own}
     line = [sys.executable, "-c", code]
     return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, env=inherited | variables).stdout)
 
