@@ -11,6 +11,7 @@ from tests.small_networks import calibrated_model, small_float_model, small_imag
 from synthquant.core.errors import UnsupportedModelError, VerificationError
 from synthquant.export.torch_program import TorchProgram
 from synthquant.models.open import open_model
+from synthquant.models.zoo import ZOO
 
 BRANCHING = """
 import torch
@@ -44,6 +45,17 @@ def test_a_program_is_the_network_with_integer_weights_and_any_batch(tmp_path: P
     tensors = [*program.state_dict.values(), *program.constants.values()]
     assert {torch.int8, torch.uint8} & {value.dtype for value in tensors}
     assert TorchProgram().verify(model, path, small_images())["loaded"]["agreement"] == 1
+
+
+@pytest.mark.parametrize("name", ZOO.names())
+def test_every_bundled_network_takes_any_batch(name: str) -> None:
+    model = open_model(f"zoo/{name}")
+    images = torch.rand(5, 3, 32, 32)
+    program = torch.export.export(
+        model.module, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+    )
+    with torch.no_grad():
+        assert torch.allclose(program.module()(images), model.module(images), rtol=1e-4, atol=1e-4)
 
 
 def test_another_network_fails_verification(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class CifarVisionTransformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits `[B, num_classes]` for images `[B, 3, 32, 32]`."""
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         x = self.norm(self.blocks(x))
         logits: torch.Tensor = self.head(x[:, 0])
         return logits
