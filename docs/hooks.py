@@ -16,7 +16,6 @@ KINDS = {
     "Synthesis": sq.SYNTHESIZERS,
     "Selection": sq.SELECTORS,
     "Quantization": sq.QUANTIZERS,
-    "Metrics": sq.METRICS,
     "Exporters": sq.EXPORTERS,
 }
 

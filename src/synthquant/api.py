@@ -29,7 +29,6 @@ from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.write import export_run
 from synthquant.methods import (
     EXPORTERS,
-    METRICS,
     QUANTIZERS,
     SELECTORS,
     SYNTHESIZERS,
@@ -54,7 +53,6 @@ __version__ = package_version()
 
 __all__ = [
     "EXPORTERS",
-    "METRICS",
     "QUANTIZERS",
     "SELECTORS",
     "SYNTHESIZERS",

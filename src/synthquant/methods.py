@@ -251,14 +251,6 @@ class QuantStep(Protocol):
         ...
 
 
-class Metric(Protocol):
-    """Measures a quantized model beside its float model."""
-
-    def measure(self, quant_model: QuantModel, images: ImageSet, *, progress: Progress = QUIET) -> dict[str, float]:
-        """Return named numbers."""
-        ...
-
-
 class Exporter(Protocol):
     """Writes a quantized model in a form that something else loads."""
 
@@ -283,5 +275,4 @@ _HOME = "synthquant.api"
 SYNTHESIZERS: Registry[type[Synthesizer]] = Registry("synthesis method", home=_HOME)
 SELECTORS: Registry[type[Selector]] = Registry("selection method", home=_HOME)
 QUANTIZERS: Registry[type[QuantStep]] = Registry("quantization method", home=_HOME)
-METRICS: Registry[type[Metric]] = Registry("metric", home=_HOME)
 EXPORTERS: Registry[type[Exporter]] = Registry("exporter", home=_HOME)

@@ -143,11 +143,17 @@ def test_show_tells_range_and_default(synthquant: Command) -> None:
     assert "tuning (FewShotTuning | None) = None" in synthquant("show", "text_to_image").out
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "synthesize", "select", "quantize", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "run", "synthesize", "select", "quantize"])
 def test_commands_that_compute_take_the_common_options(synthquant: Command, command: str) -> None:
     outcome = synthquant(command, "--help")
     assert outcome.status == 0
     assert all(option in outcome.out for option in ("--device", "--seed", "--set FIELD=VALUE", "--json"))
+
+
+def test_evaluate_has_no_seed_for_it_draws_nothing(synthquant: Command) -> None:
+    outcome = synthquant("evaluate", "--help")
+    assert all(option in outcome.out for option in ("--device", "--set FIELD=VALUE", "--json"))
+    assert "--seed" not in outcome.out
 
 
 def test_help_and_version_of_the_whole(synthquant: Command) -> None:

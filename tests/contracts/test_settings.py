@@ -12,11 +12,11 @@ import pytest
 
 import synthquant
 from synthquant.core.settings import Settings
-from synthquant.methods import EXPORTERS, METRICS, QUANTIZERS, SELECTORS, SYNTHESIZERS
+from synthquant.methods import EXPORTERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 
 METHODS = {
     f"{registry.kind}: {name}": cls
-    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, METRICS, EXPORTERS)
+    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, EXPORTERS)
     for name, cls in registry.items()
 }
 

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from synthquant.data.image_set import ImageSet
-from synthquant.data.quality import check_images
-from synthquant.data.scan import ImageScan
+from synthquant.data.scan import ImageScan, QualityReport
+
+
+def report_of(image_set: ImageSet, batch_size: int = 256) -> QualityReport:
+    scan = ImageScan()
+    for batch in image_set.batches(batch_size):
+        scan.add(batch.images, batch.indices)
+    return scan.report()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16"])
@@ -17,7 +23,7 @@ def test_each_kind_is_found(dtype: str) -> None:
     images[5] = (images[5] > 0.5).float()
     images[6] = images[0].flip(0)  # the same values in another order are no duplicate
     image_set = ImageSet.from_tensors(images, dtype="uint8" if dtype == "uint8" else "float16")
-    report = check_images(image_set, batch_size=3)
+    report = report_of(image_set, batch_size=3)
     assert report.count == 8
     assert report.black == (1,)
     assert report.constant == (2,)
@@ -31,17 +37,17 @@ def test_nan_and_infinity() -> None:
     images = torch.rand(4, 3, 4, 4) * 2
     images[1, 2, 3, 3] = float("nan")
     images[3, 0, 0, 0] = float("-inf")
-    report = check_images(ImageSet.from_tensors(images))
+    report = report_of(ImageSet.from_tensors(images))
     assert report.nan == (1, 3)
 
 
 def test_nothing_wrong_says_nothing() -> None:
-    report = check_images(ImageSet.from_tensors(torch.rand(5, 3, 4, 4)))
+    report = report_of(ImageSet.from_tensors(torch.rand(5, 3, 4, 4)))
     assert report.warnings() == []
 
 
 def test_long_lists_are_cut_in_warnings() -> None:
-    report = check_images(ImageSet.from_tensors(torch.zeros(9, 3, 4, 4)))
+    report = report_of(ImageSet.from_tensors(torch.zeros(9, 3, 4, 4)))
     assert report.warnings()[0] == "9 of 9 images are black: 0, 1, 2, 3, 4, ..."
 
 

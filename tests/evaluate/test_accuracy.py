@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from tests.small_networks import calibrated_model, small_float_model, small_images
 from torch import Tensor, nn
 
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.ranking import top_classes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
-from synthquant.evaluate.accuracy import Accuracy, compare_logits, evaluate_model, wilson_interval
+from synthquant.evaluate.accuracy import compare_logits, evaluate_model, wilson_interval
 from synthquant.export.compare import difference
 
 
@@ -158,19 +156,6 @@ def test_evaluate_model_end_to_end() -> None:
     )
     assert again.agreement == 0.0 and again.recovery == 0.0
     assert again.row("x")["interval"] == list(wilson_interval(0, 5))
-
-
-def test_the_metric_gives_shares(tmp_path: Path) -> None:
-    model = calibrated_model(small_float_model(tmp_path))
-    evaluation = evaluate_model(model, model.float_model.preprocess, small_images())
-    assert Accuracy(batch_size=5).measure(model, small_images()) == {
-        "top1": evaluation.top1,
-        "top5": evaluation.top5,
-        "count": 12,
-    }
-    unlabelled = ImageSet.from_tensors(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
-    with pytest.raises(DataError, match="no labels"):
-        Accuracy().measure(model, unlabelled)
 
 
 def test_evaluate_model_refuses_what_is_not_a_classifier() -> None:

@@ -16,7 +16,7 @@ from synthquant.core.errors import DataError, ModelError
 from synthquant.core.modules import hooked
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import model_inputs
-from synthquant.evaluate.agreement import LayerSqnr, SqnrRow, measure_sqnr
+from synthquant.evaluate.agreement import SqnrRow, measure_sqnr
 from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
 
@@ -118,12 +118,6 @@ def test_a_loaded_model_needs_the_float_one(model: QuantModel) -> None:
 def test_no_images_is_an_error(model: QuantModel) -> None:
     with pytest.raises(DataError, match="no image to measure the layers with: 0 in the set"):
         measure_sqnr(model, ImageSet.from_tensors(torch.zeros(0, 3, 16, 16, dtype=torch.uint8)))
-
-
-def test_the_metric_names_layer_and_ratio(model: QuantModel) -> None:
-    rows = measure_sqnr(model, small_images(4), count=3)
-    values = LayerSqnr(count=3).measure(model, small_images(4))
-    assert len(values) == 4 * len(rows) and values["up.cumulative"] == {row.name: row for row in rows}["up"].cumulative
 
 
 def test_rows_are_json(model: QuantModel) -> None:

@@ -20,8 +20,9 @@ from synthquant.select.batch_norm import (
     BatchNormProbe,
     BatchNormSensitivity,
     Spread,
-    set_distance,
+    layer_gaps,
     set_sensitivity,
+    totals,
 )
 from synthquant.select.scan import scan
 
@@ -65,11 +66,11 @@ def test_the_distance_of_a_set_is_that_of_its_forward_pass(
     model: FloatModel, probed: tuple[BatchNormProbe, Tensor, Tensor], spread: Spread
 ) -> None:
     probe, table, inputs = probed
-    assert set_distance(table, probe.norms, spread) == pytest.approx(
+    assert layer_gaps(*totals(table), len(table), probe.norms, spread).sum().item() == pytest.approx(
         distance_of(model.module, inputs, spread), rel=1e-5
     )
     some = torch.tensor([1, 4, 12])
-    assert set_distance(table[some], probe.norms, spread) == pytest.approx(
+    assert layer_gaps(*totals(table[some]), 3, probe.norms, spread).sum().item() == pytest.approx(
         distance_of(model.module, inputs[some], spread), rel=1e-5
     )
 

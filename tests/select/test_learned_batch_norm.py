@@ -18,7 +18,7 @@ from synthquant.data.sources import open_images
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, LearnedBatchNormDistance, run_filters
-from synthquant.select.batch_norm import BatchNormProbe, gap_norms, set_distance, set_sensitivity
+from synthquant.select.batch_norm import BatchNormProbe, gap_norms, layer_gaps, set_sensitivity, totals
 from synthquant.select.corruptions import CORRUPTIONS, Corruption, corrupt
 from synthquant.select.learned_batch_norm import learn_weights
 from synthquant.select.scan import scan
@@ -105,7 +105,7 @@ def test_with_all_weights_alike_it_is_the_sensitivity_of_genq(model: FloatModel)
         sums, squares = rows.double().sum(0).chunk(2)
         return float(gap_norms(sums, squares, len(rows), probe.norms) @ weights)
 
-    assert distance(table) != pytest.approx(set_distance(table, probe.norms))
+    assert distance(table) != pytest.approx(layer_gaps(*totals(table), len(table), probe.norms).sum().item())
     slow = [distance(table) - distance(torch.cat([table[:i], table[i + 1 :]])) for i in range(9)]
     assert set_sensitivity(table, probe.norms, weights=weights).tolist() == pytest.approx(slow, abs=1e-9)
 

@@ -15,7 +15,7 @@ from synthquant.core.errors import UnknownNameError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.registry import Registry
 from synthquant.core.settings import Settings, allowed_range
-from synthquant.methods import EXPORTERS, METRICS, QUANTIZERS, SELECTORS, SYNTHESIZERS
+from synthquant.methods import EXPORTERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.models.zoo import ZOO
 from synthquant.report.html import write_report
 
@@ -25,7 +25,6 @@ _METHODS: dict[str, Registry[Any]] = {
     "synthesize": SYNTHESIZERS,
     "select": SELECTORS,
     "quantize": QUANTIZERS,
-    "metrics": METRICS,
     "export": EXPORTERS,
 }
 

@@ -111,13 +111,12 @@ def evaluate(
     trust_code: options.TrustCode = False,
     runtime: Runtime = None,
     device: options.Device = options.DEVICE,
-    seed: options.Seed = options.SEED,
     settings: options.Set = None,
     json: options.Json = False,
 ) -> None:
     """Measure a network, a run's quantized network or an exported file on labelled images.
 
-    --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32. The seed changes nothing.
+    --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32.
     """
     values = apply_overrides({"data": data, "max_pixels": max_pixels}, settings or [])
     section = parse_settings(EvaluateSection, values, "command line")

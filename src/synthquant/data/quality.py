@@ -7,21 +7,10 @@ from typing import Any
 
 from synthquant.core.progress import Progress
 from synthquant.data.image_set import ImageSet
-from synthquant.data.scan import ImageScan, QualityReport
+from synthquant.data.scan import ImageScan
 
 _LOOKED_AT = 1024
 _LOOKED_AT_TOGETHER = 64
-
-
-def check_images(image_set: ImageSet, batch_size: int = 256) -> QualityReport:
-    """Return the positions of black, constant, not finite, duplicate and saturated images.
-
-    Broken images are not among them: they are noted in `image_set.set_aside`.
-    """
-    scan = ImageScan()
-    for batch in image_set.batches(batch_size):
-        scan.add(batch.images, batch.indices)
-    return scan.report()
 
 
 def warn_of_suspicious(images: ImageSet, progress: Progress, source: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,11 +17,8 @@ from synthquant.core.errors import DataError, InputError
 from synthquant.core.modules import eval_mode
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.ranking import top_classes
-from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess, input_batches
-from synthquant.methods import METRICS
-from synthquant.nn.quant_model import QuantModel
 
 _Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
@@ -85,32 +81,6 @@ class Evaluation:
             "non_finite": self.non_finite,
             "seconds": self.seconds,
         }
-
-
-@METRICS.register("accuracy")
-class Accuracy(Settings):
-    """Share of images whose label is the top class, or one of the top five."""
-
-    batch_size: int = Field(default=64, ge=1)
-    """Images per forward pass."""
-
-    def measure(self, quant_model: QuantModel, images: ImageSet, *, progress: Progress = QUIET) -> dict[str, float]:
-        """Return `top1` and `top5` (0..1) on labelled `images`, and `count`.
-
-        Raises:
-            DataError: the images have no labels, or labels of other classes.
-        """
-        found = evaluate_model(
-            quant_model,
-            quant_model.float_model.preprocess,
-            images,
-            batch_size=self.batch_size,
-            device=quant_model.device,
-            progress=progress,
-        )
-        if found.top1 is None or found.top5 is None:
-            raise DataError("the images have no labels: accuracy cannot be measured")
-        return {"top1": found.top1, "top5": found.top5, "count": found.count}
 
 
 @torch.no_grad()

@@ -13,16 +13,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from synthquant.core.errors import DataError, ModelError
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
-from synthquant.methods import METRICS
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.inputs import input_quantizer_name
@@ -48,28 +45,6 @@ class SqnrRow:
     def row(self) -> dict[str, Any]:
         """Return the JSON row of the SQNR table in `run.json`."""
         return asdict(self)
-
-
-@METRICS.register("layer_sqnr")
-class LayerSqnr(Settings):
-    """Signal-to-quantization-noise ratio of every quantized layer, by itself and in the quantized network."""
-
-    count: int = Field(default=64, ge=1)
-    """How many images to use, evenly spaced over the set."""
-
-    batch_size: int = Field(default=8, ge=1)
-    """Images per pass; the float outputs of all layers for one batch are held in memory."""
-
-    def measure(self, quant_model: QuantModel, images: ImageSet, *, progress: Progress = QUIET) -> dict[str, float]:
-        """Return `LAYER.RATIO` [dB] for the ratios of `SqnrRow` that there are; labels are not needed.
-
-        Raises:
-            DataError: no image could be read.
-            ModelError: `quant_model` was loaded from a checkpoint.
-        """
-        rows = measure_sqnr(quant_model, images, count=self.count, batch_size=self.batch_size, progress=progress)
-        values = {f"{row.name}.{key}": value for row in rows for key, value in row.row().items() if key != "name"}
-        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass

@@ -8,10 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings
-from synthquant.data.image_set import ImageSet
-from synthquant.methods import METRICS
 from synthquant.nn.coverage import FLOAT_BITS
 from synthquant.nn.quant_model import QuantModel
 
@@ -29,15 +25,6 @@ class Cost:
     def row(self) -> dict[str, Any]:
         """Return the columns of the accuracy table in `run.json` that are about cost."""
         return {"size_bytes": self.size_bytes, "bit_operations": self.bit_operations}
-
-
-@METRICS.register("cost")
-class CostMetric(Settings):
-    """Bytes of the network and bit operations of one image."""
-
-    def measure(self, quant_model: QuantModel, images: ImageSet, *, progress: Progress = QUIET) -> dict[str, float]:
-        """Return `size_bytes` and `bit_operations`; the images do not matter."""
-        return quantized_cost(quant_model).row()
 
 
 def quantized_cost(quant_model: QuantModel) -> Cost:

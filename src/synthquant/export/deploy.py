@@ -113,7 +113,6 @@ class DeployQuantizer(ActivationQuantizer):
     """An activation quantizer that goes through integer codes."""
 
     operators: Operators
-    deploy_name: str
     deploy_scale: Tensor
     deploy_zero_point: Tensor
     deploy_low: Tensor | None

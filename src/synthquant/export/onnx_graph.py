@@ -93,11 +93,6 @@ def pack_weights(model: ir.Model) -> int:
     return count
 
 
-def weight_nodes(model: ir.Model) -> dict[str, ir.Node]:
-    """The DequantizeLinear of each layer's weight, by layer."""
-    return {node.metadata_props[LAYER_KEY]: node for node in model.graph if LAYER_KEY in node.metadata_props}
-
-
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Enter an array as an initialiser of its own, whatever others are called."""
     unique, count = name, 1

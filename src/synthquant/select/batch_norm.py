@@ -147,14 +147,6 @@ def layer_gaps(sums: Tensor, squares: Tensor, images: int, norms: BatchNorms, sp
     return means + spreads
 
 
-def set_distance(table: Tensor, norms: BatchNorms, spread: Spread = "variance") -> float:
-    """Return the distance of a set to the batch norms, `sum_l` of `layer_gaps` (GenQ, arXiv:2312.05272, Eq. 6).
-
-    `table` is `[B, 2C]`, the rows of a `BatchNormProbe` for the images of the set.
-    """
-    return float(layer_gaps(*totals(table), len(table), norms, spread).sum())
-
-
 def set_sensitivity(
     table: Tensor, norms: BatchNorms, spread: Spread = "variance", weights: Tensor | None = None
 ) -> Tensor:

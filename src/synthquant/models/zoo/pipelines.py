@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from synthquant.core.errors import ModelError, UnknownNameError
+from synthquant.core.errors import UnknownNameError
 
 PIPELINES = {
     "cifar10-ddpm": "unconditional denoiser of 32x32 images, a diffusers DDIMPipeline",
@@ -30,15 +28,3 @@ def pipeline_folder(name: str) -> Path:
     if name not in installed_pipelines():
         raise UnknownNameError("bundled diffusion model", name, installed_pipelines())
     return _FOLDER / name
-
-
-def pipeline_card(name: str) -> dict[str, Any]:
-    """Return how the diffusion model was trained and what it reached.
-
-    Raises `UnknownNameError` as `pipeline_folder` does, and `ModelError` if the card is missing.
-    """
-    path = pipeline_folder(name) / "card.json"
-    if not path.is_file():
-        raise ModelError(f"the card of {name} is missing at {path}; install synthquant again")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return card
