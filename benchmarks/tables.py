@@ -3,7 +3,7 @@
     python benchmarks/tables.py
 
 Numbers in the documentation come from here only: text between `<!-- results:NAME -->` and `<!-- /results -->` in
-README.md is replaced.
+README.md and in the export guide is replaced.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import generated_tables
 import imagenet_page
 import robustness_table
+from synthquant.export.presets import PRESETS
+from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 
 ROOT = Path(__file__).parent.parent
 ZOO = ROOT / "src" / "synthquant" / "models" / "zoo"
@@ -361,12 +363,26 @@ def main() -> None:
     networks = load("imagenet")
     (folder / "imagenet.md").write_text(imagenet_page.page(networks, table))
     imagenet = imagenet_page.promise(networks, table)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, content in (("demo", demo()), ("zero_shot", promise()), ("imagenet", imagenet)):
+    fill(ROOT / "README.md", {"demo": demo(), "zero_shot": promise(), "imagenet": imagenet})
+    fill(ROOT / "docs" / "guides" / "export.md", {"kinds": kinds()})
+
+
+def fill(page: Path, contents: dict[str, str]) -> None:
+    """Replace what stands between the marks of a page."""
+    text = page.read_text()
+    for name, content in contents.items():
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results -->)", re.DOTALL)
         text = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
-    readme.write_text(text)
+    page.write_text(text)
+
+
+def kinds() -> str:
+    """The export guide's table: which preset takes which kind of activation quantizer."""
+    body = [
+        [f"`{kind}`", *("yes" if preset.takes(kind) else "no" for preset in PRESETS.values())]
+        for kind in QUANTIZER_KINDS.names()
+    ]
+    return table(["kind", *(f"`{name}`" for name in PRESETS)], body)
 
 
 def demo() -> str:

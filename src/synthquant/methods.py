@@ -261,6 +261,10 @@ class Exporter(Protocol):
         """
         ...
 
+    def check(self, quant_model: QuantModel) -> None:
+        """Raise `SchemeError` if this form cannot express the scheme; asked before anything is quantized."""
+        ...
+
     def verify(
         self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
     ) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from synthquant.data.store import JOURNAL_NAME
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.export.onnx import Onnx
 from synthquant.measure import float_beside_quantized
 from synthquant.methods import MemoryBudget, QuantReport
 from synthquant.models.class_labels import classes_of, in_classes_of
@@ -90,6 +91,8 @@ def _do_stages(folder: RunFolder, recipe: Recipe, device: str, progress: Progres
         _require_labels(real, recipe.evaluate.data, model, progress)
     if recipe.select is not None:
         require_supported(recipe.select.build(), model)
+    if recipe.quantize.export_preset is not None and not folder.is_done("checkpoint"):
+        _build(model, recipe.quantize)
     require_space(folder.path, _space(folder, recipe, model))
     write_recipe(folder, recipe)
     _note_model(folder, model)
@@ -176,11 +179,11 @@ def quantize(
     With a `workdir` finished units are kept there, and the same call goes on after them.
 
     Raises:
-        SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
+        SchemeError: the scheme quantizes nothing, a pattern matches nothing, or it is not one for `export_preset`.
         DataError: no image can be read, or `workdir` holds units of another run.
         UnsupportedModelError: equalised, the network computes something else.
     """
-    quant_model = equalized(QuantModel.build(model, section.scheme), section.equalize, images, progress)
+    quant_model = equalized(_build(model, section), section.equalize, images, progress)
     if in_float := summarize(quant_model.coverage()).in_float:
         progress.warn(in_float)
     report = section.build().apply(
@@ -189,6 +192,14 @@ def quantize(
     if section.bias_correction:
         report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
     return quant_model, report
+
+
+def _build(model: FloatModel, section: QuantizeSection) -> QuantModel:
+    """The network that is to be quantized; raises `SchemeError` if it is meant for a preset that cannot express it."""
+    quant_model = QuantModel.build(model, section.scheme)
+    if section.export_preset is not None:
+        Onnx(preset=section.export_preset).check(quant_model)
+    return quant_model
 
 
 def _note_model(folder: RunFolder, model: FloatModel) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
 from synthquant.core.plain_yaml import LONGEST, parse_yaml
@@ -29,6 +29,7 @@ from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
+from synthquant.export.presets import find_preset
 from synthquant.methods import (
     QUANTIZERS,
     SELECTORS,
@@ -139,8 +140,16 @@ class QuantizeSection(Settings):
     (ranges on the images against those of weights, whole residual streams alike) or `none`."""
     bias_correction: bool = False
     """Take the mean error that rounded weights make at each layer's output out of its bias (DFQ, arXiv:1906.04721)."""
+    export_preset: str | None = None
+    """Preset of `synthquant export --to onnx` that the network is meant for: what it cannot express is refused before
+    anything is made; none: no check."""
     settings: dict[str, Any]
     """All fields of the method; written beside `method` in a recipe."""
+
+    @field_validator("export_preset")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return None if value is None else find_preset(value).name
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> QuantizeSection:

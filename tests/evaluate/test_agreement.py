@@ -17,7 +17,6 @@ from synthquant.core.modules import hooked
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import model_inputs
 from synthquant.evaluate.agreement import SqnrRow, measure_sqnr
-from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
 
 
@@ -56,7 +55,7 @@ def test_all_ratios_match_one_layer_at_a_time(model: QuantModel) -> None:
     assert list(rows) == list(model.layers)
     for name, layer in model.layers.items():
         row = rows[name]
-        quantizer = model.quantizers[str(input_quantizer_name(model, name))]
+        quantizer = model.quantizers[model.reads[name]]
         assert layer.weight_quantizer is not None
         assert row.weights == pytest.approx(decibels(layer.float_weight, layer.weight_quantizer()), abs=1e-3)
         assert row.activations == pytest.approx(decibels(float_inputs[name], quantizer(float_inputs[name])), abs=1e-3)
@@ -75,7 +74,7 @@ def test_cumulative_is_the_network_quantized_up_to_the_layer(model: QuantModel) 
         _, float_outputs = watch(model, inputs)
         for name, layer in model.layers.items():
             layer.weights_enabled = True
-            model.quantizers[str(input_quantizer_name(model, name))].enabled = True
+            model.quantizers[model.reads[name]].enabled = True
             _, outputs = watch(model, inputs)
             assert rows[name].cumulative == pytest.approx(decibels(float_outputs[name], outputs[name]), abs=1e-3)
 

@@ -10,12 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.damage import same_or_refused
+from tests.nn.networks import Network, float_model
 from tests.small_networks import calibrated_model, small_float_model
 
 from synthquant.core.errors import ModelError, OutputError
 from synthquant.core.files import read_sealed_json, sha256_file, write_json, write_sealed_json
 from synthquant.evaluate.cost import quantized_cost
-from synthquant.export.checkpoint import CONFIG_NAME, WEIGHTS_NAME, Checkpoint, load_checkpoint, save_checkpoint
+from synthquant.export.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+    checkpoint_hash,
+    load_checkpoint,
+    save_checkpoint,
+)
 from synthquant.nn.quant_model import QuantModel
 
 SCHEMES = [
@@ -244,3 +252,13 @@ def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     (folder / CONFIG_NAME).write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match=CONFIG_NAME):
         load_checkpoint(folder, trust_code=True)
+
+
+def test_a_checkpoint_of_an_earlier_release_gives_the_logits_that_it_gave() -> None:
+    """`checkpoint_v2` was written before quantizers had kinds and weights sources."""
+    folder = Path(__file__).parent / "checkpoint_v2"
+    loaded = load_checkpoint(folder, float_model=float_model(Network(), size=16))
+    with torch.no_grad():
+        logits = loaded(torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16))
+    assert logits[0].tolist() == pytest.approx(json.loads((folder / "logits.json").read_text()), abs=1e-4)
+    assert sha256_file(folder / WEIGHTS_NAME) == checkpoint_hash(loaded)

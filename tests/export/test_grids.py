@@ -11,7 +11,7 @@ from synthquant.core.errors import SchemeError
 from synthquant.export.deploy import Arithmetic
 from synthquant.export.grids import WeightGrid, activation_grid, exact_bias_scale, weight_grid
 from synthquant.export.presets import PRESETS
-from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
 
@@ -30,8 +30,8 @@ def weights(layout: WeightLayout, shift: float = 0.0, **args: Any) -> WeightQuan
     return quantizer
 
 
-def activation(bits: int, scale: float, zero_point: int, symmetric: bool = False) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(QuantArgs(num_bits=bits, symmetric=symmetric))
+def activation(bits: int, scale: float, zero_point: int, symmetric: bool = False) -> AffineQuantizer:
+    quantizer = AffineQuantizer(QuantArgs(num_bits=bits, symmetric=symmetric))
     quantizer.set_grid(torch.tensor([scale]), torch.tensor([float(zero_point)]))
     return quantizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from synthquant.core.errors import UnknownNameError
-from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.functional import fake_quantize
 from synthquant.nn.observers import ActivationHistogram
 from synthquant.nn.scheme import QuantArgs
@@ -16,14 +16,14 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def ready(bits: int = 4, scale: float = 0.2, zero_point: float = 8.0) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(QuantArgs(num_bits=bits))
+def ready(bits: int = 4, scale: float = 0.2, zero_point: float = 8.0) -> AffineQuantizer:
+    quantizer = AffineQuantizer(QuantArgs(num_bits=bits))
     quantizer.set_grid(torch.tensor([scale]), torch.tensor([zero_point]))
     return quantizer
 
 
 def test_used_too_early_or_calibrated_from_nothing() -> None:
-    quantizer = ActivationQuantizer(QuantArgs(num_bits=4))
+    quantizer = AffineQuantizer(QuantArgs(num_bits=4))
     with pytest.raises(RuntimeError, match="before it was calibrated"):
         quantizer(normal(3))
     with pytest.raises(RuntimeError, match="saw no data"):
@@ -34,14 +34,14 @@ def test_used_too_early_or_calibrated_from_nothing() -> None:
 
 
 def test_observes_without_quantizing_then_calibrates() -> None:
-    quantizer = ActivationQuantizer(QuantArgs(num_bits=8))
-    quantizer.histogram = ActivationHistogram()
+    quantizer = AffineQuantizer(QuantArgs(num_bits=8))
+    quantizer.watcher = ActivationHistogram()
     x = normal(4, 5)
     for first_pass in (True, False):
-        quantizer.observing_range = first_pass
+        quantizer.watching_range = first_pass
         assert quantizer(x) is x
     quantizer.calibrate("minmax")
-    assert quantizer.histogram is None and quantizer.calibrated
+    assert quantizer.watcher is None and quantizer.calibrated
     low, high = float(x.min()), float(x.max())
     assert float(quantizer.scale) == pytest.approx((high - low) / 255)
     assert float((quantizer(x) - x).abs().max()) <= float(quantizer.scale) * 0.51
@@ -50,18 +50,18 @@ def test_observes_without_quantizing_then_calibrates() -> None:
 def test_the_scheme_s_observer_wins_over_the_method_s() -> None:
     scales = []
     for args in (QuantArgs(num_bits=2, observer="minmax"), QuantArgs(num_bits=2)):
-        quantizer = ActivationQuantizer(args)
-        quantizer.histogram = ActivationHistogram()
-        quantizer.observing_range = True
+        quantizer = AffineQuantizer(args)
+        quantizer.watcher = ActivationHistogram()
+        quantizer.watching_range = True
         quantizer(normal(500))
-        quantizer.observing_range = False
+        quantizer.watching_range = False
         quantizer(normal(500))
         quantizer.calibrate("genie")
         scales.append(float(quantizer.scale))
     assert scales[0] > scales[1]
-    quantizer.histogram = ActivationHistogram()
-    quantizer.histogram.observe_range(normal(3))
-    quantizer.histogram.observe(normal(3))
+    quantizer.watcher = ActivationHistogram()
+    quantizer.watcher.observe_range(normal(3))
+    quantizer.watcher.observe(normal(3))
     with pytest.raises(UnknownNameError, match="unknown observer"):
         quantizer.calibrate("gennie")
 
@@ -100,7 +100,7 @@ def test_lsq_gradient_scale(symmetric: bool, zero_point: float, largest: int) ->
     """LSQ (arXiv:1902.08153): `1 / sqrt(N Q_P)`, `Q_P = 2**(b - 1) - 1` for signed data and `2**b - 1` for unsigned."""
     found = []
     for scaled in (False, True):
-        quantizer = ActivationQuantizer(QuantArgs(num_bits=4, symmetric=symmetric))
+        quantizer = AffineQuantizer(QuantArgs(num_bits=4, symmetric=symmetric))
         quantizer.set_grid(torch.tensor([0.2]), torch.tensor([zero_point]))
         quantizer.learning, quantizer.lsq_gradient_scale = True, scaled
         quantizer.scale.requires_grad_(True)
@@ -115,6 +115,6 @@ def test_grids_stay_legal() -> None:
     assert float(quantizer.zero_point) == 15
     with torch.no_grad():
         quantizer.scale.fill_(-1.0)
-    quantizer.keep_positive()
+    quantizer.keep_legal()
     assert float(quantizer.scale) > 0
     assert "4 bits, calibrated" in repr(quantizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.observers import OBSERVERS, ActivationHistogram, Samples
 from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
@@ -54,10 +54,10 @@ def test_weights_need_no_zero_and_activations_do() -> None:
     weights = WeightQuantizer(WeightLayout((1, 50)), QuantArgs(num_bits=4, strategy="channel"))
     weights.calibrate(values[None], "minmax")
     assert float(weights.scale) == pytest.approx(1 / 15) and float(weights.zero_point) == -15
-    activations = ActivationQuantizer(QuantArgs(num_bits=4))
-    activations.histogram, activations.headroom = ActivationHistogram(), 1.5
-    activations.histogram.observe_range(values)
-    activations.histogram.observe(values)
+    activations = AffineQuantizer(QuantArgs(num_bits=4))
+    activations.watcher, activations.headroom = ActivationHistogram(), 1.5
+    activations.watcher.observe_range(values)
+    activations.watcher.observe(values)
     activations.calibrate("minmax")
     assert float(activations.scale) == pytest.approx(1.5 * 2 / 15) and float(activations.zero_point) == 0
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tests.small_networks import small_float_model
 
-from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 
 
 def test_names_own_shared_and_block_entry_quantizers(tmp_path: Path) -> None:
     model = QuantModel.build(small_float_model(tmp_path), "W4A4")
-    found = {name: input_quantizer_name(model, name) for name in model.layers}
+    found = model.reads
+    assert found.keys() == model.layers.keys()
     assert found["stem"] == "stem.input_quantizer"
     assert found["blocks.0.conv1"] == "blocks.0.input_quantizer"  # the identity shortcut reads the same tensor
     assert found["blocks.0.conv2"] == "blocks.0.conv2.input_quantizer"
@@ -23,4 +23,4 @@ def test_names_own_shared_and_block_entry_quantizers(tmp_path: Path) -> None:
 
 def test_float_inputs_have_none(tmp_path: Path) -> None:
     model = QuantModel.build(small_float_model(tmp_path), QuantScheme.parse("W4A16"))
-    assert {input_quantizer_name(model, name) for name in model.layers} == {None}
+    assert not model.reads

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from synthquant.core.errors import ModelError, UnsupportedModelError
 from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.layers import QuantBlock, QuantLayer, quantize_block, quantize_layer, weight_layout
 from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightQuantizer
@@ -23,8 +24,8 @@ class PaddedConv(nn.Conv2d):
         return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
-def coarse(scale: float = 0.5) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(QuantArgs(num_bits=4))
+def coarse(scale: float = 0.5) -> AffineQuantizer:
+    quantizer = AffineQuantizer(QuantArgs(num_bits=4))
     quantizer.set_grid(torch.tensor([scale]), torch.tensor([8.0]))
     return quantizer
 

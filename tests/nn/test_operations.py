@@ -12,14 +12,14 @@ from torch.nn import functional as F
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.models.trace import trace
-from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.layers import QuantLayer, quantize_layer
 from synthquant.nn.operations import QuantScope, activation_quantizers, watch_operations
 from synthquant.nn.scheme import QuantArgs
 
 
-def quantizer(scale: float) -> ActivationQuantizer:
-    made = ActivationQuantizer(QuantArgs(num_bits=8))
+def quantizer(scale: float) -> AffineQuantizer:
+    made = AffineQuantizer(QuantArgs(num_bits=8))
     made.set_grid(torch.tensor([scale]), torch.tensor([128.0]))
     return made
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from synthquant.core.errors import SchemeError, UnsupportedModelError
-from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 
@@ -33,7 +32,7 @@ def test_residual_network() -> None:
         "mean_0": 8,  # the last layer reads it
         "fc.output_quantizer": 8,
     }
-    assert {name: input_quantizer_name(model, name) for name in model.layers} == {
+    assert {name: model.reads.get(name) for name in model.layers} == {
         "stem": "stem.input_quantizer",
         "blocks.0.conv1": "relu_0",
         "blocks.1.conv1": "blocks.0.relu_0",
@@ -120,7 +119,7 @@ def test_gates_and_activations_that_are_not_fused() -> None:
         "mul_1",  # pooled, flattened and read by the classifier on the same grid
         "fc.output_quantizer",
     ]
-    assert input_quantizer_name(model, "fc") == "mul_1"
+    assert model.reads.get("fc") == "mul_1"
 
 
 class TokenBlock(nn.Module):

@@ -73,7 +73,7 @@ def test_activation_ranges_are_those_of_the_network_asked_for() -> None:
                 model(batch)
         values = torch.cat(inputs)
         quantizer = model.layers["fc"].input_quantizer
-        assert quantizer is not None and quantizer.calibrated and quantizer.histogram is None
+        assert quantizer is not None and quantizer.calibrated and quantizer.watcher is None
         span = float(values.max().clamp(min=0) - values.min().clamp(max=0))
         assert float(quantizer.scale) == pytest.approx(span / quantizer.top, rel=1e-5)
         seen[quantized] = [float(model.quantizers["stem.input_quantizer"].scale), float(quantizer.scale)]
@@ -117,7 +117,7 @@ def test_an_unfinished_calibration_leaves_no_observer_behind() -> None:
     model.layers["fc"].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrate_activations(model, images, 20, "genie", quantized_weights=True)
-    assert all(quantizer.histogram is None for quantizer in model.quantizers.values())
+    assert all(quantizer.watcher is None for quantizer in model.quantizers.values())
     assert all(layer.weights_enabled for layer in model.layers.values())
 
 

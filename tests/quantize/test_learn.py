@@ -12,6 +12,7 @@ from torch import nn
 
 from synthquant.core.rng import Rng
 from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.layers import QuantLayer, quantize_layer, weight_layout
 from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightQuantizer
@@ -191,7 +192,7 @@ def test_annealing() -> None:
 
 def problem(phase: Phase, ticks: list[int] | None = None, seed: int = 0) -> tuple[float, float, QuantLayer, float]:
     """Fit a linear layer at 2 bits; gives its error before and after, the layer, and the undecided share."""
-    inputs = ActivationQuantizer(QuantArgs(num_bits=4))
+    inputs = AffineQuantizer(QuantArgs(num_bits=4))
     inputs.set_grid(torch.tensor([0.4]), torch.tensor([8.0]))
     layer = layer_of("linear", inputs=inputs, num_bits=2)
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(3))

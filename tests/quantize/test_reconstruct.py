@@ -128,7 +128,7 @@ def test_leaves_a_finished_network(results: dict[str, tuple[QuantModel, QuantRep
     for layer in model.layers.values():
         assert layer.weight_override is None and layer.weights_enabled
     for quantizer in model.quantizers.values():
-        assert quantizer.enabled and not quantizer.learning and quantizer.histogram is None
+        assert quantizer.enabled and not quantizer.learning and quantizer.watcher is None
         assert float(quantizer.scale) > 0
     with torch.no_grad():
         x = model.float_model.example_input(4)

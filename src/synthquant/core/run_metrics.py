@@ -74,6 +74,7 @@ class CoverageRow(Row):
     parameters: Count | None = None
     macs: Count | None = None
     reason: StrictStr | None = None
+    input_kind: StrictStr | None = None
 
 
 class CoverageTotals(Row):

@@ -22,7 +22,6 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.activation_quantizers import ActivationQuantizer
-from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 
@@ -187,7 +186,7 @@ def _quant_hooks(quant_model: QuantModel, sums: dict[str, _LayerSums]) -> Iterat
 
 def _entry_quantizer(quant_model: QuantModel, layer: str) -> ActivationQuantizer | None:
     """The quantizer at the entry of the block around `layer`, if that is where the layer's input is quantized."""
-    name = input_quantizer_name(quant_model, layer)
+    name = quant_model.reads.get(layer)
     return (
         None if name is None or quant_model.layers[layer].input_quantizer is not None else quant_model.quantizers[name]
     )

@@ -35,13 +35,13 @@ def quantized_cost(quant_model: QuantModel) -> Cost:
     tensors that stand under several names counted once. How a network was equalised is not counted: it runs without.
     """
     codes = {f"{name}.weight_codes": layer for name, layer in quant_model.layers.items()}
-    size = 0
+    size, whole = 0, quant_model.whole_numbers
     for name, value in _distinct(quant_model.state()).items():
         layer = codes.get(name)
         if layer is not None and layer.weight_quantizer is not None:
             size += (value.numel() * layer.weight_quantizer.num_bits + 7) // 8
-        elif name.endswith("zero_point"):
-            size += value.numel() * _zero_point_bytes(value)
+        elif name in whole:
+            size += value.numel() * _whole_number_bytes(value)
         else:
             size += value.numel() * value.element_size()
     return Cost(size, sum(row.bit_operations for row in quant_model.coverage()))
@@ -63,7 +63,7 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: state[name] for name in seen.values()}
 
 
-def _zero_point_bytes(zero_point: Tensor) -> int:
-    """1 if all zero points are whole numbers 0..255, else 4."""
-    small = (zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= 255)
+def _whole_number_bytes(value: Tensor) -> int:
+    """1 if all are whole numbers 0..255, else 4."""
+    small = (value == value.round()) & (value >= 0) & (value <= 255)
     return 1 if bool(small.all()) else 4

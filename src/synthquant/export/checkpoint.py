@@ -4,7 +4,8 @@ Tensors in `model.safetensors`:
 
 - `NAME.weight_packed`: codes of the weight of layer NAME, packed as `packing` says, uint8
 - `NAME.weight_scale` `[C, G, 1]` float32 and `NAME.weight_zero_point` `[C, G, 1]`
-- `QUANTIZER.scale` `[1]` float32 and `QUANTIZER.zero_point` `[1]` of every activation quantizer
+- `QUANTIZER.scale` `[1]` float32 and `QUANTIZER.zero_point` `[1]` of every activation quantizer that is affine, and of
+  others the tensors that their grids consist of
 - everything else (biases, normalisation, layers left in float) under the names of the float network, batch norms folded
 - in an equalised network, what was done to the float one: `NAME.equalize_rows`, `NAME.equalize_columns` and
   `NAME.equalize_shift` of layers, `NAME.equalize_bounds` and `NAME.equalize_bound_shift` of clips, float32
@@ -40,7 +41,6 @@ from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import FloatModel, ModelSource, RecordedSource
 from synthquant.models.open import open_model
 from synthquant.nn.equalization import Equalization
-from synthquant.nn.inputs import input_quantizer_name
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 
@@ -128,6 +128,9 @@ class Checkpoint(Settings):
     def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
         """Write the checkpoint and return its folder; a checkpoint has no room for an `origin`."""
         return save_checkpoint(quant_model, path)
+
+    def check(self, quant_model: QuantModel) -> None:
+        """Every scheme has a checkpoint."""
 
     def verify(
         self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
@@ -290,7 +293,7 @@ def _layer_entries(quant_model: QuantModel) -> list[LayerEntry]:
     kinds = {row.name: row.kind for row in quant_model.coverage()}
     entries = []
     for name, layer in quant_model.layers.items():
-        weights, quantizer = layer.weight_quantizer, input_quantizer_name(quant_model, name)
+        weights, quantizer = layer.weight_quantizer, quant_model.reads.get(name)
         entries.append(
             LayerEntry(
                 name=name,
@@ -321,11 +324,11 @@ def _packed(quant_model: QuantModel) -> dict[str, Tensor]:
         for name, layer in quant_model.layers.items()
         if layer.weight_quantizer is not None
     }
-    packed = {}
+    packed, whole = {}, quant_model.whole_numbers
     for name, value in quant_model.state().items():
         if name in bits:
             packed[_packed_name(name)] = pack_codes(value, bits[name])
-        elif name.endswith("zero_point"):
+        elif name in whole:
             packed[name] = _whole(value.cpu(), name)
         else:
             packed[name] = value.cpu().contiguous().clone()  # safetensors takes no tensors that share memory
@@ -353,9 +356,9 @@ def _packed_name(codes_name: str) -> str:
     return codes_name.removesuffix("weight_codes") + "weight_packed"
 
 
-def _whole(zero_point: Tensor, name: str) -> Tensor:
-    """Zero points as uint8 if they fit, else int32."""
-    if not torch.equal(zero_point, zero_point.round()):
+def _whole(value: Tensor, name: str) -> Tensor:
+    """Zero points and the like as uint8 if they fit, else int32."""
+    if not torch.equal(value, value.round()):
         raise ModelError(f"{name} is not a whole number; calibrate again before saving")
-    small = bool(((zero_point >= 0) & (zero_point <= 255)).all())
-    return zero_point.to(torch.uint8 if small else torch.int32)
+    small = bool(((value >= 0) & (value <= 255)).all())
+    return value.to(torch.uint8 if small else torch.int32)

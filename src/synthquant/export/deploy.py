@@ -1,8 +1,9 @@
 """A private copy of a quantized network that computes with integer weights, as a runtime will.
 
-Every activation quantizer and every quantized layer of the copy gets a class that calls `QuantizeLinear` and
+Every affine activation quantizer and every quantized layer of the copy gets a class that calls `QuantizeLinear` and
 `DequantizeLinear` of an `Operators` object: plain tensor arithmetic, which runs and which `torch.export` takes, or ONNX
-operators while a graph is exported. The modules stay where they are, so every network that runs can be deployed.
+operators while a graph is exported. Quantizers of other kinds stay tensor arithmetic. The modules stay where they are,
+so every network that runs can be deployed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from synthquant.core.errors import SchemeError, UnsupportedModelError
-from synthquant.export.grids import ActivationGrid, WeightGrid, activation_grid, weight_grid
+from synthquant.export.grids import ActivationGrid, WeightGrid, activation_grid, require_expressible, weight_grid
 from synthquant.export.presets import Preset
 from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.derived import derived_class
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.operations import outside_of_scopes
 from synthquant.nn.quant_model import QuantModel
@@ -109,8 +111,8 @@ def _symbolic(
     )
 
 
-class DeployQuantizer(ActivationQuantizer):
-    """An activation quantizer that goes through integer codes."""
+class DeployQuantizer(nn.Module):
+    """What deployment makes of an activation quantizer: it goes through integer codes."""
 
     operators: Operators
     deploy_scale: Tensor
@@ -217,12 +219,21 @@ def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> Qua
     copied = copy.deepcopy(quant_model, {id(quant_model.float_model): quant_model.float_model}).cpu().eval()
     for name, quantizer in copied.quantizers.items():
         quantizer.cpu()  # those of operations are in no module's list of children
-        _deploy_quantizer(quantizer, activation_grid(quantizer, name, preset), operators)
+        grid = activation_grid(quantizer, name, preset)
+        if grid is not None:
+            _deploy_quantizer(quantizer, grid, operators)
     for name, layer in copied.layers.items():
         if layer.weight_quantizer is not None:
-            grid = weight_grid(layer.weight_quantizer, name, preset, packed=name in packed)
-            _deploy_layer(layer, grid, name, operators)
+            weight = weight_grid(layer.weight_quantizer, name, preset, packed=name in packed)
+            _deploy_layer(layer, weight, name, operators)
     return copied
+
+
+def require_takes(quant_model: QuantModel, preset: Preset) -> None:
+    """Raise `SchemeError` if the preset cannot express the scheme, as far as that is known before quantization."""
+    packed_layers(quant_model, preset)
+    for name, quantizer in quant_model.quantizers.items():
+        require_expressible(quantizer.args, name, preset)
 
 
 def packed_layers(quant_model: QuantModel, preset: Preset) -> frozenset[str]:
@@ -254,7 +265,8 @@ def packed_layers(quant_model: QuantModel, preset: Preset) -> frozenset[str]:
 
 
 def _deploy_quantizer(quantizer: ActivationQuantizer, grid: ActivationGrid, operators: Operators) -> None:
-    quantizer.__class__ = DeployQuantizer
+    kind = derived_class(DeployQuantizer, type(quantizer), prefix="Deploy")
+    quantizer.__class__ = cast(type[ActivationQuantizer], kind)
     deployed = cast(DeployQuantizer, quantizer)
     deployed.operators = operators
     deployed.register_buffer("deploy_scale", grid.scale)

@@ -16,6 +16,7 @@ from torch import Tensor
 from synthquant.core.errors import SchemeError
 from synthquant.export.presets import Preset
 from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
 # Two products of a uint8 and an int8 are summed in 16 bits on CPUs without VNNI: 7-bit weights cannot overflow there.
@@ -73,20 +74,32 @@ class WeightGrid:
         )
 
 
-def activation_grid(quantizer: ActivationQuantizer, name: str, preset: Preset) -> ActivationGrid:
-    """Return the grid of an activation quantizer.
+def require_expressible(args: QuantArgs, name: str, preset: Preset) -> None:
+    """Raise `SchemeError` if a preset cannot express an activation quantizer, whatever its range; names it."""
+    if not preset.takes(args.kind):
+        raise SchemeError(
+            f"preset {preset.name} cannot express {name}: integer kernels have no quantizer of kind {args.kind!r}; use"
+            " kind 'affine' there, or preset simulate"
+        )
+    if args.num_bits > 8 and not preset.wide_activations:
+        raise SchemeError(
+            f"preset {preset.name} cannot express {name}: {args.num_bits}-bit activations run in float there;"
+            " give them 8 bits or fewer, or use preset simulate"
+        )
+
+
+def activation_grid(quantizer: ActivationQuantizer, name: str, preset: Preset) -> ActivationGrid | None:
+    """Return the grid of an activation quantizer; none if it is of a kind that runs as tensor arithmetic.
 
     Raises:
         SchemeError: the preset cannot express it; says why, and names it.
     """
-    scale = quantizer.scale.detach().float().reshape(())
-    zero, top = int(quantizer.zero_point), quantizer.top
+    require_expressible(quantizer.args, name, preset)
+    if not quantizer.affine:
+        return None
+    grid = quantizer.affine_grid()
+    scale, zero, top = grid.scale, grid.zero_point, grid.quant_max
     if quantizer.num_bits > 8:
-        if not preset.wide_activations:
-            raise SchemeError(
-                f"preset {preset.name} cannot express {name}: {quantizer.num_bits}-bit activations run in float there;"
-                " give them 8 bits or fewer, or use preset simulate"
-            )
         return ActivationGrid(scale, torch.tensor(zero, dtype=torch.uint16), None, None)
     if preset.activations == "uint8":
         high = None if top == 255 else scale * (top - zero)

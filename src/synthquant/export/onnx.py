@@ -28,7 +28,7 @@ from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
 from synthquant.export.compare import Network
-from synthquant.export.deploy import OPSET, OneInput, Symbols, constant_batch, deploy, packed_layers
+from synthquant.export.deploy import OPSET, OneInput, Symbols, constant_batch, deploy, packed_layers, require_takes
 from synthquant.export.onnx_metadata import OnnxMetadata, seal
 from synthquant.export.presets import Preset, find_preset
 from synthquant.methods import EXPORTERS
@@ -99,6 +99,13 @@ class Onnx(Settings):
         )
         write_bytes(path, seal(onnx_graph.to_bytes(model)))
         return path
+
+    def check(self, quant_model: QuantModel) -> None:
+        """Raise `SchemeError` if the preset cannot express the scheme, whatever ranges turn out to be; says which part.
+
+        The network need not be calibrated, and no package is needed.
+        """
+        require_takes(quant_model, find_preset(self.preset))
 
     def verify(
         self, quant_model: QuantModel, path: Path | str, images: ImageSet, *, progress: Progress = QUIET
@@ -251,9 +258,12 @@ def _notes(quant_model: QuantModel, packed: frozenset[str]) -> list[str]:
     }
     if narrow:
         notes.append(f"weights of {_listed(narrow)} bits are stored in 8-bit numbers: no smaller file")
-    under = {args.num_bits for args in quant_model.quantizers.values() if args.num_bits < 8}
+    under = {one.num_bits for one in quant_model.quantizers.values() if one.affine and one.num_bits < 8}
     if under:
         notes.append(f"activations of {_listed(under)} bits are 8-bit numbers limited to their grid: no faster")
+    others = {quantizer.args.kind for quantizer in quant_model.quantizers.values() if not quantizer.affine}
+    if others:
+        notes.append(f"activations of kind {', '.join(sorted(others))} are float arithmetic: no faster")
     return notes
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from synthquant.core.errors import UnknownNameError
+from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 
 RUNTIMES = ("onnxruntime", "openvino")
 """Runtimes that files can be measured in here."""
@@ -40,6 +41,13 @@ class Preset:
     packed_bits: int | None = None
     moves_codes: bool = False
     runs_integers: bool = True
+
+    def takes(self, kind: str) -> bool:
+        """Whether activation quantizers of this kind can be written: integer kernels know affine ones only.
+
+        Raises `UnknownNameError` if no kind has that name.
+        """
+        return QUANTIZER_KINDS.get(kind).affine or not self.runs_integers
 
 
 PRESETS = {

@@ -46,6 +46,9 @@ class TorchProgram(Settings):
         write_bytes(path, buffer.getvalue())
         return path
 
+    def check(self, quant_model: QuantModel) -> None:
+        """Every scheme has a program."""
+
     def verify(
         self, quant_model: QuantModel, path: Path | str, images: ImageSet, *, progress: Progress = QUIET
     ) -> dict[str, Any]:

@@ -1,38 +1,73 @@
-"""Quantized activations: one scale per tensor, fixed in use and learned during reconstruction."""
+"""Quantized activations: what every kind of quantizer has in common, and the table of kinds.
+
+A kind is a subclass of `ActivationQuantizer` that is registered under the name which `QuantArgs.kind` gives:
+
+    @QUANTIZER_KINDS.register("my_kind")
+    class MyQuantizer(ActivationQuantizer): ...
+
+Its parameters and buffers are its grid: checkpoints, snapshots of units and the size of a network are made of them.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
-from synthquant.nn.functional import SMALLEST_SCALE, fake_quantize, learned_step_quantize, random_keep
-from synthquant.nn.observers import OBSERVERS, ActivationHistogram, Samples
-from synthquant.nn.scheme import QuantArgs
+from synthquant.core.registry import Registry
+from synthquant.nn.functional import SMALLEST_SCALE, random_keep
+from synthquant.nn.observers import Watcher
+
+if TYPE_CHECKING:
+    from synthquant.nn.scheme import QuantArgs
 
 
-class ActivationQuantizer(nn.Module):
-    """Fake-quantizes a tensor of any shape with one `scale` (learned) and one `zero_point` (fixed).
+@dataclass(frozen=True)
+class AffineGrid:
+    """A grid as integer kernels take it: the code `q` of 0 .. `quant_max` stands for `scale * (q - zero_point)`.
 
     Attributes:
-        enabled: quantize at all.
-        learning: the scale takes gradients, and values are dropped with probability `1 - keep`.
-        keep: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
-        lsq_gradient_scale: multiply the gradient of the scale by `1 / sqrt(numel * Q_P)` (LSQ, arXiv:1902.08153), where
-            `numel` counts the whole batch (QDrop) and `Q_P` is the largest positive code of a signed or unsigned grid.
-        generator: source of the drop masks.
-        fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
-        headroom: the calibrated range is made this much wider.
-        histogram: while calibrating, what is observed instead of quantizing.
+        scale: float32, no dimensions.
+        zero_point: a code.
+        quant_max: the largest code.
     """
 
-    zero_point: torch.Tensor
+    scale: torch.Tensor
+    zero_point: int
+    quant_max: int
+
+
+class ActivationQuantizer(nn.Module, ABC):
+    """Fake-quantizes the tensor that passes through it.
+
+    Attributes:
+        strategies: what may share one scale in this kind, in the words of `QuantArgs.strategy`.
+        affine: the kind has an `affine_grid`; integer kernels know no other.
+        whole_numbers: names of the tensors of the grid that hold whole numbers, kept in files as such.
+        args: bits and the like.
+        calibrated: there is a grid.
+        enabled: quantize at all.
+        fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
+        headroom: the calibrated range is to be this much wider.
+        learning: the grid takes gradients, and values are dropped with probability `1 - keep`.
+        keep: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
+        lsq_gradient_scale: scale gradients of the grid as LSQ does, in kinds that have such a rule.
+        generator: source of the drop masks.
+        watcher: while calibrating, what is shown the values instead of quantizing them.
+        watching_range: the first of its two passes.
+    """
+
+    strategies: ClassVar[tuple[str, ...]] = ("tensor",)
+    affine: ClassVar[bool] = False
+    whole_numbers: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, args: QuantArgs) -> None:
         super().__init__()
         self.args = args
-        self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
-        self.register_buffer("zero_point", torch.zeros(1))
-        self._multiples = (0.0, float(args.top))  # of the scale: smallest and largest value
         self.calibrated = False
         self.enabled = True
         self.fixed = False
@@ -41,23 +76,48 @@ class ActivationQuantizer(nn.Module):
         self.keep = 1.0
         self.lsq_gradient_scale = False
         self.generator: torch.Generator | None = None
-        self.histogram: ActivationHistogram | None = None
-        self.observing_range = False
+        self.watcher: Watcher | None = None
+        self.watching_range = False
 
     @property
     def num_bits(self) -> int:
         """Bits of one code."""
         return self.args.num_bits
 
-    @property
-    def top(self) -> int:
-        """The largest code."""
-        return self.args.top
+    @abstractmethod
+    def quantize(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` rounded to the grid, same shape and dtype: tensor arithmetic that `torch.export` can follow."""
 
-    @property
-    def _positive_codes(self) -> float:
-        """LSQ's `Q_P`: `2**(bits - 1) - 1` on a signed grid; `2**bits - 1` on an unsigned or (QDrop) asymmetric one."""
-        return self._multiples[1] if self.args.symmetric else float(self.top)
+    @abstractmethod
+    def quantize_learning(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        """The same with gradients for `x` and the grid, and `x` itself where `keep`, of its shape, is 0."""
+
+    @abstractmethod
+    def new_watcher(self) -> Watcher:
+        """What looks at the tensors that the grid is to cover."""
+
+    @abstractmethod
+    def set_range(self, watcher: Watcher, observer: str) -> None:
+        """Take the grid for what a watcher saw, wider by `headroom`.
+
+        Args:
+            watcher: one of this kind's.
+            observer: how the range is searched (`observers.OBSERVERS`), for kinds that have a choice.
+        """
+
+    @abstractmethod
+    def cover(self, low: float, high: float) -> None:
+        """Take a grid for values that lie between `low` and `high`."""
+
+    def fit_to(self, x: torch.Tensor) -> None:
+        """Give the grid the shape that tensors like `x` need; called while the network is built, before all else.
+
+        Raises `SchemeError` if the kind cannot quantize such tensors.
+        """
+
+    def affine_grid(self) -> AffineGrid:
+        """The grid as integer kernels take it, for kinds that are `affine`."""
+        raise NotImplementedError(f"a quantizer of kind {self.args.kind} has no affine grid")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Fake-quantized `x`, same shape and dtype.
@@ -65,22 +125,20 @@ class ActivationQuantizer(nn.Module):
         Raises:
             RuntimeError: used before it was calibrated.
         """
-        if self.histogram is not None:
-            (self.histogram.observe_range if self.observing_range else self.histogram.observe)(x)
+        if self.watcher is not None:
+            (self.watcher.observe_range if self.watching_range else self.watcher.observe)(x)
             return x
         if not self.enabled:
             return x
         if not self.calibrated:
             raise RuntimeError("activation quantizer used before it was calibrated")
         if not self.learning:
-            return fake_quantize(x, self.scale, self.zero_point, self.top)
-        keep = None if self.keep >= 1 else random_keep(x, self.keep, self.generator)
-        gradient_scale = (x.numel() * self._positive_codes) ** -0.5 if self.lsq_gradient_scale else 1.0
-        return learned_step_quantize(x, self.scale, *self._multiples, keep, gradient_scale)
+            return self.quantize(x)
+        return self.quantize_learning(x, None if self.keep >= 1 else random_keep(x, self.keep, self.generator))
 
     @torch.no_grad()
     def calibrate(self, observer: str) -> None:
-        """Set scale and zero point from the histogram, and drop it.
+        """Set the grid from what the watcher saw, and drop it.
 
         Args:
             observer: used where the scheme names none.
@@ -88,38 +146,49 @@ class ActivationQuantizer(nn.Module):
         Raises:
             RuntimeError: nothing was observed.
         """
-        if self.histogram is None or self.histogram.empty:
+        if self.watcher is None or self.watcher.empty:
             raise RuntimeError("activation quantizer saw no data to calibrate from")
-        search = OBSERVERS.get(self.args.observer or observer)
-        scale, zero_point = search(
-            self.histogram.samples(), self.num_bits, symmetric=self.args.symmetric, zero_inside=True
-        )
-        self.histogram = None
-        self.set_grid(scale * self.headroom, zero_point)
-
-    @torch.no_grad()
-    def set_grid(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-        """Take a scale and a zero point (one element each)."""
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point.clamp(0, self.top))
-        self._multiples = (-float(self.zero_point), self.top - float(self.zero_point))
+        self.set_range(self.watcher, self.args.observer or observer)
+        self.watcher = None
         self.calibrated = True
 
+    @torch.no_grad()
     def fix(self, low: float, high: float) -> None:
         """Cover the range from `low` to `high` for good."""
-        ends = self.scale.new_tensor([low]), self.scale.new_tensor([high])
-        samples = Samples(torch.stack(ends, 1), None, *ends)
-        self.set_grid(*OBSERVERS.get("minmax")(samples, self.num_bits, symmetric=self.args.symmetric, zero_inside=True))
-        self.fixed = True
+        self.cover(low, high)
+        self.calibrated = self.fixed = True
+
+    def grid(self) -> dict[str, torch.Tensor]:
+        """The tensors that the grid consists of, by name; the quantizer's own, without gradients."""
+        return {name: tensor.detach() for name, tensor in self.state_dict(keep_vars=True).items()}
 
     @torch.no_grad()
-    def keep_positive(self) -> None:
-        """Stop an optimiser step from taking the scale through zero."""
-        self.scale.clamp_(min=SMALLEST_SCALE)
+    def load_grid(self, grid: Mapping[str, torch.Tensor]) -> None:
+        """Take a grid that `grid` gave, on any device."""
+        for name, tensor in self.grid().items():
+            tensor.copy_(grid[name])
+        self.calibrated = True
+
+    def learnable(self) -> list[nn.Parameter]:
+        """What reconstruction may learn of the grid."""
+        return list(self.parameters())
+
+    @torch.no_grad()
+    def keep_legal(self) -> None:
+        """Undo what is no grid after an optimiser's step: what is learned stays above zero."""
+        torch._foreach_clamp_min_(tuple(self.learnable()), SMALLEST_SCALE)
 
     def extra_repr(self) -> str:
         """Bits and state, for `print(model)`."""
         return f"{self.num_bits} bits, {'calibrated' if self.calibrated else 'not calibrated'}"
+
+
+QUANTIZER_KINDS: Registry[type[ActivationQuantizer]] = Registry("quantizer kind", home="synthquant.nn.affine")
+
+
+def new_quantizer(args: QuantArgs) -> ActivationQuantizer:
+    """A quantizer of the kind that `args` names, not calibrated yet."""
+    return QUANTIZER_KINDS.get(args.kind)(args)
 
 
 def hand_on(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from synthquant.models.products import Product
 from synthquant.nn.equalization import ChannelClip
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.placement import OperationRow
+from synthquant.nn.scheme import QuantArgs
 
 _NAMED = 5
 FLOAT_BITS = 32
@@ -34,6 +35,8 @@ class CoverageRow:
         parameters: number of weights.
         macs: multiply-adds for one image.
         reason: why it is not quantized; empty if it is.
+        input_kind: kind of the quantizer of the tensor it reads, or none for a float input; of a product of two tensors
+            both kinds if they differ.
     """
 
     name: str
@@ -43,6 +46,7 @@ class CoverageRow:
     parameters: int
     macs: int
     reason: str = ""
+    input_kind: str | None = None
 
     @property
     def bit_operations(self) -> int:
@@ -106,7 +110,7 @@ def coverage_rows(
     module: nn.Module,
     products: Sequence[Product],
     layers: Mapping[str, QuantLayer],
-    input_bits: Mapping[str, int],
+    reads: Mapping[str, QuantArgs],
     operations: Sequence[OperationRow],
 ) -> list[CoverageRow]:
     """One row for each layer, other weight, and product without a weight, in execution order; then one for each clip.
@@ -115,10 +119,10 @@ def coverage_rows(
         module: the network with its quantized layers.
         products: its matrix products.
         layers: quantized layers by name.
-        input_bits: bits of the tensor that a layer reads, by layer.
+        reads: how the tensor that a layer reads is quantized, by layer.
         operations: what becomes of operations outside of layers.
     """
-    kept = {row.name: row.input_bits for row in operations}
+    kept = {row.name: row for row in operations}
     candidates = {name: part for name, part in module.named_modules() if isinstance(part, QUANTIZABLE)}
     executed = {product.layer for product in products}
     groups: dict[str, list[Product]] = {}
@@ -128,7 +132,7 @@ def coverage_rows(
     for name, group in groups.items():
         macs = sum(product.macs for product in group)
         if name in candidates:
-            rows.append(_layer_row(module, name, group, layers.get(name), input_bits.get(name), macs))
+            rows.append(_layer_row(module, name, group, layers.get(name), reads.get(name), macs))
         else:
             rows.append(_other_row(name, group[0], layers, kept, macs))
     idle = [name for name in candidates if name not in groups]
@@ -150,7 +154,12 @@ def _row_name(product: Product, candidates: Collection[str], executed: Collectio
 
 
 def _layer_row(
-    module: nn.Module, name: str, products: Sequence[Product], layer: QuantLayer | None, bits: int | None, macs: int
+    module: nn.Module,
+    name: str,
+    products: Sequence[Product],
+    layer: QuantLayer | None,
+    reads: QuantArgs | None,
+    macs: int,
 ) -> CoverageRow:
     part = get_module(module, name)
     kind = (type(part).__bases__[1] if isinstance(part, QuantLayer) else type(part)).__name__
@@ -164,18 +173,20 @@ def _layer_row(
     elif weight_bits is not None and not any(f"{name}.weight" in product.weights for product in products):
         weight_bits, reason = None, "multiplies in float, with a weight computed from the quantized one"
     parameters = cast(nn.Linear, part).weight.numel() if quantizer is None else quantizer.codes.numel()
-    return CoverageRow(name, kind, weight_bits, bits, parameters, macs, reason)
+    bits, input_kind = (None, None) if reads is None else (reads.num_bits, reads.kind)
+    return CoverageRow(name, kind, weight_bits, bits, parameters, macs, reason, input_kind)
 
 
 def _other_row(
-    name: str, product: Product, layers: Mapping[str, QuantLayer], kept: Mapping[str, tuple[int | None, ...]], macs: int
+    name: str, product: Product, layers: Mapping[str, QuantLayer], kept: Mapping[str, OperationRow], macs: int
 ) -> CoverageRow:
     """A product outside of layers: of a weight, or of two tensors of data."""
     if not product.weights:
-        first, second = (*kept.get(product.place, ()), None, None)[:2]
-        if first is None or second is None:
+        row = kept.get(product.place)
+        first, second = (*(row.input_bits if row else ()), None, None)[:2]
+        if row is None or first is None or second is None:
             return CoverageRow(name, product.function, None, None, 0, macs, "computed outside of layers")
-        return CoverageRow(name, product.function, second, first, 0, macs)
+        return CoverageRow(name, product.function, second, first, 0, macs, input_kind=" and ".join(row.input_kinds))
     layer = layers.get(name.removesuffix(".weight"))
     if layer is not None and layer.weight_quantizer is not None:
         bits = layer.weight_quantizer.num_bits

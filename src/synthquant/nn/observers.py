@@ -209,6 +209,20 @@ def _grid(low: torch.Tensor, high: torch.Tensor, bits: int, signed: bool = False
     return scale, zero_point + 0.0  # no -0.0
 
 
+class Watcher(Protocol):
+    """Looks at the tensors that a quantizer will quantize, twice at the same ones."""
+
+    def observe_range(self, x: torch.Tensor) -> None:
+        """First pass."""
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Second pass."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing came by in the second pass yet."""
+
+
 class ActivationHistogram:
     """What an activation quantizer saw: range first, then a histogram over that range.
 

@@ -82,12 +82,14 @@ class OperationRow:
         kind: name of the function.
         input_bits: for each tensor of data that it reads its bits, none for a float tensor.
         output_bits: bits of what it puts out, behind a fused activation; none for a float tensor.
+        input_kinds: the kinds of the quantizers of what it reads, each once.
     """
 
     name: str
     kind: str
     input_bits: tuple[int | None, ...]
     output_bits: int | None
+    input_kinds: tuple[str, ...] = ()
 
 
 def is_move(operation: Operation) -> bool:
@@ -268,8 +270,10 @@ class Placement:
             if place is None or is_move(operation) or not data:
                 continue
             result = self.flow.behind_fused(operation.outputs[0])[0]
-            read = tuple(self.bits(operand) for operand in data)
-            rows.setdefault(place.name, OperationRow(place.name, operation.name, read, self.bits(result)))
+            read = [self.tensor(operand) for operand in data]
+            bits = tuple(None if tensor is None else tensor.args.num_bits for tensor in read)
+            kinds = tuple(dict.fromkeys(tensor.args.kind for tensor in read if tensor is not None))
+            rows.setdefault(place.name, OperationRow(place.name, operation.name, bits, self.bits(result), kinds))
         return list(rows.values())
 
     def _wanted(self) -> set[Value]:

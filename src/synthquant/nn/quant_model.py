@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_input
 from synthquant.models.float_model import FloatModel
 from synthquant.models.products import Product, find_products
 from synthquant.models.trace import Trace, trace
-from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.activation_quantizers import ActivationQuantizer, new_quantizer
 from synthquant.nn.coverage import CoverageRow, coverage_rows
 from synthquant.nn.equalization import Equalization
 from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
@@ -23,7 +23,7 @@ from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
-from synthquant.nn.scheme import LayerScheme, QuantScheme
+from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
 # Synthetic images are classified with less confidence than real ones: on zoo/cifar10-resnet20 the largest logit of 256
@@ -47,7 +47,8 @@ class QuantModel(nn.Module):
         equalization: how the folded network was changed before it was quantized, or none.
         layers: quantized layers by name, in execution order.
         quantizers: activation quantizers by name, each once.
-        made_by: for each layer whose input is quantized where it is made, the name of that quantizer (`deploy: full`).
+        reads: for each layer whose input is quantized, the name of the quantizer of that tensor: at the layer, at the
+            entry of a block around it, or (`deploy: full`) where the tensor is made.
         operations: what becomes of the operations outside layers, in execution order (`deploy: full`).
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
@@ -61,13 +62,12 @@ class QuantModel(nn.Module):
         self.folded: list[tuple[str, str]] = []
         self.layers: dict[str, QuantLayer] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {}
-        self.made_by: dict[str, str] = {}
+        self.reads: dict[str, str] = {}
         self.operations: list[OperationRow] = []
         self.operation_quantizers = nn.ModuleList()
         self.loaded = False
         self.equalization: Equalization | None = None
         self._products: list[Product] = []
-        self._input_bits: dict[str, int] = {}
         self._units: dict[Granularity, list[Unit]] = {}
 
     @classmethod
@@ -99,21 +99,28 @@ class QuantModel(nn.Module):
         groups = shared_inputs(seen, order)
         second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
         if scheme.deploy == "full":
-            model._insert_where_made(seen, order, tuple(second), example)
+            of_image = model._insert_where_made(seen, order, tuple(second), example)
         else:
             plan = scheme.resolve(order, tuple(second))
             entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
             model._insert(order, plan, groups, entries)
-            model._fix_image_range(seen)
+            of_image = model._image_quantizers(seen)
         if not model.layers:
             raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
         model._count(example)
+        for quantizer in of_image:  # calibration images may not reach black or white
+            quantizer.fix(*float_model.preprocess.limits)
         return model.eval()
 
     def _count(self, example: torch.Tensor) -> None:
-        """Find all matrix products, and require that every quantizer runs."""
+        """Find all matrix products, show every quantizer what it reads, and require that every one runs."""
         ran: set[int] = set()
-        hooks = [(quantizer, lambda part, args: ran.add(id(part))) for quantizer in self.quantizers.values()]
+
+        def show(quantizer: ActivationQuantizer, args: tuple[torch.Tensor, ...]) -> None:
+            quantizer.fit_to(args[0])
+            ran.add(id(quantizer))
+
+        hooks = [(quantizer, show) for quantizer in self.quantizers.values()]
         examples = example, self.float_model.example_input(3)
         with self.mode(weights=False, activations=False), hooked(pre=hooks):
             self._products = find_products(self.module, examples, self.float_model.module)
@@ -124,12 +131,14 @@ class QuantModel(nn.Module):
                 " of that module's class from being called; put the module on the scheme's ignore list"
             )
 
-    def _fix_image_range(self, seen: Trace) -> None:
-        """Let quantizers of the image cover all there can be: calibration images may not reach black or white."""
+    def _image_quantizers(self, seen: Trace) -> list[ActivationQuantizer]:
+        """Quantizers of layers that read the image as it is."""
         (image, *_) = seen.calls("")[0].inputs
-        for name, layer in self.layers.items():
-            if layer.input_quantizer is not None and seen.calls(name)[0].inputs[:1] == (image,):
-                layer.input_quantizer.fix(*self.float_model.preprocess.limits)
+        return [
+            layer.input_quantizer
+            for name, layer in self.layers.items()
+            if layer.input_quantizer is not None and seen.calls(name)[0].inputs[:1] == (image,)
+        ]
 
     def _insert(
         self,
@@ -144,9 +153,8 @@ class QuantModel(nn.Module):
             args = {plan[name].input_activations for name in names if name in plan}
             wanted = next(iter(args), None)
             if len(args) == 1 and wanted is not None and all(name in plan for name in names):
-                entry = ActivationQuantizer(wanted).to(self.float_model.device)
+                entry = self._add(f"{block}.input_quantizer", wanted, names)
                 quantize_block(get_module(self.module, block), entry)
-                self.quantizers[f"{block}.input_quantizer"] = entry
                 readers.update(dict.fromkeys(names))
         partners = {name: tuple(group) for group in groups for name in group}
         for name in order:
@@ -154,20 +162,21 @@ class QuantModel(nn.Module):
                 continue
             if name not in readers:
                 wanted = plan[name].input_activations
-                quantizer = ActivationQuantizer(wanted).to(self.float_model.device) if wanted else None
-                if quantizer is not None:
-                    self.quantizers[f"{name}.input_quantizer"] = quantizer
                 same = [
                     other
                     for other in partners.get(name, (name,))
                     if other in plan and other not in readers and plan[other].input_activations == wanted
                 ]
-                readers.update(dict.fromkeys(same, quantizer))
-                readers[name] = quantizer
-            inputs = plan[name].input_activations
-            if inputs is not None:
-                self._input_bits[name] = inputs.num_bits
+                quantizer = self._add(f"{name}.input_quantizer", wanted, (*same, name)) if wanted else None
+                readers.update(dict.fromkeys((*same, name), quantizer))
             self._insert_layer(name, plan[name], readers[name], None)
+
+    def _add(self, name: str, args: QuantArgs, layers: Iterable[str]) -> ActivationQuantizer:
+        """A quantizer of what these layers read."""
+        quantizer = new_quantizer(args).to(self.float_model.device)
+        self.quantizers[name] = quantizer
+        self.reads.update(dict.fromkeys(layers, name))
+        return quantizer
 
     def _insert_layer(
         self, name: str, scheme: LayerScheme, reads: ActivationQuantizer | None, puts_out: ActivationQuantizer | None
@@ -180,29 +189,29 @@ class QuantModel(nn.Module):
 
     def _insert_where_made(
         self, seen: Trace, order: Sequence[str], second: Sequence[str], example: torch.Tensor
-    ) -> None:
-        """Put quantizers in where tensors are made, for all that integer kernels read and put out."""
+    ) -> list[ActivationQuantizer]:
+        """Put quantizers in where tensors are made, for all that integer kernels read and put out.
+
+        Returns those of the image.
+        """
         scopes = watch_operations(self.module, seen, order)
         with torch.no_grad():  # once more, with attention made visible
             flow = Flow(trace(self.module, example), order, scopes.keys())
         plan = self.scheme.resolve(order, second, flow.names)
         placement = Placement(flow, self.scheme, plan)
         self.operations = placement.rows()
-        reads, puts_out, placed = {}, {}, {}
+        reads, puts_out, placed, of_image = {}, {}, {}, []
         for tensor in placement.tensors:
-            quantizer = ActivationQuantizer(tensor.args).to(self.float_model.device)
+            name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name
+            quantizer = self._add(name, tensor.args, tensor.layers)
             if tensor.is_output:
                 quantizer.headroom = _LOGITS_HEADROOM
-            name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name
-            self.quantizers[name] = quantizer
-            self._input_bits.update(dict.fromkeys(tensor.layers, quantizer.num_bits))
+            if tensor.is_image:
+                of_image.append(quantizer)
             if tensor.place is None:
                 reads.update(dict.fromkeys(tensor.layers, quantizer))
-                if tensor.is_image:
-                    quantizer.fix(*self.float_model.preprocess.limits)
                 continue
             placed[name] = quantizer
-            self.made_by.update(dict.fromkeys(tensor.layers, name))
             if tensor.place.operation:
                 scopes[tensor.place.module].quantize_operation(tensor.place.operation, quantizer, flow.counts)
                 self.operation_quantizers.append(quantizer)
@@ -215,6 +224,7 @@ class QuantModel(nn.Module):
                 quantize_layer(get_module(self.module, name), None, None, puts_out.get(name))
         with self.mode(weights=False, activations=True):  # what decodes a weight is no operation of the network
             check_placement(self, placement, placed, reads.values(), example)
+        return of_image
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of normalised images."""
@@ -260,11 +270,12 @@ class QuantModel(nn.Module):
 
     def coverage(self) -> list[CoverageRow]:
         """What becomes of every layer, every other weight and every other matrix product, in execution order."""
-        return coverage_rows(self.module, self._products, self.layers, self._input_bits, self.operations)
+        reads = {layer: self.quantizers[name].args for layer, name in self.reads.items()}
+        return coverage_rows(self.module, self._products, self.layers, reads, self.operations)
 
     def input_bits(self, name: str) -> int | None:
         """Bits of the tensor that layer `name` reads, wherever it is quantized; none if it is not."""
-        return self._input_bits.get(name)
+        return self.quantizers[self.reads[name]].num_bits if name in self.reads else None
 
     @property
     def calibrated(self) -> bool:
@@ -286,7 +297,7 @@ class QuantModel(nn.Module):
         """Everything the quantized network consists of, by name; float weights of quantized layers left out.
 
         `NAME.weight_codes` (uint8, the weight's shape), `NAME.weight_scale` and `NAME.weight_zero_point` (`[C, G, 1]`),
-        `QUANTIZER.scale` and `QUANTIZER.zero_point` (one element), and other parameters and buffers under their names.
+        the tensors of activation grids (`QUANTIZER.scale` ...), and other parameters and buffers under their names.
         """
         state = self._float_state()
         for name, layer in self.layers.items():
@@ -295,9 +306,15 @@ class QuantModel(nn.Module):
                 state[f"{name}.weight_scale"] = layer.weight_quantizer.scale
                 state[f"{name}.weight_zero_point"] = layer.weight_quantizer.zero_point
         for name, quantizer in self.quantizers.items():
-            state[f"{name}.scale"] = quantizer.scale.detach()
-            state[f"{name}.zero_point"] = quantizer.zero_point
+            state |= {f"{name}.{part}": tensor for part, tensor in quantizer.grid().items()}
         return state
+
+    @property
+    def whole_numbers(self) -> set[str]:
+        """Names of those tensors of the state, beside codes, that hold whole numbers."""
+        weights = {f"{name}.weight_zero_point" for name, layer in self.layers.items() if layer.weight_quantizer}
+        grids = {f"{name}.{part}" for name, quantizer in self.quantizers.items() for part in quantizer.whole_numbers}
+        return weights | grids
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -321,7 +338,7 @@ class QuantModel(nn.Module):
         for name, value in own.items():
             value.copy_(state[name])
         for quantizer in self.quantizers.values():
-            quantizer.set_grid(quantizer.scale, quantizer.zero_point)
+            quantizer.load_grid(quantizer.grid())
         for layer in self.layers.values():
             layer.drop_float_weight()
         self.loaded = True

@@ -7,16 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from synthquant.core.errors import SchemeError
 from synthquant.core.settings import Settings, parse_settings
+from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 from synthquant.nn.observers import OBSERVERS
 
 _PRESET = re.compile(r"W(\d+)A(?:(16)INT|(\d+))", re.IGNORECASE)
 _WEIGHT_BITS = tuple(range(2, 9))
 _ACTIVATION_BITS = (*range(2, 9), 16)
 IMAGE_BITS = 8
+AFFINE = "affine"
+"""The kind of quantizer that weights have, and activations unless another is named."""
 
 
 class QuantArgs(Settings):
@@ -32,14 +35,25 @@ class QuantArgs(Settings):
     """Weights in a group (strategy `group` only); must divide the weights of one output channel."""
     observer: str | None = None
     """How the range is chosen: `minmax`, `brecq`, `genie` or `qdrop`; empty: as the method's paper does."""
+    kind: str = AFFINE
+    """How values are spaced: `affine` (evenly), or another registered kind of quantizer, for activations."""
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantArgs:
+        QUANTIZER_KINDS.get(self.kind)
         if self.observer is not None:
             OBSERVERS.get(self.observer)
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError("group_size belongs to strategy 'group' and only there")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `kind` out where it is `affine`: such files are as they were before there were others."""
+        fields: dict[str, Any] = handler(self)
+        if self.kind == AFFINE:
+            fields.pop("kind", None)
+        return fields
 
     @property
     def top(self) -> int:
@@ -91,9 +105,8 @@ class QuantScheme(Settings):
 
     @model_validator(mode="after")
     def _bits_in_range(self) -> QuantScheme:
-        _check_bits(self.weights, _WEIGHT_BITS, "weights")
-        _check_bits(self.input_activations, _ACTIVATION_BITS, "input_activations")
-        _check_per_tensor(self.input_activations)
+        _check_weights(self.weights)
+        _check_activations(self.input_activations)
         if self.weights is None and self.input_activations is None:
             raise ValueError("nothing to quantize: give weights, input_activations or both")
         if self.deploy == "full" and self.input_activations is None:
@@ -197,9 +210,8 @@ class QuantScheme(Settings):
                     fields[role] = {**base, **wanted} if isinstance(base, dict) and isinstance(wanted, dict) else wanted
         try:
             scheme = parse_settings(LayerScheme, fields, f"scheme override for {name}")
-            _check_bits(scheme.weights, _WEIGHT_BITS, "weights")
-            _check_bits(scheme.input_activations, _ACTIVATION_BITS, "input_activations")
-            _check_per_tensor(scheme.input_activations)
+            _check_weights(scheme.weights)
+            _check_activations(scheme.input_activations)
         except ValueError as error:
             raise SchemeError(str(error)) from error
         return scheme
@@ -238,14 +250,22 @@ def _require_bits(bits: int, allowed: tuple[int, ...], where: str) -> None:
         raise SchemeError(f"{where} cannot have {bits} bits; choose {allowed[0]} to 8{also}")
 
 
-def _check_bits(args: QuantArgs | None, allowed: tuple[int, ...], where: str) -> None:
-    if args is not None:
-        _require_bits(args.num_bits, allowed, where)
+def _check_weights(args: QuantArgs | None) -> None:
+    if args is None:
+        return
+    _require_bits(args.num_bits, _WEIGHT_BITS, "weights")
+    if args.kind != AFFINE:
+        raise SchemeError(f"weights cannot have kind {args.kind!r}; only {AFFINE!r} is supported")
 
 
-def _check_per_tensor(args: QuantArgs | None) -> None:
-    if args is not None and args.strategy != "tensor":
-        raise SchemeError(f"input_activations cannot have strategy {args.strategy!r}; only 'tensor' is supported")
+def _check_activations(args: QuantArgs | None) -> None:
+    if args is None:
+        return
+    _require_bits(args.num_bits, _ACTIVATION_BITS, "input_activations")
+    strategies = QUANTIZER_KINDS.get(args.kind).strategies
+    if args.strategy not in strategies:
+        known = " and ".join(map(repr, strategies))
+        raise SchemeError(f"input_activations cannot have strategy {args.strategy!r}; only {known} is supported")
 
 
 def _at_least(args: QuantArgs | None, bits: int) -> QuantArgs | None:
@@ -253,6 +273,6 @@ def _at_least(args: QuantArgs | None, bits: int) -> QuantArgs | None:
 
 
 def _describe(args: QuantArgs) -> str:
-    kind = "symmetric" if args.symmetric else "asymmetric"
+    kind = ("symmetric" if args.symmetric else "asymmetric") if args.kind == AFFINE else args.kind
     share = f"group {args.group_size}" if args.strategy == "group" else f"per {args.strategy}"
     return f"{args.num_bits} bit {kind} {share}"

@@ -12,7 +12,6 @@ from synthquant.core.files import sha256_bytes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.nn.activation_quantizers import ActivationQuantizer
-from synthquant.nn.observers import ActivationHistogram
 from synthquant.nn.quant_model import QuantModel
 
 
@@ -95,20 +94,20 @@ def calibrate_activations(
 
 
 def observe(quantizers: Iterable[ActivationQuantizer], run: Callable[[], None], observer: str) -> None:
-    """Calibrate quantizers on what they see while `run` is called, twice: for ranges, then for histograms.
+    """Calibrate quantizers on what they see while `run` is called, twice: for ranges, then for what lies in them.
 
     A quantizer that sees nothing, or whose grid is fixed, keeps the state it had.
     """
     watched = [quantizer for quantizer in quantizers if not quantizer.fixed]
     with _observing(watched):
         for quantizer in watched:
-            quantizer.observing_range = True
+            quantizer.watching_range = True
         run()
         for quantizer in watched:
-            quantizer.observing_range = False
+            quantizer.watching_range = False
         run()
         for quantizer in watched:
-            if quantizer.histogram is not None and not quantizer.histogram.empty:
+            if quantizer.watcher is not None and not quantizer.watcher.empty:
                 quantizer.calibrate(observer)
 
 
@@ -116,12 +115,12 @@ def observe(quantizers: Iterable[ActivationQuantizer], run: Callable[[], None], 
 def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
     try:
         for quantizer in quantizers:
-            quantizer.histogram = ActivationHistogram()
+            quantizer.watcher = quantizer.new_watcher()
         yield
     finally:
         for quantizer in quantizers:
-            quantizer.histogram = None
-            quantizer.observing_range = False
+            quantizer.watcher = None
+            quantizer.watching_range = False
 
 
 def _run(model: QuantModel, batches: Iterator[torch.Tensor]) -> None:

@@ -224,7 +224,7 @@ def learn_unit(
     Args:
         phase: what is learned and how.
         layers: those of the unit's layers whose roundings are learned; their weights are quantized.
-        quantizers: activation quantizers whose scale this unit may learn.
+        quantizers: activation quantizers whose grid this unit may learn.
         error_of: reconstruction error of the unit for a batch of image indices, differentiable.
         count: number of images.
         device: where indices are drawn.
@@ -235,7 +235,8 @@ def learn_unit(
         The share of undecided roundings and a sample of the losses.
     """
     rounding = [SoftRounding(layer, phase.weight_scale_lr > 0) for layer in layers if phase.rounding_lr]
-    scales = [quantizer.scale for quantizer in quantizers] if phase.activation_scale_lr else []
+    learned = list(quantizers) if phase.activation_scale_lr else []
+    scales = [parameter for quantizer in learned for parameter in quantizer.learnable()]
     factors = [soft.factor for soft in rounding if soft.factor.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [soft.logit for soft in rounding], "lr": phase.rounding_lr, "base": 0.0},
@@ -263,7 +264,9 @@ def learn_unit(
                 loss.backward()  # type: ignore[no-untyped-call]
                 _cosine(optimizer, step - 1, phase.iterations)
                 optimizer.step()
-                _keep_positive([*factors, *scales])
+                _keep_positive(factors)
+                for quantizer in learned:
+                    quantizer.keep_legal()
                 sampled = None
                 if step % every == 0 or step in (1, phase.iterations):
                     sampled = float(error.detach())

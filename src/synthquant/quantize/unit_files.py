@@ -34,8 +34,7 @@ class Snapshot:
                 layer.weight_quantizer.codes.copy_(self.tensors[f"layer.{index}.codes"])
                 layer.weight_quantizer.scale.copy_(self.tensors[f"layer.{index}.scale"])
         for index, quantizer in enumerate(quantizers):
-            scale, zero_point = self.tensors[f"quantizer.{index}.scale"], self.tensors[f"quantizer.{index}.zero_point"]
-            quantizer.set_grid(scale.to(quantizer.scale.device), zero_point.to(quantizer.scale.device))
+            quantizer.load_grid({name: self.tensors[f"quantizer.{index}.{name}"] for name in quantizer.grid()})
 
 
 def snapshot(layers: Sequence[QuantLayer], quantizers: Sequence[ActivationQuantizer]) -> Snapshot:
@@ -46,8 +45,7 @@ def snapshot(layers: Sequence[QuantLayer], quantizers: Sequence[ActivationQuanti
             tensors[f"layer.{index}.codes"] = layer.weight_quantizer.codes.clone()
             tensors[f"layer.{index}.scale"] = layer.weight_quantizer.scale.clone()
     for index, quantizer in enumerate(quantizers):
-        tensors[f"quantizer.{index}.scale"] = quantizer.scale.detach().clone()
-        tensors[f"quantizer.{index}.zero_point"] = quantizer.zero_point.clone()
+        tensors |= {f"quantizer.{index}.{name}": tensor.clone() for name, tensor in quantizer.grid().items()}
     return Snapshot(tensors)
 
 
