@@ -60,8 +60,8 @@ def child(args: argparse.Namespace) -> None:
         engine = Reconstruction(quant_model, calibration, "block", budget, Path(folder))
         phase = Phase(
             name="weights", iterations=args.iterations, batch_size=args.batch_size, inputs="mixed", activations=True,
-            rounding_lr=1e-3, rounding_weight=1.0, weight_scale_lr=1e-4, activation_scale_lr=4e-5, keep=0.5,
-            calibrate_images=32,
+            rounding_lr=1e-3, rounding_weight=1.0, weight_scale_lr=1e-4, activation_scale_lr=4e-5,
+            quantize_probability=0.5, calibrate_images=32,
         )  # fmt: skip
         began = time.perf_counter()
         engine.run(phase, Rng(0), QUIET)

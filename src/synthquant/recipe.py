@@ -365,8 +365,11 @@ def _split(
         raise RecipeError(f"{where}: {name}.method is missing; available: {', '.join(registry.names())}")
     method = values["method"]
     own_names = [field for field in section.model_fields if field != "settings"]
-    method_names = list(cast(type[Settings], registry.get(method)).model_fields)
+    settings = cast(type[Settings], registry.get(method))
+    method_names = list(settings.model_fields)
     for key in values:
+        if key in settings.renamed:
+            raise RecipeError(f"{where}: setting '{name}.{key}' is now called '{name}.{settings.renamed[key]}'")
         if key not in own_names and key not in method_names:
             known = [f"{name}.{field}" for field in (*own_names, *method_names)]
             path = f"{name}.{key}"

@@ -238,7 +238,7 @@ def test_every_kind_keeps_its_promises(kind: str) -> None:
     assert torch.allclose(learned, y, atol=1e-6)
     learned.square().sum().backward()
     assert inputs.grad is not None and all(one.grad is not None for one in quantizer.learnable())
-    quantizer.keep, quantizer.generator = 1 / 256, torch.Generator().manual_seed(0)
+    quantizer.quantize_probability, quantizer.generator = 1 / 256, torch.Generator().manual_seed(0)
     assert float((quantizer(x) == x).float().mean()) > 0.9
     other.fix(-2.0, 3.0)
     assert other.fixed and float((other(x.clamp(-2, 3)) - x.clamp(-2, 3)).abs().max()) < 0.75

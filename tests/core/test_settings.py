@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import Field, ValidationError, field_validator
@@ -128,3 +129,14 @@ def test_values_that_networks_and_files_cannot_hold(values: dict[str, Any], mess
 def test_values_at_the_border_are_taken() -> None:
     wide = parse_settings(_Wide, {"count": LARGEST_INT, "rate": 3e38, "flag": True, "loose": {"a": False}}, "here")
     assert (wide.count, wide.rate, wide.flag, wide.loose) == (LARGEST_INT, 3e38, True, {"a": False})
+
+
+def test_a_former_name_is_told_what_it_is_called_now() -> None:
+    class Renamed(Settings):
+        renamed: ClassVar[Mapping[str, str]] = {"old": "new"}
+
+        new: int = 1
+        """A number."""
+
+    with pytest.raises(RecipeError, match=r"x: setting 'old' is now called 'new'$"):
+        parse_settings(Renamed, {"old": 2}, "x")

@@ -78,7 +78,7 @@ def test_fixed_and_learning_give_the_same_values(bits: int) -> None:
 
 def test_dropping_mixes_quantized_and_float_values_anew_each_time() -> None:
     quantizer = ready()
-    quantizer.learning, quantizer.keep = True, 0.5
+    quantizer.learning, quantizer.quantize_probability = True, 0.5
     quantizer.generator = torch.Generator().manual_seed(1)
     x = normal(4000)
     hard = fake_quantize(x, quantizer.scale, quantizer.zero_point, 15)

@@ -26,7 +26,7 @@ def ready(model: QuantModel, scale: float = 0.1) -> QuantModel:
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.calibrate(layer.float_weight, "minmax")
     for quantizer in model.quantizers.values():
-        quantizer.set_grid(torch.tensor([scale]), torch.tensor([float(quantizer.top // 2)]))
+        quantizer.set_grid(torch.tensor([scale]), torch.tensor([float(quantizer.quant_max // 2)]))
     return model
 
 

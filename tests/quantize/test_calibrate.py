@@ -75,7 +75,7 @@ def test_activation_ranges_are_those_of_the_network_asked_for() -> None:
         quantizer = model.layers["fc"].input_quantizer
         assert quantizer is not None and quantizer.calibrated and quantizer.watcher is None
         span = float(values.max().clamp(min=0) - values.min().clamp(max=0))
-        assert float(quantizer.scale) == pytest.approx(span / quantizer.top, rel=1e-5)
+        assert float(quantizer.scale) == pytest.approx(span / quantizer.quant_max, rel=1e-5)
         seen[quantized] = [float(model.quantizers["stem.input_quantizer"].scale), float(quantizer.scale)]
     assert seen[True][1] != seen[False][1]
     assert seen[True][0] == seen[False][0], "the image is the same"

@@ -41,7 +41,7 @@ SOFT_ROUNDING: dict[str, Field] = {
 NOTHING_ELSE: dict[str, Field] = {
     "weight_scale_lr": (0.0, f"{ADAROUND} eq. 22: step sizes of weights are fixed"),
     "activation_scale_lr": (0.0, "not learned in this pass"),
-    "keep": (1.0, "nothing is dropped"),
+    "quantize_probability": (1.0, "nothing is dropped"),
     "lsq_gradient_scale": (False, "step sizes are not learned, or without it"),
     "norm": (2.0, f"{ADAROUND} eq. 21: squared Frobenius norm"),
     "fisher": (None, f"{BRECQ} code: all published commands use the plain squared error"),
@@ -108,7 +108,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
             "inputs": ("mixed", f"{QDROP} eq. 6 and code: what a block reads is mixed element by element"),
             "activations": (True, f"{QDROP} section 4: weights are tuned with activations quantized"),
             "activation_scale_lr": (4e-5, f"{QDROP} section 5, code: Adam, cosine to 0"),
-            "keep": (0.5, f"{QDROP} section 5: probability of 0.5"),
+            "quantize_probability": (0.5, f"{QDROP} section 5: probability of 0.5"),
             "lsq_gradient_scale": (True, f"{LSQ} section 2.2; {QDROP} code: grad_scale"),
             "sampling": ("replacement", f"{QDROP} code: randint"),
         },
@@ -123,7 +123,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
             "activations": (True, f"{GENIE} code: as QDrop"),
             "weight_scale_lr": (3e-3, "docs/adr/0011: the code's 1e-4 as a share of the folded step sizes"),
             "activation_scale_lr": (4e-5, f"{GENIE} code: Adam, cosine to 0"),
-            "keep": (0.5, f"{GENIE} code: as QDrop"),
+            "quantize_probability": (0.5, f"{GENIE} code: as QDrop"),
             "sampling": ("epoch", f"{GENIE} code: rows of one permutation"),
             "calibrate_images": (32, f"{GENIE} code: ranges are set anew at each unit"),
         },
@@ -204,7 +204,7 @@ def test_settings_reach_the_phase(recorded: Recorded) -> None:
     settings: dict[str, Any] = {
         "granularity": "network", "iterations": 7, "batch_size": 3, "rounding_lr": 0.5, "rounding_weight": 0.25,
         "warm_up": 0.125, "beta_start": 9.0, "beta_end": 3.0, "observer": "minmax", "calibration_images": 5,
-        "weight_scale_lr": 0.75, "activation_lr": 0.375, "keep": 0.625,
+        "weight_scale_lr": 0.75, "activation_lr": 0.375, "quantize_probability": 0.625,
     }  # fmt: skip
     ranges, phase = recorded.apply("genie_m", **settings)
     assert ranges == Ranges(5, "minmax", False) and isinstance(phase, Phase) and recorded.granularity == {"network"}
@@ -213,12 +213,12 @@ def test_settings_reach_the_phase(recorded: Recorded) -> None:
         "rounding_lr": phase.rounding_lr, "rounding_weight": phase.rounding_weight, "warm_up": phase.warm_up,
         "beta_start": phase.beta[0], "beta_end": phase.beta[1], "observer": phase.observer,
         "calibration_images": phase.calibrate_images, "weight_scale_lr": phase.weight_scale_lr,
-        "activation_lr": phase.activation_scale_lr, "keep": phase.keep,
+        "activation_lr": phase.activation_scale_lr, "quantize_probability": phase.quantize_probability,
     }  # fmt: skip
     assert found == settings
     recorded.asked.clear()
-    (_, phase) = recorded.apply("qdrop", keep=0.75, activation_lr=0.5)
-    assert isinstance(phase, Phase) and (phase.keep, phase.activation_scale_lr) == (0.75, 0.5)
+    (_, phase) = recorded.apply("qdrop", quantize_probability=0.75, activation_lr=0.5)
+    assert isinstance(phase, Phase) and (phase.quantize_probability, phase.activation_scale_lr) == (0.75, 0.5)
     recorded.asked.clear()
     own = {"activation_iterations": 9, "activation_lr": 0.5, "activation_norm": 3.0, "batch_size": 4}
     *_, first, _, second = recorded.apply("brecq", fisher="full", **own)

@@ -35,8 +35,8 @@ COMMON: dict[str, Any] = {
 OWN: dict[str, dict[str, Any]] = {
     "adaround": {},
     "brecq": {"activation_iterations": STEPS, "activation_lr": 4e-3},
-    "qdrop": {"activation_lr": 4e-3, "keep": 0.25},
-    "genie_m": {"activation_lr": 4e-3, "keep": 0.25, "weight_scale_lr": 3e-2},
+    "qdrop": {"activation_lr": 4e-3, "quantize_probability": 0.25},
+    "genie_m": {"activation_lr": 4e-3, "quantize_probability": 0.25, "weight_scale_lr": 3e-2},
 }
 ROUNDING = {"iterations": STEPS, "rounding_lr": 0.1, "rounding_weight": 0.02}
 

@@ -193,5 +193,5 @@ def test_the_output_s_grid_leaves_room_for_surer_answers() -> None:
     quantizer = model.quantizers["fc.output_quantizer"]
     with torch.no_grad(), model.mode(weights=True, activations=False):
         logits = model(inputs(model))
-    low, high = (float((code - quantizer.zero_point) * quantizer.scale) for code in (0, quantizer.top))
+    low, high = (float((code - quantizer.zero_point) * quantizer.scale) for code in (0, quantizer.quant_max))
     assert high >= 1.9 * float(logits.max()) and low <= 1.9 * float(logits.min())

@@ -61,7 +61,7 @@ def test_soft_weights_start_as_the_clipped_float_weights(kind: str, args: dict[s
     quantizer = quantizer_of(layer)
     grouped = quantizer.grouped(layer.float_weight)
     low = -quantizer.zero_point * quantizer.scale
-    high = (quantizer.args.top - quantizer.zero_point) * quantizer.scale
+    high = (quantizer.args.quant_max - quantizer.zero_point) * quantizer.scale
     SoftRounding(layer, learn_scale=True).apply()
     assert torch.allclose(layer.weight, quantizer.ungrouped(grouped.clamp(low, high)), atol=1e-6)
 
@@ -98,7 +98,7 @@ def test_gradient_of_the_weight_scale_s_factor_is_the_clipped_code_less_its_zero
     outer = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2))
     (layer.weight * outer).sum().backward()
     ratio = quantizer.grouped(layer.float_weight) / quantizer.scale
-    codes = torch.clamp(ratio.floor() + share + quantizer.zero_point, 0, quantizer.args.top)
+    codes = torch.clamp(ratio.floor() + share + quantizer.zero_point, 0, quantizer.args.quant_max)
     wanted = quantizer.scale * ((codes - quantizer.zero_point) * quantizer.grouped(outer)).sum(2, keepdim=True)
     assert soft.factor.grad is not None and torch.allclose(soft.factor.grad, wanted, rtol=1e-5, atol=1e-5)
     inside = (ratio.floor() + share + quantizer.zero_point - codes).detach() == 0
@@ -214,7 +214,7 @@ def problem(phase: Phase, ticks: list[int] | None = None, seed: int = 0) -> tupl
             ticks.append(step)
 
     learned = learn_unit(phase, [layer], [inputs], error_of, 64, CPU, Rng(seed), tick)
-    assert not inputs.learning and inputs.keep == 1.0 and not inputs.scale.requires_grad
+    assert not inputs.learning and inputs.quantize_probability == 1.0 and not inputs.scale.requires_grad
     return before, total(), layer, learned.undecided if learned.undecided is not None else -1.0
 
 
@@ -253,7 +253,9 @@ def test_activation_steps_alone() -> None:
 
 
 def test_same_seed_same_result() -> None:
-    phase = weights_phase(iterations=30, activations=True, activation_scale_lr=1e-3, keep=0.5, weight_scale_lr=1e-3)
+    phase = weights_phase(
+        iterations=30, activations=True, activation_scale_lr=1e-3, quantize_probability=0.5, weight_scale_lr=1e-3
+    )
     first, again, other = (problem(phase, seed=seed)[2] for seed in (0, 0, 1))
     assert torch.equal(quantizer_of(first).scale, quantizer_of(again).scale)
     assert not torch.equal(quantizer_of(first).scale, quantizer_of(other).scale)
@@ -261,7 +263,7 @@ def test_same_seed_same_result() -> None:
 
 def test_keeping_all_with_fixed_weight_scales_is_qdrop_without_dropping() -> None:
     """Genie-M differs from QDrop in the weight scales, the LSQ factor and the sampling only."""
-    shared = {"iterations": 20, "activations": True, "activation_scale_lr": 1e-3, "keep": 1.0}
+    shared = {"iterations": 20, "activations": True, "activation_scale_lr": 1e-3, "quantize_probability": 1.0}
     genie = problem(weights_phase(**shared, weight_scale_lr=0.0))
     plain = problem(weights_phase(**shared))
     assert genie[1] == plain[1]

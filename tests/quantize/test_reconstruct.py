@@ -191,7 +191,12 @@ def test_a_damaged_unit_is_learned_again_and_the_others_stay(
 
 def test_units_of_other_settings_images_or_seeds_are_refused(tmp_path: Path) -> None:
     quantize("genie_m", workdir=tmp_path, iterations=1)
-    others: list[dict[str, Any]] = [{"iterations": 2}, {"keep": 0.75}, {"seed": 1}, {"data": images(20)}]
+    others: list[dict[str, Any]] = [
+        {"iterations": 2},
+        {"quantize_probability": 0.75},
+        {"seed": 1},
+        {"data": images(20)},
+    ]
     for changes in (*others, {"scheme": "W2A4"}, {"equalize": "activations"}):
         with pytest.raises(DataError, match="holds units of another run"):
             quantize("genie_m", workdir=tmp_path, **{"iterations": 1, **changes})

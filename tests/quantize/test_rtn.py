@@ -27,7 +27,7 @@ def test_weights_are_the_nearest_of_their_grid() -> None:
         quantizer = layer.weight_quantizer
         assert quantizer is not None
         grouped = quantizer.grouped(layer.float_weight)
-        nearest = fake_quantize(grouped, quantizer.scale, quantizer.zero_point, quantizer.args.top)
+        nearest = fake_quantize(grouped, quantizer.scale, quantizer.zero_point, quantizer.args.quant_max)
         assert torch.equal(quantizer(), quantizer.ungrouped(nearest))
 
 

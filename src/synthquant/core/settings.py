@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -24,6 +24,9 @@ class Settings(BaseModel):
     Beyond their types, values must be ones that networks and files can hold: numbers within 64 and float32 bits, text
     without NUL that can be written as UTF-8, and `true` only where a field says `bool`.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Former names of fields, with those they have now, for errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -111,6 +114,8 @@ def _problem(cls: type[BaseModel], detail: ErrorDetails) -> str:
     owner = _owner(cls, parts[:-1])
     names = list(owner.model_fields) if owner else []
     if detail["type"] == "extra_forbidden":
+        if owner is not None and issubclass(owner, Settings) and parts[-1] in owner.renamed:
+            return f"setting {path!r} is now called {owner.renamed[parts[-1]]!r}"
         known = f" known: {', '.join(names)}" if names else ""
         return f"unknown setting {path!r};{did_you_mean(parts[-1], names)}{known}"
     if detail["type"] == "missing":

@@ -1,8 +1,8 @@
 """Codes and scales of a quantized network in the forms that files hold.
 
-Inside synthquant every grid has unsigned codes `0 .. top` and a zero point. Runtimes want them shifted: a weight as
-`code - zero_point`, so that its zero point is 0, an activation in `uint8` or, shifted by its zero point, in `int8`. All
-of this is exact; where a grid does not fit, `SchemeError` names it and says what to change.
+Inside synthquant every grid has unsigned codes `0 .. quant_max` and a zero point. Runtimes want them shifted: a weight
+as `code - zero_point`, so that its zero point is 0, an activation in `uint8` or, shifted by its zero point, in `int8`.
+All of this is exact; where a grid does not fit, `SchemeError` names it and says what to change.
 """
 
 from __future__ import annotations
@@ -98,20 +98,20 @@ def activation_grid(quantizer: ActivationQuantizer, name: str, preset: Preset) -
     if not quantizer.affine:
         return None
     grid = quantizer.affine_grid()
-    scale, zero, top = grid.scale, grid.zero_point, grid.quant_max
+    scale, zero, largest = grid.scale, grid.zero_point, grid.quant_max
     if quantizer.num_bits > 8:
         return ActivationGrid(scale, torch.tensor(zero, dtype=torch.uint16), None, None)
     if preset.activations == "uint8":
-        high = None if top == 255 else scale * (top - zero)
+        high = None if largest == 255 else scale * (largest - zero)
         return ActivationGrid(scale, torch.tensor(zero, dtype=torch.uint8), None, high)
-    if -zero < -128 or top - zero > 127:
+    if -zero < -128 or largest - zero > 127:
         raise SchemeError(
-            f"preset {preset.name} cannot express {name}: its grid runs from {-zero} to {top - zero} steps, and int8"
-            " with zero point 0 holds -128 to 127; quantize with scheme.input_activations.symmetric=true, where tensors"
-            " that are never negative get 7 bits by scheme.input_activations.num_bits or an override"
+            f"preset {preset.name} cannot express {name}: its grid runs from {-zero} to {largest - zero} steps, and"
+            " int8 with zero point 0 holds -128 to 127; quantize with scheme.input_activations.symmetric=true, where"
+            " tensors that are never negative get 7 bits by scheme.input_activations.num_bits or an override"
         )
     low = None if zero == 128 else scale * -zero
-    high = None if top - zero == 127 else scale * (top - zero)
+    high = None if largest - zero == 127 else scale * (largest - zero)
     return ActivationGrid(scale, torch.tensor(0, dtype=torch.int8), low, high)
 
 

@@ -53,8 +53,8 @@ class ActivationQuantizer(nn.Module, ABC):
         enabled: quantize at all.
         fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
         headroom: the calibrated range is to be this much wider.
-        learning: the grid takes gradients, and values are dropped with probability `1 - keep`.
-        keep: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
+        learning: the grid takes gradients, and values are dropped at random.
+        quantize_probability: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
         lsq_gradient_scale: scale gradients of the grid as LSQ does, in kinds that have such a rule.
         generator: source of the drop masks.
         watcher: while calibrating, what is shown the values instead of quantizing them.
@@ -73,7 +73,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.fixed = False
         self.headroom = 1.0
         self.learning = False
-        self.keep = 1.0
+        self.quantize_probability = 1.0
         self.lsq_gradient_scale = False
         self.generator: torch.Generator | None = None
         self.watcher: Watcher | None = None
@@ -134,7 +134,8 @@ class ActivationQuantizer(nn.Module, ABC):
             raise RuntimeError("activation quantizer used before it was calibrated")
         if not self.learning:
             return self.quantize(x)
-        return self.quantize_learning(x, None if self.keep >= 1 else random_keep(x, self.keep, self.generator))
+        every = self.quantize_probability >= 1
+        return self.quantize_learning(x, None if every else random_keep(x, self.quantize_probability, self.generator))
 
     @torch.no_grad()
     def calibrate(self, observer: str) -> None:

@@ -32,21 +32,21 @@ class AffineQuantizer(ActivationQuantizer):
         super().__init__(args)
         self.scale = nn.Parameter(torch.ones(1), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(1))
-        self._multiples = (0.0, float(args.top))  # of the scale: smallest and largest value
+        self._multiples = (0.0, float(args.quant_max))  # of the scale: smallest and largest value
 
     @property
-    def top(self) -> int:
+    def quant_max(self) -> int:
         """The largest code."""
-        return self.args.top
+        return self.args.quant_max
 
     @property
     def _positive_codes(self) -> float:
         """LSQ's `Q_P`: `2**(bits - 1) - 1` on a signed grid; `2**bits - 1` on an unsigned or (QDrop) asymmetric one."""
-        return self._multiples[1] if self.args.symmetric else float(self.top)
+        return self._multiples[1] if self.args.symmetric else float(self.quant_max)
 
     def quantize(self, x: torch.Tensor) -> torch.Tensor:
         """`x` rounded to the grid."""
-        return fake_quantize(x, self.scale, self.zero_point, self.top)
+        return fake_quantize(x, self.scale, self.zero_point, self.quant_max)
 
     def quantize_learning(self, x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         """The same with LSQ's gradients, and `x` itself where `keep` is 0."""
@@ -71,8 +71,8 @@ class AffineQuantizer(ActivationQuantizer):
     def set_grid(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         """Take a scale and a zero point (one element each)."""
         self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point.clamp(0, self.top))
-        self._multiples = (-float(self.zero_point), self.top - float(self.zero_point))
+        self.zero_point.copy_(zero_point.clamp(0, self.quant_max))
+        self._multiples = (-float(self.zero_point), self.quant_max - float(self.zero_point))
         self.calibrated = True
 
     def load_grid(self, grid: Mapping[str, torch.Tensor]) -> None:
@@ -81,7 +81,7 @@ class AffineQuantizer(ActivationQuantizer):
 
     def affine_grid(self) -> AffineGrid:
         """The grid as integer kernels take it."""
-        return AffineGrid(self.scale.detach().float().reshape(()), int(self.zero_point), self.top)
+        return AffineGrid(self.scale.detach().float().reshape(()), int(self.zero_point), self.quant_max)
 
     def _search(self, samples: Samples, observer: str) -> tuple[torch.Tensor, torch.Tensor]:
         search = OBSERVERS.get(observer)

@@ -1,7 +1,8 @@
 """Fake quantization and soft rounding as pure functions of tensors.
 
-Every grid is written with unsigned codes `0 .. top`, `top = 2**bits - 1`, a positive `scale` and a `zero_point`; a
-signed symmetric grid is the one with `zero_point = 2**(bits - 1)`. A code `q` stands for `scale * (q - zero_point)`.
+Every grid is written with unsigned codes `0 .. quant_max`, `quant_max = 2**bits - 1`, a positive `scale` and a
+`zero_point`; a signed symmetric grid is the one with `zero_point = 2**(bits - 1)`. A code `q` stands for
+`scale * (q - zero_point)`.
 Rounding is half-to-even throughout (torch and ONNX agree on it).
 """
 
@@ -17,9 +18,9 @@ STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 SMALLEST_SCALE = 1e-8
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int) -> torch.Tensor:
-    """Codes of `x` as floats: `clip(round(x / scale) + zero_point, 0, top)`; arguments broadcast."""
-    return torch.clamp_(torch.round(x / scale).add_(zero_point), 0, top)
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_max: int) -> torch.Tensor:
+    """Codes of `x` as floats: `clip(round(x / scale) + zero_point, 0, quant_max)`; arguments broadcast."""
+    return torch.clamp_(torch.round(x / scale).add_(zero_point), 0, quant_max)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
@@ -27,9 +28,9 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes - zero_point) * scale
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, top: int) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, quant_max: int) -> torch.Tensor:
     """`x` rounded to its grid, without gradients of its own (GenQ, arXiv:2312.05272, eq. 1-2, bounds corrected)."""
-    return quantize(x, scale, zero_point, top).sub_(zero_point).mul_(scale)
+    return quantize(x, scale, zero_point, quant_max).sub_(zero_point).mul_(scale)
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -99,7 +100,7 @@ def learned_step_quantize(
         x: activations or weights of any shape.
         scale: learned step sizes, broadcastable to `x`.
         low: smallest multiple of the step, `-zero_point`; at most 0.
-        high: largest multiple of the step, `top - zero_point`; at least 0.
+        high: largest multiple of the step, `quant_max - zero_point`; at least 0.
         keep: same shape as `x`, 1 where the quantized value is used and 0 elsewhere; empty: everywhere.
         gradient_scale: factor on the gradient of `scale` (LSQ: `1 / sqrt(x.numel() * high)`; Genie: 1).
 

@@ -51,9 +51,9 @@ class Samples:
         low, high = torch.aminmax(rows, dim=1)
         return cls(rows, None, low, high)
 
-    def score(self, scale: torch.Tensor, zero_point: torch.Tensor, top: int) -> torch.Tensor:
+    def score(self, scale: torch.Tensor, zero_point: torch.Tensor, quant_max: int) -> torch.Tensor:
         """Mean of `|x - x_hat|**2.4` of each row, `[R]`."""
-        rounded = fake_quantize(self.values, scale[:, None], zero_point[:, None], top)
+        rounded = fake_quantize(self.values, scale[:, None], zero_point[:, None], quant_max)
         error = rounded.sub_(self.values).abs_().pow_(EXPONENT)
         return error.mean(1) if self.counts is None else error.mul_(self.counts).sum(1)
 
@@ -144,16 +144,16 @@ def qdrop(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, si
 
 
 def _search_zero_points(samples: Samples, bits: int, low: torch.Tensor, high: torch.Tensor, best: _Best) -> None:
-    top = 2**bits - 1
+    quant_max = 2**bits - 1
     for step in range(1, 101):
-        scale = ((high - low) * (step / 100) / top).clamp(min=SMALLEST_SCALE)
-        for code in range(top + 1):
+        scale = ((high - low) * (step / 100) / quant_max).clamp(min=SMALLEST_SCALE)
+        for code in range(quant_max + 1):
             starts_inside = -code * scale >= low - scale
-            ends_inside = (top - code) * scale <= high + scale
+            ends_inside = (quant_max - code) * scale <= high + scale
             useful = starts_inside & ends_inside
             if bool(useful.any()):
                 zero_point = torch.full_like(scale, code)
-                score = samples.score(scale, zero_point, top)
+                score = samples.score(scale, zero_point, quant_max)
                 best.offer(scale, zero_point, torch.where(useful, score, torch.inf))
 
 

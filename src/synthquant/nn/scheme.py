@@ -56,7 +56,7 @@ class QuantArgs(Settings):
         return fields
 
     @property
-    def top(self) -> int:
+    def quant_max(self) -> int:
         """The largest code, `2**num_bits - 1`; the smallest is 0."""
         return int(2**self.num_bits) - 1
 

@@ -123,11 +123,11 @@ class WeightQuantizer(nn.Module):
         )
         self.scale.copy_(scale.reshape(self.scale.shape))
         self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
-        self.set_codes(quantize(grouped, self.scale, self.zero_point, self.args.top))
+        self.set_codes(quantize(grouped, self.scale, self.zero_point, self.args.quant_max))
 
     @torch.no_grad()
     def set_codes(self, grouped: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Take new codes `[C, G, K]` (whole numbers in 0..top, any dtype) and, if given, new scales."""
+        """Take new codes `[C, G, K]` (whole numbers in 0..quant_max, any dtype) and, if given, new scales."""
         self.codes.copy_(self.ungrouped(grouped))
         if scale is not None:
             self.scale.copy_(scale)

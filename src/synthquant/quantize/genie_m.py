@@ -40,7 +40,7 @@ class GenieM(LearnedRounding):
     smaller as the grid is finer. 0: fixed, as in AdaRound."""
     activation_lr: float = Field(default=4e-5, gt=0)
     """Adam learning rate of activation step sizes, cosine to 0."""
-    keep: float = Field(default=0.5, gt=0, le=1)
+    quantize_probability: float = Field(default=0.5, gt=0, le=1)
     """Probability that a value is the quantized one (QDrop)."""
     calibration_images: int = Field(default=32, ge=1)
     """Images from which activation ranges are set, anew at each unit, in the network quantized so far."""
@@ -63,7 +63,7 @@ class GenieM(LearnedRounding):
             activation_scale_lr=self.activation_lr,
             inputs="mixed",
             activations=True,
-            keep=self.keep,
+            quantize_probability=self.quantize_probability,
             sampling="epoch",
             calibrate_images=self.calibration_images,
             observer=self.observer,

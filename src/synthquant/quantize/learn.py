@@ -46,7 +46,7 @@ class Phase:
         weight_scale_lr: learning rate of the factors of weight scales at up to 4 bits, cosine to 0; at more bits
             as much smaller as the grid is finer. 0: fixed (AdaRound, BRECQ, QDrop).
         activation_scale_lr: learning rate of activation scales, cosine to 0; 0: fixed.
-        keep: probability that a quantized activation, or a student input, is used (QDrop: 0.5).
+        quantize_probability: probability that a quantized activation, or a student input, is used (QDrop: 0.5).
         lsq_gradient_scale: scale the gradient of activation steps as LSQ does.
         norm: exponent of the reconstruction error.
         sampling: how batches are drawn: through shuffled `epoch`s, a fresh `permutation` each step, or with
@@ -68,7 +68,7 @@ class Phase:
     beta: tuple[float, float] = (20.0, 2.0)
     weight_scale_lr: float = 0.0
     activation_scale_lr: float = 0.0
-    keep: float = 1.0
+    quantize_probability: float = 1.0
     lsq_gradient_scale: bool = False
     norm: float = 2.0
     sampling: Sampling = "epoch"
@@ -79,7 +79,7 @@ class Phase:
 
 
 class SoftRounding:
-    """The weights of one layer while their rounding is learned: `s (clip(B + h(V) + z, 0, top) - z)`.
+    """The weights of one layer while their rounding is learned: `s (clip(B + h(V) + z, 0, quant_max) - z)`.
 
     `B = floor(W / s)` is fixed from the calibrated scale, so that learning `s` as well does not move it: AdaRound
     (arXiv:2004.10568, eq. 22) with `s` fixed, Genie-M (arXiv:2212.04780, section 3.2) with `s` learned. What is learned
@@ -102,7 +102,7 @@ class SoftRounding:
         self.factor = nn.Parameter(torch.ones_like(self._scale), requires_grad=learn_scale)
         self._zero_point = self._quantizer.zero_point
         self._offset = base + self._zero_point
-        self._top = self._quantizer.args.top
+        self._quant_max = self._quantizer.args.quant_max
 
     @property
     def num_bits(self) -> int:
@@ -112,7 +112,7 @@ class SoftRounding:
     def apply(self) -> torch.Tensor:
         """Let the layer use the soft weights; returns `h(V)`."""
         soft = rectified_sigmoid(self.logit)
-        codes = torch.clamp(self._offset + soft, 0, self._top)
+        codes = torch.clamp(self._offset + soft, 0, self._quant_max)
         self._layer.weight_override = self._quantizer.ungrouped(
             (codes - self._zero_point) * (self._scale * self.factor)
         )
@@ -122,7 +122,7 @@ class SoftRounding:
     def harden(self) -> None:
         """Write the decided codes and scales back into the layer."""
         self._layer.weight_override = None
-        codes = torch.clamp(self._offset + (self.logit >= 0), 0, self._top)
+        codes = torch.clamp(self._offset + (self.logit >= 0), 0, self._quant_max)
         self._quantizer.set_codes(codes, self._scale * self.factor)
 
     def release(self) -> None:
@@ -132,7 +132,7 @@ class SoftRounding:
     @torch.no_grad()
     def undecided(self) -> torch.Tensor:
         """`h(V)` of the weights that rounding can change at all, flat."""
-        inside = (self._offset >= 0) & (self._offset < self._top)
+        inside = (self._offset >= 0) & (self._offset < self._quant_max)
         return rectified_sigmoid(self.logit)[inside]
 
 
@@ -243,7 +243,7 @@ def learn_unit(
         {"params": scales, "lr": phase.activation_scale_lr, "base": phase.activation_scale_lr},
     ]
     for bits in sorted({soft.num_bits for soft in rounding} if factors else ()):
-        rate = phase.weight_scale_lr * min(1.0, _top(_COARSE_BITS) / _top(bits))
+        rate = phase.weight_scale_lr * min(1.0, _quant_max(_COARSE_BITS) / _quant_max(bits))
         groups.append({"params": [s.factor for s in rounding if s.num_bits == bits], "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]
     if not groups or not phase.iterations:
@@ -283,7 +283,7 @@ def learn_unit(
     return Learned(undecided, tuple(steps), tuple(losses))
 
 
-def _top(bits: int) -> int:
+def _quant_max(bits: int) -> int:
     """The largest code."""
     return int(2**bits - 1)
 
@@ -310,7 +310,7 @@ def _learning(
             scale.requires_grad_(True)
         for quantizer in quantizers:
             quantizer.learning = True
-            quantizer.keep = phase.keep
+            quantizer.quantize_probability = phase.quantize_probability
             quantizer.lsq_gradient_scale = phase.lsq_gradient_scale
             quantizer.generator = generator
         yield
@@ -320,5 +320,5 @@ def _learning(
             scale.grad = None
         for quantizer in quantizers:
             quantizer.learning = False
-            quantizer.keep = 1.0
+            quantizer.quantize_probability = 1.0
             quantizer.generator = None

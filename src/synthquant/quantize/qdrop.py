@@ -33,7 +33,7 @@ class QDrop(LearnedRounding):
     """Images from which activation ranges are set, in the float network."""
     activation_lr: float = Field(default=4e-5, gt=0)
     """Adam learning rate of activation step sizes, cosine to 0."""
-    keep: float = Field(default=0.5, gt=0, le=1)
+    quantize_probability: float = Field(default=0.5, gt=0, le=1)
     """Probability that a value is the quantized one (the authors' `drop_prob`)."""
 
     def apply(
@@ -53,7 +53,7 @@ class QDrop(LearnedRounding):
             activation_scale_lr=self.activation_lr,
             inputs="mixed",
             activations=True,
-            keep=self.keep,
+            quantize_probability=self.quantize_probability,
             lsq_gradient_scale=True,
             sampling="replacement",
         )

@@ -338,7 +338,7 @@ class Reconstruction:
             student = [cache.gather(batch) for cache in inputs.student] if inputs.student else []
             rows = [cache.gather(batch) for cache in inputs.teacher] if phase.inputs != "student" else student
             if phase.inputs == "mixed":
-                rows = [_mix(s, t, phase.keep, generator) for s, t in zip(student, rows, strict=True)]
+                rows = [_mix(s, t, phase.quantize_probability, generator) for s, t in zip(student, rows, strict=True)]
             leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
             output = self._run(index, leaves)
             wanted = self._targets(index, [cache.gather(batch) for cache in targets])
@@ -369,11 +369,11 @@ class _Inputs:
     teacher: list[RowCache] = field(default_factory=list)
 
 
-def _mix(student: torch.Tensor, teacher: torch.Tensor, keep: float, generator: torch.Generator) -> torch.Tensor:
+def _mix(student: torch.Tensor, teacher: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
     """QDrop's mixture of quantized and float inputs, element by element; whole numbers and masks are the teacher's."""
     if not student.is_floating_point():
         return teacher
-    return torch.lerp(teacher, student, random_keep(student, keep, generator))
+    return torch.lerp(teacher, student, random_keep(student, probability, generator))
 
 
 def _owners(model: QuantModel, units: Sequence[Unit]) -> list[list[ActivationQuantizer]]:

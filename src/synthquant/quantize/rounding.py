@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +23,8 @@ _PUBLISHED_LR, _PUBLISHED_ITERATIONS, _LARGEST_LR = 1e-3, 20_000, 0.03
 
 class LearnedRounding(Settings):
     """Settings of AdaRound's soft rounding (arXiv:2004.10568), which BRECQ, QDrop and Genie-M share."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"keep": "quantize_probability"}
 
     granularity: Literal["block", "layer", "network"] = "block"
     """What is fitted at a time: a block of the network, one layer, or the whole network."""
