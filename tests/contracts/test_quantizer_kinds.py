@@ -173,13 +173,17 @@ def test_it_is_saved_and_loaded(quantized: QuantModel, tmp_path: Path) -> None:
     assert json.loads((folder / CONFIG_NAME).read_text())["quantizers"]["blocks.0.softmax_0"]["kind"] == KIND
 
 
-def test_it_is_shown_in_coverage(quantized: QuantModel) -> None:
+def test_it_is_shown_in_coverage(quantized: QuantModel, tmp_path: Path) -> None:
     rows = {row.name: row for row in quantized.coverage()}
     product = rows["blocks.0.matmul_1"]
     assert (product.input_bits, product.weight_bits, product.reason) == (3, 6, "")
     assert product.input_kind == f"{KIND} and affine"
     assert rows["blocks.0.matmul_0"].input_kind == rows["blocks.0.qkv"].input_kind == "affine"
     assert "input_kind" in asdict(product)
+    everywhere = QuantModel.build(
+        small_float_model(tmp_path), QuantScheme.parse({"preset": "W8A8", "input_activations": {"kind": KIND}})
+    )
+    assert {(row.input_kind, row.reason) for row in everywhere.coverage()} == {(KIND, "")}, "grids are no weights"
 
 
 def test_simulate_writes_it_and_integer_presets_refuse_it_by_name(quantized: QuantModel, tmp_path: Path) -> None:

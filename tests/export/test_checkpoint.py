@@ -24,7 +24,10 @@ from synthquant.export.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from synthquant.export.grids import weight_grid
+from synthquant.export.presets import find_preset
 from synthquant.nn.quant_model import QuantModel
+from synthquant.nn.weight_sources import SoftRounding
 
 SCHEMES = [
     "W4A4",
@@ -234,8 +237,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, t
 def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
     config = read_sealed_json(folder / CONFIG_NAME)
-    _rewrite(folder, format_version=4)
-    with pytest.raises(ModelError, match="has version 4, this release reads 1 to 3"):
+    _rewrite(folder, format_version=5)
+    with pytest.raises(ModelError, match="has version 5, this release reads 1 to 4"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, format_version=2, format="other")
     with pytest.raises(ModelError, match="its format is not 'synthquant-packed'"):
@@ -262,3 +265,37 @@ def test_a_checkpoint_of_an_earlier_release_gives_the_logits_that_it_gave() -> N
         logits = loaded(torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16))
     assert logits[0].tolist() == pytest.approx(json.loads((folder / "logits.json").read_text()), abs=1e-4)
     assert sha256_file(folder / WEIGHTS_NAME) == checkpoint_hash(loaded)
+
+
+def test_unclipped_codes_come_back_as_they_were(tmp_path: Path) -> None:
+    """Version 4; what is computed and exported is what clipped codes give."""
+    float_model = small_float_model(tmp_path)
+    plain, unclipped = calibrated_model(float_model, "W2A4"), calibrated_model(float_model, "W2A4")
+    for layer in unclipped.layers.values():
+        assert layer.weight_quantizer is not None
+        layer.weight_source = SoftRounding(layer.weight_quantizer, layer.float_weight, learn_scale=False)
+        layer.harden_weight(unclipped=True)
+        with torch.no_grad():
+            layer.weight_quantizer.codes[0] += 9
+    for name, layer in plain.layers.items():
+        codes, wanted = layer.weight_quantizer, unclipped.layers[name].weight_quantizer
+        assert codes is not None and wanted is not None
+        codes.load_codes(wanted.clipped_codes)
+        grids = [weight_grid(one, name, find_preset("simulate")) for one in (codes, wanted)]
+        assert torch.equal(grids[0].codes, grids[1].codes)
+    folder = save_checkpoint(unclipped, tmp_path / "model")
+    assert read_sealed_json(folder / CONFIG_NAME)["format_version"] == 4
+    loaded = load_checkpoint(folder, float_model=float_model)
+    x = float_model.example_input(3)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), plain(x)) and torch.equal(unclipped(x), plain(x))
+    for name, value in unclipped.state().items():
+        assert torch.equal(loaded.state()[name], value) and loaded.state()[name].dtype == value.dtype
+    weights = sum(value.numel() for name, value in plain.state().items() if name.endswith("codes"))
+    packed = sum((p.numel() * b + 7) // 8 for p, b in _codes_and_bits(plain))
+    assert quantized_cost(unclipped).size_bytes - quantized_cost(plain).size_bytes == 2 * weights - packed
+
+
+def _codes_and_bits(model: QuantModel) -> list[tuple[torch.Tensor, int]]:
+    quantizers = [layer.weight_quantizer for layer in model.layers.values()]
+    return [(one.codes, one.num_bits) for one in quantizers if one is not None]

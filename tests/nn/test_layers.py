@@ -15,6 +15,7 @@ from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.layers import QuantBlock, QuantLayer, quantize_block, quantize_layer, weight_layout
 from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightQuantizer
+from synthquant.nn.weight_sources import WeightSource
 
 
 class PaddedConv(nn.Conv2d):
@@ -54,15 +55,27 @@ def test_a_layer_keeps_its_class_s_forward_and_its_attributes() -> None:
     assert torch.equal(layer(x=images()), layer(images()))  # by keyword
 
 
+class Zeros(WeightSource):
+    def compute(self) -> torch.Tensor:
+        return torch.zeros(4, 5)
+
+    def decided(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(4, 1, 5), torch.ones(4, 1, 1)
+
+
 def test_which_weight_is_used() -> None:
     layer = quantized(nn.Linear(5, 4))
     assert layer.weight_quantizer is not None
     assert torch.equal(layer.weight, layer.weight_quantizer())
     layer.weights_enabled = False
     assert layer.weight is layer.float_weight
-    layer.weight_override = torch.zeros(4, 5)
-    assert layer.weight is layer.weight_override
-    layer.weight_override, layer.weights_enabled = None, True
+    layer.weight_source = Zeros()
+    assert layer.weight is layer.float_weight, "in floating point whatever is learned"
+    layer.weights_enabled = True
+    assert not layer.weight.any()
+    layer.harden_weight()
+    assert layer.weight_source is None and not layer.weight_quantizer.codes.any()
+    assert torch.equal(layer.weight, layer.weight_quantizer())
     layer.drop_float_weight()
     assert "weight" not in layer.state_dict()
     assert torch.equal(layer.weight, layer.weight_quantizer())

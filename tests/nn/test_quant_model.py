@@ -63,7 +63,9 @@ def test_the_shortcut_reads_the_quantized_tensor_or_not() -> None:
         assert ("blocks.0.input_quantizer" in model.quantizers) == shortcuts
         ready(model, scale=0.5)
         block = model.module.get_submodule("blocks.0")
-        model.layers["blocks.0.conv1"].weight_override = torch.zeros(4, 4, 3, 3)
+        branch = model.layers["blocks.0.conv1"].weight_quantizer
+        assert branch is not None
+        branch.set_codes(branch.zero_point.expand(4, 1, 36))
         with torch.no_grad():
             x = 10 + torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))  # past the ReLU
             rest = block(x)  # the branch is constant now: what varies came through the shortcut

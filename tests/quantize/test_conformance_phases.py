@@ -47,6 +47,7 @@ NOTHING_ELSE: dict[str, Field] = {
     "fisher": (None, f"{BRECQ} code: all published commands use the plain squared error"),
     "calibrate_images": (None, "ranges are those set beforehand"),
     "observer": ("genie", "not used: no ranges are set in this pass"),
+    "unclipped_codes": (False, f"{ADAROUND} eq. 22: codes are clipped to the grid"),
     "skip_first_layer": (False, "every layer is learned"),
 }
 
@@ -205,6 +206,7 @@ def test_settings_reach_the_phase(recorded: Recorded) -> None:
         "granularity": "network", "iterations": 7, "batch_size": 3, "rounding_lr": 0.5, "rounding_weight": 0.25,
         "warm_up": 0.125, "beta_start": 9.0, "beta_end": 3.0, "observer": "minmax", "calibration_images": 5,
         "weight_scale_lr": 0.75, "activation_lr": 0.375, "quantize_probability": 0.625,
+        "unclipped_codes": True,
     }  # fmt: skip
     ranges, phase = recorded.apply("genie_m", **settings)
     assert ranges == Ranges(5, "minmax", False) and isinstance(phase, Phase) and recorded.granularity == {"network"}
@@ -214,6 +216,7 @@ def test_settings_reach_the_phase(recorded: Recorded) -> None:
         "beta_start": phase.beta[0], "beta_end": phase.beta[1], "observer": phase.observer,
         "calibration_images": phase.calibrate_images, "weight_scale_lr": phase.weight_scale_lr,
         "activation_lr": phase.activation_scale_lr, "quantize_probability": phase.quantize_probability,
+        "unclipped_codes": phase.unclipped_codes,
     }  # fmt: skip
     assert found == settings
     recorded.asked.clear()

@@ -16,10 +16,10 @@ from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.layers import QuantLayer, quantize_layer, weight_layout
 from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightQuantizer
+from synthquant.nn.weight_sources import SoftRounding
 from synthquant.quantize.learn import (
     Phase,
     Sampling,
-    SoftRounding,
     batches,
     beta_at,
     learn_unit,
@@ -54,6 +54,12 @@ def quantizer_of(layer: QuantLayer) -> WeightQuantizer:
     return layer.weight_quantizer
 
 
+def soft_rounding(layer: QuantLayer, learn_scale: bool = True) -> SoftRounding:
+    source = SoftRounding(quantizer_of(layer), layer.float_weight, learn_scale)
+    layer.weight_source = source
+    return source
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("args", [{}, {"symmetric": True}, {"strategy": "tensor"}, {"num_bits": 8}])
 def test_soft_weights_start_as_the_clipped_float_weights(kind: str, args: dict[str, object]) -> None:
@@ -62,7 +68,7 @@ def test_soft_weights_start_as_the_clipped_float_weights(kind: str, args: dict[s
     grouped = quantizer.grouped(layer.float_weight)
     low = -quantizer.zero_point * quantizer.scale
     high = (quantizer.args.quant_max - quantizer.zero_point) * quantizer.scale
-    SoftRounding(layer, learn_scale=True).apply()
+    soft_rounding(layer)
     assert torch.allclose(layer.weight, quantizer.ungrouped(grouped.clamp(low, high)), atol=1e-6)
 
 
@@ -71,9 +77,47 @@ def test_hard_rounding_at_the_start_is_rounding_to_nearest(kind: str) -> None:
     layer = layer_of(kind)
     quantizer = quantizer_of(layer)
     nearest = quantizer.codes.clone()
-    SoftRounding(layer, learn_scale=True).harden()
+    soft_rounding(layer)
+    layer.harden_weight()
     assert torch.equal(quantizer.codes, nearest)
-    assert layer.weight_override is None
+    assert layer.weight_source is None
+
+
+def test_a_source_is_part_of_the_network_and_holds_one_weight_for_a_step() -> None:
+    network = nn.Sequential(layer_of("linear"))
+    (layer,) = network
+    assert isinstance(layer, QuantLayer)
+    before = layer.weight
+    soft = soft_rounding(layer)
+    assert {name for name, one in network.named_parameters() if one.requires_grad} == {
+        "0.weight_source.logit",
+        "0.weight_source.factor",
+    }
+    assert "0.weight_source.logit" in network.state_dict()
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        soft.logit.add_(3)
+    assert not torch.equal(layer.weight, copied[0].weight) and layer.weight is not layer.weight
+    soft.hold()
+    assert layer.weight is layer.weight
+    layer.weights_enabled = False
+    assert layer.weight is layer.float_weight
+    layer.weights_enabled, layer.weight_source = True, None
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unclipped_codes_compute_the_same_and_remember_what_was_cut_off(kind: str) -> None:
+    clipped, unclipped = layer_of(kind, num_bits=2), layer_of(kind, num_bits=2)
+    for layer, keep in ((clipped, False), (unclipped, True)):
+        soft_rounding(layer)
+        layer.harden_weight(unclipped=keep)
+    own, other = quantizer_of(unclipped), quantizer_of(clipped)
+    assert own.unclipped and own.codes.dtype == torch.int16 and not other.unclipped and other.codes.dtype == torch.uint8
+    assert int(own.codes.min()) < 0 or int(own.codes.max()) > 3
+    assert torch.equal(own.clipped_codes, other.codes) and torch.equal(unclipped.weight, clipped.weight)
+    nearest = torch.floor(own.grouped(unclipped.float_weight) / own.scale + 0.5) + own.zero_point
+    assert torch.equal(own.grouped(own.codes).float(), nearest)
 
 
 def test_ties_are_rounded_up() -> None:
@@ -83,18 +127,20 @@ def test_ties_are_rounded_up() -> None:
     quantizer.zero_point.fill_(8)
     weight = layer.float_weight
     weight.copy_((torch.arange(weight.numel()).view_as(weight) % 14 - 7 + 0.5) * 0.5)
-    SoftRounding(layer, learn_scale=False).harden()
+    soft_rounding(layer, learn_scale=False)
+    layer.harden_weight()
     assert torch.equal(quantizer.codes.float(), torch.floor(weight / 0.5) + 1 + 8)
 
 
 def test_gradient_of_the_weight_scale_s_factor_is_the_clipped_code_less_its_zero_point() -> None:
     layer = layer_of("grouped")
     quantizer = quantizer_of(layer)
-    soft = SoftRounding(layer, learn_scale=True)
+    soft = soft_rounding(layer)
     with torch.no_grad():
         soft.logit.add_(torch.randn(soft.logit.shape, generator=torch.Generator().manual_seed(1)))
         soft.factor.mul_(1.3)  # the integer part does not move with it
-    share = soft.apply()
+    soft.hold()
+    share = soft.soft
     outer = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2))
     (layer.weight * outer).sum().backward()
     ratio = quantizer.grouped(layer.float_weight) / quantizer.scale
@@ -107,15 +153,12 @@ def test_gradient_of_the_weight_scale_s_factor_is_the_clipped_code_less_its_zero
 
 def test_a_fixed_scale_takes_no_gradient_and_undecided_leaves_clipped_weights_out() -> None:
     layer = layer_of("linear", num_bits=2)
-    soft = SoftRounding(layer, learn_scale=False)
-    soft.apply()
+    soft = soft_rounding(layer, learn_scale=False)
     layer.weight.sum().backward()
     assert soft.factor.grad is None and soft.logit.grad is not None
     quantizer = quantizer_of(layer)
     base = torch.floor(quantizer.grouped(layer.float_weight) / quantizer.scale) + quantizer.zero_point
     assert len(soft.undecided()) == int(((base >= 0) & (base < 3)).sum()) < layer.float_weight.numel()
-    soft.release()
-    assert layer.weight_override is None
 
 
 @pytest.mark.parametrize("sampling", ["epoch", "permutation", "replacement"])
@@ -281,7 +324,7 @@ def test_an_interrupted_unit_leaves_no_soft_weights_behind() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         learn_unit(weights_phase(), [layer], [], lambda _: layer.weight.square().sum(), 8, CPU, Rng(0), stop)
-    assert layer.weight_override is None and torch.equal(quantizer_of(layer).codes, codes)
+    assert layer.weight_source is None and torch.equal(quantizer_of(layer).codes, codes)
 
 
 def test_nothing_to_learn() -> None:

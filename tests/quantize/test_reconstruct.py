@@ -126,7 +126,7 @@ def test_leaves_a_finished_network(results: dict[str, tuple[QuantModel, QuantRep
     model, _ = results[name]
     assert model.calibrated and not any(parameter.requires_grad for parameter in model.module.parameters())
     for layer in model.layers.values():
-        assert layer.weight_override is None and layer.weights_enabled
+        assert layer.weight_source is None and layer.weights_enabled
     for quantizer in model.quantizers.values():
         assert quantizer.enabled and not quantizer.learning and quantizer.watcher is None
         assert float(quantizer.scale) > 0

@@ -38,7 +38,7 @@ def quantized_cost(quant_model: QuantModel) -> Cost:
     size, whole = 0, quant_model.whole_numbers
     for name, value in _distinct(quant_model.state()).items():
         layer = codes.get(name)
-        if layer is not None and layer.weight_quantizer is not None:
+        if layer is not None and layer.weight_quantizer is not None and not layer.weight_quantizer.unclipped:
             size += (value.numel() * layer.weight_quantizer.num_bits + 7) // 8
         elif name in whole:
             size += value.numel() * _whole_number_bytes(value)

@@ -2,7 +2,8 @@
 
 Tensors in `model.safetensors`:
 
-- `NAME.weight_packed`: codes of the weight of layer NAME, packed as `packing` says, uint8
+- `NAME.weight_packed`: codes of the weight of layer NAME, packed as `packing` says, uint8; or `NAME.weight_codes`,
+  int16, where codes beyond the grid were kept: they are clipped to it when they are decoded
 - `NAME.weight_scale` `[C, G, 1]` float32 and `NAME.weight_zero_point` `[C, G, 1]`
 - `QUANTIZER.scale` `[1]` float32 and `QUANTIZER.zero_point` `[1]` of every activation quantizer that is affine, and of
   others the tensors that their grids consist of
@@ -49,6 +50,7 @@ WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "synthquant-packed"
 _VERSION = 2
 _EQUALIZED = 3
+_UNCLIPPED = 4
 # Of the first version, which did not carry the hash of its own content.
 _UNSEALED = {"format": _FORMAT, "format_version": 1}
 
@@ -89,7 +91,8 @@ class QuantConfig(Settings):
     format: str = _FORMAT
     """Always `synthquant-packed`."""
     format_version: int = _VERSION
-    """Version of the format; since 2 the file carries the hash of its own content; 3 is of equalised networks."""
+    """Version of the format; since 2 the file carries the hash of its own content; 3 is of equalised networks,
+    4 of those with unclipped codes."""
     synthquant_version: str
     """Release that wrote the checkpoint."""
     scheme: QuantScheme
@@ -249,9 +252,9 @@ def read_config(folder: Path) -> QuantConfig:
         content = read_sealed_json(path, unsealed=_UNSEALED)
         if content.get("format") != _FORMAT:
             raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
-        if content.get("format_version") not in (_UNSEALED["format_version"], _VERSION, _EQUALIZED):
+        if content.get("format_version") not in (_UNSEALED["format_version"], _VERSION, _EQUALIZED, _UNCLIPPED):
             raise ModelError(
-                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_EQUALIZED}"
+                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_UNCLIPPED}"
             )
         return parse_settings(QuantConfig, content, str(path))
     except ModelError:
@@ -277,7 +280,7 @@ def _architecture(config: QuantConfig, source: ModelSource) -> FloatModel:
 def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
     model = quant_model.float_model
     return QuantConfig(
-        format_version=_VERSION if quant_model.equalization is None else _EQUALIZED,
+        format_version=_version(quant_model),
         synthquant_version=package_version(),
         scheme=quant_model.scheme,
         scheme_summary=quant_model.scheme.describe(),
@@ -287,6 +290,14 @@ def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
         preprocess=model.preprocess,
         weights_sha256=weights_sha256,
     )
+
+
+def _version(quant_model: QuantModel) -> int:
+    """The lowest version that has room for all of the network."""
+    quantizers = [layer.weight_quantizer for layer in quant_model.layers.values()]
+    if any(quantizer is not None and quantizer.unclipped for quantizer in quantizers):
+        return _UNCLIPPED
+    return _VERSION if quant_model.equalization is None else _EQUALIZED
 
 
 def _layer_entries(quant_model: QuantModel) -> list[LayerEntry]:
@@ -322,7 +333,7 @@ def _packed(quant_model: QuantModel) -> dict[str, Tensor]:
     bits = {
         f"{name}.weight_codes": layer.weight_quantizer.num_bits
         for name, layer in quant_model.layers.items()
-        if layer.weight_quantizer is not None
+        if layer.weight_quantizer is not None and not layer.weight_quantizer.unclipped
     }
     packed, whole = {}, quant_model.whole_numbers
     for name, value in quant_model.state().items():

@@ -129,7 +129,7 @@ def weight_grid(quantizer: WeightQuantizer, name: str, preset: Preset, *, packed
     """
     if packed:
         return _packed(quantizer, name, preset)
-    grouped = quantizer.grouped(quantizer.codes)
+    grouped = quantizer.grouped(quantizer.clipped_codes)
     signed = grouped.int() - quantizer.zero_point.int()
     low, high = int(signed.min()), int(signed.max())
     if not preset.exact_weights:
@@ -173,7 +173,7 @@ def _fits_int16(low: int, high: int) -> bool:
 
 def _packed(quantizer: WeightQuantizer, name: str, preset: Preset) -> WeightGrid:
     """Codes for int4 with zero point 0 or, where they do not fit, for uint4 with zero points beside them."""
-    grouped = quantizer.grouped(quantizer.codes)
+    grouped = quantizer.grouped(quantizer.clipped_codes)
     zero = quantizer.zero_point
     signed = grouped.int() - zero.int()
     if int(signed.min()) >= -8 and int(signed.max()) <= 7:

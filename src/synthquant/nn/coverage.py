@@ -11,10 +11,12 @@ from torch import nn
 from synthquant.core.modules import get_module
 from synthquant.models.blocks import QUANTIZABLE
 from synthquant.models.products import Product
+from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.equalization import ChannelClip
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.placement import OperationRow
 from synthquant.nn.scheme import QuantArgs
+from synthquant.nn.weight_sources import WeightSource
 
 _NAMED = 5
 FLOAT_BITS = 32
@@ -199,6 +201,8 @@ def _with_weights(
 ) -> Iterator[CoverageRow]:
     """The rows, with the numbers of weights outside of layers, and rows for the weights that have none yet."""
     owned = {id(part._parameters.get("weight")) for part in candidates.values()}
+    quantization = (part for part in module.modules() if isinstance(part, ActivationQuantizer | WeightSource))
+    owned |= {id(parameter) for part in quantization for parameter in part.parameters()}
     inside = tuple(f"{name}.parametrizations." for name in candidates)  # the row of the layer stands for these
     free = {
         name: value.numel()

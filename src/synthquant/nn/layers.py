@@ -18,6 +18,7 @@ from synthquant.nn.activation_quantizers import ActivationQuantizer, hand_on
 from synthquant.nn.derived import derived_class
 from synthquant.nn.operations import outside_of_scopes
 from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
+from synthquant.nn.weight_sources import WeightSource
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,8 +31,8 @@ class QuantLayer(nn.Module):
         input_quantizer: quantizer of the tensor read, possibly shared with other layers, or none (float input, or
             quantized where it is made or where the surrounding block takes it in).
         output_quantizer: quantizer of what the layer puts out, or none.
-        weights_enabled: decode the codes; otherwise the float weight is used.
-        weight_override: a weight to use instead of both, while roundings are learned.
+        weights_enabled: use the quantized weight; otherwise the float weight is used.
+        weight_source: what computes the quantized weight while it is learned; none: it is decoded from the codes.
         float_bias: the bias before it was corrected, or none if it was not.
     """
 
@@ -39,7 +40,7 @@ class QuantLayer(nn.Module):
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
     weights_enabled: bool
-    weight_override: torch.Tensor | None
+    weight_source: WeightSource | None
     float_bias: torch.Tensor | None
 
     @property
@@ -57,13 +58,22 @@ class QuantLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight a forward pass uses."""
-        if self.weight_override is not None:
-            return self.weight_override
         if self.weight_quantizer is None or not self.weights_enabled:
             return self.float_weight
+        source = self.weight_quantizer if self.weight_source is None else self.weight_source
         with outside_of_scopes():  # a forward around the layer may look at its weight, for the dtype
-            decoded: torch.Tensor = self.weight_quantizer()
-        return decoded
+            weight: torch.Tensor = source()
+        return weight
+
+    def harden_weight(self, *, unclipped: bool = False) -> None:
+        """Write what the source has come to into the codes, and read these again.
+
+        Args:
+            unclipped: keep codes that lie beyond the grid.
+        """
+        if self.weight_source is not None and self.weight_quantizer is not None:
+            self.weight_quantizer.set_codes(*self.weight_source.decided(), unclipped=unclipped)
+        self.weight_source = None
 
     @property
     def bias(self) -> Any:
@@ -122,7 +132,7 @@ def quantize_layer(
     quantized.input_quantizer = input_quantizer
     quantized.output_quantizer = output_quantizer
     quantized.weights_enabled = True
-    quantized.weight_override = None
+    quantized.weight_source = None
     quantized.float_bias = None
     return quantized
 

@@ -296,8 +296,8 @@ class QuantModel(nn.Module):
     def state(self) -> dict[str, torch.Tensor]:
         """Everything the quantized network consists of, by name; float weights of quantized layers left out.
 
-        `NAME.weight_codes` (uint8, the weight's shape), `NAME.weight_scale` and `NAME.weight_zero_point` (`[C, G, 1]`),
-        the tensors of activation grids (`QUANTIZER.scale` ...), and other parameters and buffers under their names.
+        `NAME.weight_codes` (uint8 or int16, the weight's shape), `NAME.weight_scale` and `NAME.weight_zero_point` (`[C,
+        G, 1]`), the tensors of activation grids (`QUANTIZER.scale` ...), and other parameters and buffers.
         """
         state = self._float_state()
         for name, layer in self.layers.items():
@@ -326,6 +326,9 @@ class QuantModel(nn.Module):
         for name, layer in self.layers.items():
             if f"{name}.bias" in state:
                 layer.make_room_for_bias(state[f"{name}.bias"])
+            codes = state.get(f"{name}.weight_codes")
+            if layer.weight_quantizer is not None and codes is not None:
+                layer.weight_quantizer.make_room_for(codes)
         own = self.state()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]

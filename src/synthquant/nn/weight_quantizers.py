@@ -53,7 +53,8 @@ class WeightQuantizer(nn.Module):
 
     `codes` has the weight's shape, `scale` and `zero_point` are `[C, G, 1]` (`C` = 1 with strategy `tensor`, `G` = 1
     without groups). The codes are what the quantized network *is*: every forward pass decodes them, so a reloaded
-    network gives the same bits.
+    network gives the same bits. Codes that learning put beyond the grid may be kept, for learning that moves scales
+    later; then `codes` are int16 instead of uint8, and clipped where they are decoded.
     """
 
     scale: torch.Tensor
@@ -126,15 +127,45 @@ class WeightQuantizer(nn.Module):
         self.set_codes(quantize(grouped, self.scale, self.zero_point, self.args.quant_max))
 
     @torch.no_grad()
-    def set_codes(self, grouped: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Take new codes `[C, G, K]` (whole numbers in 0..quant_max, any dtype) and, if given, new scales."""
-        self.codes.copy_(self.ungrouped(grouped))
+    def set_codes(self, grouped: torch.Tensor, scale: torch.Tensor | None = None, *, unclipped: bool = False) -> None:
+        """Take new codes and, if given, new scales.
+
+        Args:
+            grouped: whole numbers of any dtype, `[C, G, K]`.
+            scale: `[C, G, 1]`.
+            unclipped: keep codes beyond 0 .. quant_max, as far as int16 goes.
+        """
+        limits = torch.iinfo(torch.int16) if unclipped else None
+        low, high = (0, self.args.quant_max) if limits is None else (limits.min, limits.max)
+        codes = self.ungrouped(grouped).clamp(low, high)
+        self.load_codes(codes.to(torch.int16 if unclipped else torch.uint8))
         if scale is not None:
             self.scale.copy_(scale)
 
+    @torch.no_grad()
+    def load_codes(self, codes: torch.Tensor) -> None:
+        """Take codes as they were kept: of the weight's shape, uint8 or (unclipped) int16."""
+        self.make_room_for(codes)
+        self.codes.copy_(codes)
+
+    def make_room_for(self, codes: torch.Tensor) -> None:
+        """Let codes be uint8 or int16, as those are."""
+        if codes.dtype != self.codes.dtype and codes.dtype in (torch.uint8, torch.int16):
+            self.codes = torch.zeros_like(self.codes, dtype=codes.dtype)
+
+    @property
+    def unclipped(self) -> bool:
+        """Whether codes may lie beyond the grid."""
+        return self.codes.dtype == torch.int16
+
+    @property
+    def clipped_codes(self) -> torch.Tensor:
+        """The codes on the grid, uint8."""
+        return self.codes.clamp(0, self.args.quant_max).to(torch.uint8) if self.unclipped else self.codes
+
     def forward(self) -> torch.Tensor:
         """The decoded weight."""
-        return self.ungrouped(dequantize(self.grouped(self.codes), self.scale, self.zero_point))
+        return self.ungrouped(dequantize(self.grouped(self.clipped_codes), self.scale, self.zero_point))
 
     def extra_repr(self) -> str:
         """Bits and strategy, for `print(model)`."""

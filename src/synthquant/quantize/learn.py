@@ -14,14 +14,9 @@ from torch.nn import functional as F
 
 from synthquant.core.rng import Rng
 from synthquant.nn.activation_quantizers import ActivationQuantizer
-from synthquant.nn.functional import (
-    SMALLEST_SCALE,
-    rectified_sigmoid,
-    rectified_sigmoid_inverse,
-    rounding_regularizer,
-    undecided_share,
-)
+from synthquant.nn.functional import SMALLEST_SCALE, rounding_regularizer, undecided_share
 from synthquant.nn.layers import QuantLayer
+from synthquant.nn.weight_sources import SoftRounding
 
 Sampling = Literal["epoch", "permutation", "replacement"]
 # Up to so many bits a weight's scale changes at the full rate.
@@ -54,6 +49,7 @@ class Phase:
         fisher: weight the error by squared gradients of the network's output error: `diagonal` or `full`, or empty.
         calibrate_images: images from which activation ranges are set anew at each unit, or none.
         observer: how these ranges are searched.
+        unclipped_codes: codes that learning puts beyond the grid are kept as they are.
         skip_first_layer: the network's first layer keeps the codes it has (BRECQ), whatever the unit it is in.
     """
 
@@ -75,65 +71,8 @@ class Phase:
     fisher: Literal["diagonal", "full"] | None = None
     calibrate_images: int | None = None
     observer: str = "genie"
+    unclipped_codes: bool = False
     skip_first_layer: bool = False
-
-
-class SoftRounding:
-    """The weights of one layer while their rounding is learned: `s (clip(B + h(V) + z, 0, quant_max) - z)`.
-
-    `B = floor(W / s)` is fixed from the calibrated scale, so that learning `s` as well does not move it: AdaRound
-    (arXiv:2004.10568, eq. 22) with `s` fixed, Genie-M (arXiv:2212.04780, section 3.2) with `s` learned. What is learned
-    is the factor `s / s0` by which the calibrated scale `s0` changes, because folded batch norms make the scales of
-    channels differ by orders of magnitude.
-
-    Attributes:
-        logit: `V`, `[C, G, K]`.
-        factor: `s / s0`, `[C, G, 1]`.
-    """
-
-    def __init__(self, layer: QuantLayer, learn_scale: bool) -> None:
-        assert layer.weight_quantizer is not None
-        self._layer = layer
-        self._quantizer = layer.weight_quantizer
-        ratio = self._quantizer.grouped(layer.float_weight.float()) / self._quantizer.scale
-        base = ratio.floor()
-        self.logit = nn.Parameter(rectified_sigmoid_inverse(ratio - base))
-        self._scale = self._quantizer.scale.clone()
-        self.factor = nn.Parameter(torch.ones_like(self._scale), requires_grad=learn_scale)
-        self._zero_point = self._quantizer.zero_point
-        self._offset = base + self._zero_point
-        self._quant_max = self._quantizer.args.quant_max
-
-    @property
-    def num_bits(self) -> int:
-        """Bits of a code."""
-        return self._quantizer.num_bits
-
-    def apply(self) -> torch.Tensor:
-        """Let the layer use the soft weights; returns `h(V)`."""
-        soft = rectified_sigmoid(self.logit)
-        codes = torch.clamp(self._offset + soft, 0, self._quant_max)
-        self._layer.weight_override = self._quantizer.ungrouped(
-            (codes - self._zero_point) * (self._scale * self.factor)
-        )
-        return soft
-
-    @torch.no_grad()
-    def harden(self) -> None:
-        """Write the decided codes and scales back into the layer."""
-        self._layer.weight_override = None
-        codes = torch.clamp(self._offset + (self.logit >= 0), 0, self._quant_max)
-        self._quantizer.set_codes(codes, self._scale * self.factor)
-
-    def release(self) -> None:
-        """Let the layer use its codes again."""
-        self._layer.weight_override = None
-
-    @torch.no_grad()
-    def undecided(self) -> torch.Tensor:
-        """`h(V)` of the weights that rounding can change at all, flat."""
-        inside = (self._offset >= 0) & (self._offset < self._quant_max)
-        return rectified_sigmoid(self.logit)[inside]
 
 
 def batches(count: int, size: int, sampling: Sampling, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -234,7 +173,7 @@ def learn_unit(
     Returns:
         The share of undecided roundings and a sample of the losses.
     """
-    rounding = [SoftRounding(layer, phase.weight_scale_lr > 0) for layer in layers if phase.rounding_lr]
+    rounding = _soft_roundings(layers, phase) if phase.rounding_lr else []
     learned = list(quantizers) if phase.activation_scale_lr else []
     scales = [parameter for quantizer in learned for parameter in quantizer.learnable()]
     factors = [soft.factor for soft in rounding if soft.factor.requires_grad]
@@ -253,13 +192,18 @@ def learn_unit(
     steps, losses = [], []
     draw = batches(count, phase.batch_size, phase.sampling, rng.generator("batches", device))
     try:
+        for layer, source in zip(layers, rounding, strict=bool(rounding)):
+            layer.weight_source = source
         with _learning(quantizers if phase.activations else (), scales, phase, rng.generator("drop", device)):
             for step in range(1, phase.iterations + 1):
-                soft = [weights.apply() for weights in rounding]
+                for source in rounding:
+                    source.hold()
                 loss = error = error_of(next(draw))
-                if soft and step >= phase.warm_up * phase.iterations:
+                if rounding and step >= phase.warm_up * phase.iterations:
                     beta = beta_at(step, phase)
-                    loss = error + phase.rounding_weight * sum(rounding_regularizer(h, beta) for h in soft)
+                    loss = error + phase.rounding_weight * sum(
+                        rounding_regularizer(source.soft, beta) for source in rounding
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 _cosine(optimizer, step - 1, phase.iterations)
@@ -274,13 +218,22 @@ def learn_unit(
                     steps.append(step)
                     losses.append(sampled)
                 tick(step, sampled)
-    finally:
-        for weights in rounding:
-            weights.release()
-    undecided = undecided_share(torch.cat([weights.undecided() for weights in rounding])) if rounding else None
-    for weights in rounding:
-        weights.harden()
+    except BaseException:
+        for layer in layers:
+            layer.weight_source = None
+        raise
+    undecided = undecided_share(torch.cat([source.undecided() for source in rounding])) if rounding else None
+    for layer in layers if rounding else ():
+        layer.harden_weight(unclipped=phase.unclipped_codes)
     return Learned(undecided, tuple(steps), tuple(losses))
+
+
+def _soft_roundings(layers: Sequence[QuantLayer], phase: Phase) -> list[SoftRounding]:
+    sources = []
+    for layer in layers:
+        assert layer.weight_quantizer is not None
+        sources.append(SoftRounding(layer.weight_quantizer, layer.float_weight, phase.weight_scale_lr > 0))
+    return sources
 
 
 def _quant_max(bits: int) -> int:

@@ -43,6 +43,9 @@ class LearnedRounding(Settings):
     """Exponent of the regulariser when it sets in: high, so that only nearly decided roundings are pushed."""
     beta_end: float = Field(default=2.0, gt=1)
     """Exponent of the regulariser at the last step."""
+    unclipped_codes: bool = False
+    """Keep codes that learning put beyond the grid, in 16 bits, for fine-tuning that moves scales; nothing is computed
+    otherwise."""
     observer: str = "genie"
     """How ranges are searched where the scheme does not say: `minmax`, `brecq`, `genie` or `qdrop`."""
     calibration_images: int = Field(default=64, ge=1)
@@ -71,6 +74,7 @@ class LearnedRounding(Settings):
             rounding_weight=self.rounding_weight,
             warm_up=self.warm_up,
             beta=(self.beta_start, self.beta_end),
+            unclipped_codes=self.unclipped_codes,
             inputs="student",
             activations=False,
             sampling="permutation",

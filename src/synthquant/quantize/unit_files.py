@@ -31,7 +31,7 @@ class Snapshot:
         """Put everything back."""
         for index, layer in enumerate(layers):
             if layer.weight_quantizer is not None:
-                layer.weight_quantizer.codes.copy_(self.tensors[f"layer.{index}.codes"])
+                layer.weight_quantizer.load_codes(self.tensors[f"layer.{index}.codes"])
                 layer.weight_quantizer.scale.copy_(self.tensors[f"layer.{index}.scale"])
         for index, quantizer in enumerate(quantizers):
             quantizer.load_grid({name: self.tensors[f"quantizer.{index}.{name}"] for name in quantizer.grid()})

@@ -1,0 +1,91 @@
+"""Where a layer's weight comes from while it is learned; otherwise it is decoded from codes.
+
+A source is a module that stands in its layer as `weight_source`: an optimiser finds what it learns among the network's
+parameters, and so do distributed training and `state_dict`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from synthquant.nn.functional import rectified_sigmoid, rectified_sigmoid_inverse
+from synthquant.nn.weight_quantizers import WeightQuantizer
+
+
+class WeightSource(nn.Module, ABC):
+    """Computes a layer's weight, differentiably, from what it learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: torch.Tensor | None = None
+
+    @abstractmethod
+    def compute(self) -> torch.Tensor:
+        """The weight, of the layer's shape."""
+
+    @abstractmethod
+    def decided(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `[C, G, K]` and scales `[C, G, 1]` that learning has come to; codes may lie beyond the grid."""
+
+    def hold(self) -> None:
+        """Compute the weight once, for all that reads it until the next call: what a step begins with."""
+        self._held = self.compute()
+
+    def forward(self) -> torch.Tensor:
+        """The weight that is held, or a new one."""
+        return self.compute() if self._held is None else self._held
+
+
+class SoftRounding(WeightSource):
+    """Rounding that is learned: `s (clip(B + h(V) + z, 0, quant_max) - z)`.
+
+    `B = floor(W / s)` is fixed from the calibrated scale, so that learning `s` as well does not move it: AdaRound
+    (arXiv:2004.10568, eq. 22) with `s` fixed, Genie-M (arXiv:2212.04780, section 3.2) with `s` learned. What is learned
+    is the factor `s / s0` by which the calibrated scale `s0` changes, because folded batch norms make the scales of
+    channels differ by orders of magnitude.
+
+    Attributes:
+        logit: `V`, `[C, G, K]`.
+        factor: `s / s0`, `[C, G, 1]`.
+        soft: `h(V)` of the weight that was computed last.
+        num_bits: bits of a code.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    offset: torch.Tensor
+    soft: torch.Tensor
+
+    def __init__(self, quantizer: WeightQuantizer, weight: torch.Tensor, learn_scale: bool) -> None:
+        """Start where `weight`, clipped to the calibrated grid of `quantizer`, lies."""
+        super().__init__()
+        ratio = quantizer.grouped(weight.float()) / quantizer.scale
+        base = ratio.floor()
+        self.logit = nn.Parameter(rectified_sigmoid_inverse(ratio - base))
+        self.factor = nn.Parameter(torch.ones_like(quantizer.scale), requires_grad=learn_scale)
+        self.register_buffer("scale", quantizer.scale.clone())
+        self.register_buffer("zero_point", quantizer.zero_point.clone())
+        self.register_buffer("offset", base + quantizer.zero_point)
+        self.num_bits = quantizer.num_bits
+        self._layout, self._quant_max = quantizer.layout, quantizer.args.quant_max
+
+    def compute(self) -> torch.Tensor:
+        """The soft weight."""
+        self.soft = rectified_sigmoid(self.logit)
+        codes = torch.clamp(self.offset + self.soft, 0, self._quant_max)
+        weight = (codes - self.zero_point) * (self.scale * self.factor)
+        return self._layout.weight(weight.reshape(self._layout.channels, -1))
+
+    @torch.no_grad()
+    def decided(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `B + z + 1[V >= 0]`, and the scales."""
+        return self.offset + (self.logit >= 0), self.scale * self.factor
+
+    @torch.no_grad()
+    def undecided(self) -> torch.Tensor:
+        """`h(V)` of the weights that rounding can change at all, flat."""
+        inside = (self.offset >= 0) & (self.offset < self._quant_max)
+        return rectified_sigmoid(self.logit)[inside]
