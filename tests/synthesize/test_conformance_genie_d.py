@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 from synthquant.core.rng import Rng
 from synthquant.data.preprocess import model_inputs
 from synthquant.models.float_model import FloatModel
-from synthquant.synthesize.genie_d import Generator, GenieD
+from synthquant.synthesize.generator import GENIE_WIDTHS, LIGHT_WIDTHS, Generator
+from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.inversion import InvertedNetwork
 from synthquant.synthesize.swing import SwingOffsets
 
@@ -22,57 +24,66 @@ LATENT, BATCH, ITERATIONS = 8, 6, 14
 
 
 class PlainGenerator(nn.Module):
-    """Layer after layer as the paper's appendix and its code have them, and a crop for sizes that 4 does not divide."""
+    """Layer after layer as the paper's appendix and its code have them, and a crop for sizes that do not divide.
 
-    def __init__(self, latent_size: int, size: tuple[int, int]) -> None:
+    Without a latent size it begins behind the linear layer.
+    """
+
+    def __init__(self, latent_size: int | None, size: tuple[int, int], widths: tuple[int, ...]) -> None:
         super().__init__()
-        self.size = size
-        height, width = -(-size[0] // 4), -(-size[1] // 4)
-        self.first = nn.Sequential(
-            nn.Linear(latent_size, 128 * height * width), nn.Unflatten(1, (128, height, width)), nn.BatchNorm2d(128)
-        )
-        self.middle = nn.Sequential(
-            nn.Upsample(scale_factor=2), nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64), nn.LeakyReLU(0.2)
-        )
-        self.last = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(64, 3, 3, padding=1))
+        self.size, self.start, self.linear = size, widths[0], latent_size is not None
+        step = 2 ** len(widths)
+        height, width = -(-size[0] // step), -(-size[1] // step)
+        layers: list[nn.Module] = []
+        if latent_size is not None:
+            layers += [nn.Linear(latent_size, self.start * height * width)]
+            layers += [nn.Unflatten(1, (self.start, height, width))]
+        layers += [nn.BatchNorm2d(self.start)]
+        for inner, outer in pairwise(widths):
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inner, outer, 3, padding=1)]
+            layers += [nn.BatchNorm2d(outer), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], 3, 3, padding=1))
         self.norm = nn.BatchNorm2d(3, affine=False)
 
     def forward(self, latents: Tensor) -> Tensor:
-        images = self.last(self.middle(self.first(latents)))
+        images = self.layers(latents)
         top, left = ((have - want) // 2 for have, want in zip(images.shape[2:], self.size, strict=True))
         return self.norm(torch.tanh(images[:, :, top : top + self.size[0], left : left + self.size[1]]))
 
     def pairs(self, generator: Generator) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Its parameters beside the package's."""
-        linear, norm1 = self.first[0], self.first[2]
-        conv1, norm2, conv2 = self.middle[1], self.middle[2], self.last[1]
-        layers = (linear, norm1, conv1, norm2, conv2)
-        others = (generator.linear, generator.norm1, generator.conv1, generator.norm2, generator.conv2)
+        others: list[nn.Module] = [] if generator.linear is None else [generator.linear]
+        for norm, conv in zip(generator.norms, generator.convs, strict=True):
+            others += [norm, conv]
+        layers = [layer for layer in self.layers if next(layer.parameters(), None) is not None]
         both = zip(layers, others, strict=True)
         return [(layer.get_parameter(n), other.get_parameter(n)) for layer, other in both for n in ("weight", "bias")]
 
     def take(self, generator: Generator) -> None:
         """Its values; the linear layer's outputs are ordered channels-last there."""
-        height, width = generator.start_size
+        _, height, width = generator.start_shape
         with torch.no_grad():
-            for mine, theirs in self.pairs(generator):
-                mine.copy_(self.renamed(theirs, height, width) if mine.shape[0] == 128 * height * width else theirs)
+            for index, (mine, theirs) in enumerate(self.pairs(generator)):
+                mine.copy_(self.renamed(theirs, height, width) if self.linear and index < 2 else theirs)
 
-    @staticmethod
-    def renamed(values: Tensor, height: int, width: int) -> Tensor:
-        return values.view(height, width, 128, -1).permute(2, 0, 1, 3).reshape(values.shape)
+    def renamed(self, values: Tensor, height: int, width: int) -> Tensor:
+        return values.view(height, width, self.start, -1).permute(2, 0, 1, 3).reshape(values.shape)
 
 
+@pytest.mark.parametrize(("latent_size", "widths"), [(LATENT, GENIE_WIDTHS), (None, LIGHT_WIDTHS)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 14)])
-def test_generator_equals_its_layers_in_plain_torch(size: tuple[int, int]) -> None:
-    generator, plain = Generator(LATENT, size, torch.device("cpu")), PlainGenerator(LATENT, size)
+def test_generator_equals_its_layers_in_plain_torch(
+    size: tuple[int, int], latent_size: int | None, widths: tuple[int, ...]
+) -> None:
+    generator = Generator(latent_size, size, widths, torch.device("cpu"))
+    plain = PlainGenerator(latent_size, size, widths)
     generator.reset(torch.Generator().manual_seed(0))
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=source) * 0.2)
     plain.take(generator)
-    latents = torch.randn(5, LATENT, generator=source).requires_grad_()
+    latents = torch.randn(5, *generator.latent_shape, generator=source).requires_grad_()
     found, wanted = generator(latents), plain(latents)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     weight = torch.randn(found.shape, generator=source)
@@ -80,8 +91,8 @@ def test_generator_equals_its_layers_in_plain_torch(size: tuple[int, int]) -> No
     gradients = torch.autograd.grad((found * weight).sum(), [latents, *(theirs for _, theirs in pairs)])
     slow = torch.autograd.grad((wanted * weight).sum(), [latents, *(mine for mine, _ in pairs)])
     for gradient, expected in zip(gradients, slow, strict=True):
-        if len(gradient) == generator.linear.out_features:
-            gradient = plain.renamed(gradient, *generator.start_size)
+        if generator.linear is not None and len(gradient) == generator.linear.out_features:
+            gradient = plain.renamed(gradient, *generator.start_shape[1:])
         torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()) + 1e-4)
 
 
@@ -149,9 +160,9 @@ def test_every_step_of_a_batch_is_the_paper_s(make_model: MakeModel, monkeypatch
     assert len(offsets) == ITERATIONS and len({tuple(one.flatten().tolist()) for one in offsets}) > 5
 
     source = Rng(0).child("batch-0")
-    start = Generator(LATENT, (8, 8), torch.device("cpu"))
+    start = Generator(LATENT, (8, 8), GENIE_WIDTHS, torch.device("cpu"))
     start.reset(source.generator("generator"))
-    generator = PlainGenerator(LATENT, (8, 8))
+    generator = PlainGenerator(LATENT, (8, 8), GENIE_WIDTHS)
     generator.take(start)
     latents = torch.randn(BATCH, LATENT, generator=source.generator("latents")).requires_grad_()
     of_latents, of_generator = torch.optim.Adam([latents], lr=0.8), torch.optim.Adam(generator.parameters(), lr=0.03)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.core.progress import Bar
@@ -16,7 +17,8 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.data.store import ImageSetWriter
 from synthquant.models.float_model import FloatModel
 from synthquant.synthesize import genie_d
-from synthquant.synthesize.genie_d import Generator, GenieD, UpsampledConv
+from synthquant.synthesize.generator import GeneratorKind, UpsampledConv, make_generator
+from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.inversion import Learner
 
 MakeModel = Callable[..., FloatModel]
@@ -59,31 +61,60 @@ def test_upsampled_convolution_equals_upsampling_and_convolution(size: tuple[int
 
 
 @pytest.mark.parametrize("size", [(32, 32), (9, 14), (1, 1)])
-def test_generator_makes_any_size_in_normalised_space(size: tuple[int, int]) -> None:
-    generator = Generator(8, size, torch.device("cpu"))
+@pytest.mark.parametrize("kind", ["genie", "light"])
+def test_generator_makes_any_size_in_normalised_space(size: tuple[int, int], kind: GeneratorKind) -> None:
+    generator = make_generator(kind, 8, size, torch.device("cpu"))
     generator.reset(torch.Generator().manual_seed(0))
-    images = generator(torch.randn(6, 8, generator=torch.Generator().manual_seed(1)))
+    images = generator(torch.randn(6, *generator.latent_shape, generator=torch.Generator().manual_seed(1)))
     assert images.shape == (6, 3, *size)
     assert images.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(images.var((0, 2, 3), correction=0), torch.ones(3), rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize(("size", "kind"), [((32, 64), "genie"), ((32, 65), "light")])
+def test_generator_is_the_paper_s_for_images_of_the_paper_s_size(size: tuple[int, int], kind: GeneratorKind) -> None:
+    def shapes(kind: GeneratorKind) -> list[torch.Size]:
+        return [parameter.shape for parameter in make_generator(kind, 8, size, torch.device("cpu")).parameters()]
+
+    others: dict[str, GeneratorKind] = {"genie": "light", "light": "genie"}
+    assert shapes("auto") == shapes(kind) != shapes(others[kind])
+
+
+def test_light_generator_does_a_fraction_of_the_work_at_224_pixels() -> None:
+    work = []
+    kinds: tuple[GeneratorKind, ...] = ("genie", "light")
+    for kind in kinds:
+        generator = make_generator(kind, 256, (224, 224), torch.device("meta"))
+        with FlopCounterMode(display=False) as counter:
+            generator(torch.zeros(1, *generator.latent_shape, device="meta"))
+        work.append(counter.get_total_flops())
+    assert work[1] < work[0] / 5
+
+
+def test_setting_chooses_the_generator(tiny: FloatModel) -> None:
+    made = {
+        kind: pixels(QUICK.model_copy(update={"generator": kind}).synthesize(tiny, 4, Rng(0)))
+        for kind in ("auto", "genie", "light")
+    }
+    assert torch.equal(made["auto"], made["genie"]) and not torch.equal(made["auto"], made["light"])
+
+
 def test_generator_starts_from_the_same_distributions_as_torch() -> None:
-    generator = Generator(256, (8, 8), torch.device("cpu"))
+    generator = make_generator("genie", 256, (8, 8), torch.device("cpu"))
     generator.reset(torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     for mine, torchs in (
         (generator.linear, nn.Linear(256, 512)),
-        (generator.conv1, nn.Conv2d(128, 64, 3)),
-        (generator.conv2, nn.Conv2d(64, 3, 3)),
+        (generator.convs[0], nn.Conv2d(128, 64, 3)),
+        (generator.convs[1], nn.Conv2d(64, 3, 3)),
     ):
-        assert torchs.bias is not None
+        assert mine is not None and torchs.bias is not None
         assert mine.weight.shape == torchs.weight.shape and mine.bias.shape == torchs.bias.shape
         assert float(mine.weight.detach().std()) == pytest.approx(float(torchs.weight.detach().std()), rel=0.05)
         assert float(mine.weight.detach().abs().max()) <= float(torchs.weight.detach().abs().max()) * 1.02
         assert float(mine.bias.detach().abs().max()) <= float(mine.weight.detach().abs().max()) * 1.02
-    assert torch.equal(generator.norm1.weight, torch.ones(128)) and not generator.norm2.bias.any()
+    assert torch.equal(generator.norms[0].weight, torch.ones(128)) and not generator.norms[1].bias.any()
 
 
 def test_rates_drive_what_their_names_say(tiny: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
