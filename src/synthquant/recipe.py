@@ -110,7 +110,7 @@ class SelectSection(Settings):
     by: tuple[FilterSection, ...] = Field(min_length=1)
     """Filters, each of which chooses from what those before it kept; all share one forward pass."""
     batch_size: int = Field(default=64, ge=1)
-    """Images per forward pass; does not change the result beyond rounding."""
+    """Images per forward pass, fewer where activations are large; does not change the result beyond rounding."""
     table_gib: float = Field(default=4.0, ge=0)
     """GiB of main memory for the sums that filters need of each image; larger ones go to a temporary file."""
 
@@ -175,7 +175,7 @@ class EvaluateSection(Settings):
     data: str = Field(min_length=1)
     """Labelled images: an image set folder, class folders, a Parquet file or folder, or a `datasets` name."""
     batch_size: int = Field(default=128, ge=1)
-    """Images per forward pass; does not change the result beyond rounding."""
+    """Images per forward pass, fewer where activations are large; does not change the result beyond rounding."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
     """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
 

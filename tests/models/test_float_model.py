@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.data.preprocess import Preprocess
+from synthquant.models import float_model as module_under_test
 from synthquant.models.float_model import FloatModel, ModelSource
 
 
@@ -85,6 +86,35 @@ class Returns(nn.Module):
 def test_logits_of_another_shape_are_refused(kind: str, found: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"net.py:net: the network returns {found} for 2 images"):
         float_model(Returns(kind)).logits(torch.zeros(2, 3, 8, 6))
+
+
+class Wide(nn.Module):
+    """Its largest tensor is not its output."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.wide, self.pool = nn.Conv2d(3, channels, 1), nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.wide(images)).flatten(1)
+
+
+# 48 pixels of 4 bytes in each channel.
+@pytest.mark.parametrize(("channels", "at_once"), [(1, 64), (10, 64), (11, 32), (90, 4), (500, 1), (10_000, 1)])
+def test_fewer_images_go_through_at_once_where_activations_are_large(
+    monkeypatch: pytest.MonkeyPatch, channels: int, at_once: int
+) -> None:
+    monkeypatch.setattr(module_under_test, "_LARGEST_ON_CPU", 64 * 10 * 48 * 4)
+    model = float_model(Wide(channels))
+    assert model.images_at_once(64) == at_once
+    assert model.images_at_once(3) == min(3, at_once)
+    assert not any(part._forward_hooks for part in model.module.modules())
+
+
+@pytest.mark.parametrize("channels", [1, 16, 64])
+def test_networks_of_the_size_of_cifar_go_through_as_they_are_asked_to(channels: int) -> None:
+    model = FloatModel(Wide(channels), preprocess((32, 32)), "net", ModelSource(source="net.py:net"))
+    assert model.images_at_once(128) == 128
 
 
 def test_to_moves_the_model_and_its_example() -> None:

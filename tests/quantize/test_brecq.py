@@ -17,7 +17,7 @@ from synthquant.methods import MemoryBudget, QuantReport
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize import reconstruct
+from synthquant.quantize import calibrate
 from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.cache import RowCache
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
@@ -147,7 +147,7 @@ def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) 
     calibrate_activations(model, calibration, 10, "minmax", quantized_weights=False)
     phase = Phase("weights", 1, 5, inputs="student", activations=False, rounding_lr=0.1, fisher="diagonal")
     engine = Reconstruction(model, calibration, "block", memory or MemoryBudget(host_gib=1), None)
-    (x,) = calibration.batches()
+    x = torch.cat(list(calibration.batches()))
     teacher, student = _Stream(), _Stream()
     for index, unit in enumerate(engine.units):
         targets, inputs = engine._gather_inputs(index, phase, teacher, student)
@@ -207,7 +207,7 @@ def test_fisher_is_the_gradient_of_the_output_error(
 
 def test_fisher_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [weights.found.read(0, 10) for weights in fisher_of_each_unit(Network())]
-    monkeypatch.setattr(reconstruct, "_CHUNK", 1)
+    monkeypatch.setattr(calibrate, "_MOST_AT_ONCE", 1)
     for one, other in zip(whole, fisher_of_each_unit(Network()), strict=True):
         assert off(other.found.read(0, 10), one) < 1e-3
         assert float(one.std()) > 0.1, "weights differ"

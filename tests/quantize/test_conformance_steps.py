@@ -24,7 +24,7 @@ from synthquant.methods import QUANTIZERS, QuantReport
 from synthquant.nn import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize import learn, reconstruct
+from synthquant.quantize import calibrate, learn, reconstruct
 
 BITS = (2, 3)
 COUNT, RANGES_ON, STEPS = 10, 3, 12
@@ -242,7 +242,7 @@ def test_without_a_part_the_steps_are_others(name: str, part: str, change: Chang
 @pytest.mark.parametrize("name", OWN)
 def test_how_many_images_are_cached_at_a_time_does_not_matter(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The results above are of one chunk of 10 images; these of chunks of 4, 4 and 2."""
-    monkeypatch.setattr(reconstruct, "_CHUNK", 4)
+    monkeypatch.setattr(calibrate, "_MOST_AT_ONCE", 4)
     found, wanted = shown(quantize(name)), shown(result_of(name))
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():

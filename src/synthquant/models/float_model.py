@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import ModelError, UnsupportedModelError
+from synthquant.core.modules import hooked
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
 from synthquant.models.user_file import names_code, same_code
+
+# Bytes of the largest activation when images go through a network together.
+_LARGEST_ON_CPU, _LARGEST = 2**27, 2**30
 
 
 class _Source(Settings):
@@ -127,6 +132,25 @@ class FloatModel:
                 f" [{len(images)}, classes]; wrap it in a module that does"
             )
         return logits
+
+    @torch.no_grad()
+    def images_at_once(self, most: int) -> int:
+        """Return how many images, `most` or a power of two below it, go through the network together without gradients.
+
+        The largest tensor that a module returns then takes up to 128 MiB on a CPU, where more at a time is no faster,
+        and 1 GiB elsewhere; several of that size exist at a time.
+        """
+        largest = 1
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal largest
+            found = [leaf.nbytes for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            largest = max(largest, *found, 1)
+
+        with hooked([(module, look) for module in self.module.modules()]):
+            self.module(self.example_input(1))
+        fitting = (_LARGEST_ON_CPU if self.device.type == "cpu" else _LARGEST) // largest
+        return most if fitting >= most else 1 << max(0, fitting.bit_length() - 1)
 
     def to(self, device: torch.device | str) -> FloatModel:
         """The same model on `device`. The module itself moves, so the old value is on `device` too."""

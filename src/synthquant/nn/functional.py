@@ -55,7 +55,7 @@ class _LearnedStep(torch.autograd.Function):
         ratio = x / scale
         y = torch.round(ratio).clamp_(low, high).mul_(scale)
         if keep is not None:
-            y = torch.lerp(x, y, keep)
+            torch.lerp(x, y, keep, out=y)
             ratio.mul_(keep)  # a dropped value becomes 0, which is inside
         ctx.save_for_backward(x, y, ratio, scale)
         ctx.range = (low - 0.5, high + 0.5)

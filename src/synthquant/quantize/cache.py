@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from synthquant.core.errors import InputError, OutputError
+from synthquant.core.free_memory import GIB, free_memory
 from synthquant.methods import MemoryBudget
 
-_GIB = 2**30
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -170,10 +170,9 @@ def _limits(budget: MemoryBudget, device: torch.device) -> dict[str, float]:
     """Bytes allowed by place, in the order in which they are filled."""
     limits: dict[str, float] = {}
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        limits["device"] = free / 2 if budget.device_gib is None else budget.device_gib * _GIB
+        limits["device"] = free_memory(device) / 2 if budget.device_gib is None else budget.device_gib * GIB
     if budget.host_gib is None:
-        limits["host"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        limits["host"] = free_memory(torch.device("cpu")) / 2
     else:
-        limits["host"] = budget.host_gib * _GIB
+        limits["host"] = budget.host_gib * GIB
     return limits

@@ -14,6 +14,8 @@ from synthquant.data.preprocess import input_batches
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.quant_model import QuantModel
 
+_MOST_AT_ONCE = 64
+
 
 class CalibrationImages:
     """The images a network is quantized with, as the network sees them.
@@ -21,6 +23,9 @@ class CalibrationImages:
     Synthesis may leave the range of pixels; no picture does. Values beyond black and white are cut off, for the float
     network too: the grid of the image ends there, and what it cuts off would be learned as an error of the quantized
     network, to be made up for by wrong roundings.
+
+    Attributes:
+        at_once: how many go through the network together without gradients.
     """
 
     def __init__(self, model: QuantModel, images: ImageSet) -> None:
@@ -31,6 +36,7 @@ class CalibrationImages:
         """
         if len(images) == 0:
             raise DataError("0 images to quantize with; synthesize some or give a folder that holds some")
+        self.at_once = model.float_model.images_at_once(_MOST_AT_ONCE)
         self._images = images
         self._preprocess = model.float_model.preprocess
         self._device = model.device
@@ -44,15 +50,15 @@ class CalibrationImages:
         """Number of images, broken ones included."""
         return len(self._images)
 
-    def batches(self, limit: int | None = None, size: int = 64) -> Iterator[torch.Tensor]:
-        """Normalised images `[B, 3, H, W]` on the model's device, the first `limit` of them.
+    def batches(self, limit: int | None = None, size: int | None = None) -> Iterator[torch.Tensor]:
+        """Normalised images `[B, 3, H, W]` on the model's device, the first `limit` of them, in batches of `size`.
 
         Raises:
             DataError: not one image can be read, or one has values that are not finite.
         """
         chosen = range(len(self) if limit is None else min(limit, len(self)))
         found = False
-        for batch in input_batches(self._images, self._preprocess, size, chosen):
+        for batch in input_batches(self._images, self._preprocess, size or self.at_once, chosen):
             found = True
             if not torch.isfinite(batch.inputs).all():
                 raise DataError("an image to quantize with has values that are not finite; make the images anew")

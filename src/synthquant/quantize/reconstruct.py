@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from synthquant.core.clips import saved_results
 from synthquant.core.modules import get_module
 from synthquant.core.progress import Bar, Progress
 from synthquant.core.rng import Rng
@@ -32,8 +33,6 @@ from synthquant.quantize.layout import channels_last
 from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
 from synthquant.quantize.replay import NETWORK_INPUT, Leaves, Replay
 from synthquant.quantize.unit_files import UnitFiles, finite, snapshot
-
-_CHUNK = 64
 
 
 @dataclass
@@ -143,8 +142,9 @@ class Reconstruction:
         return (float_model.fingerprint, self.model.scheme, self._calibration.fingerprint, self.units, *more)
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.count, _CHUNK):
-            yield start, min(start + _CHUNK, self.count)
+        size = self._calibration.at_once
+        for start in range(0, self.count, size):
+            yield start, min(start + size, self.count)
 
     def _parts(self, index: int) -> tuple[list[QuantLayer], list[ActivationQuantizer]]:
         layers = [self.model.layers[name] for name in self.units[index].layers if name in self.model.layers]
@@ -248,9 +248,10 @@ class Reconstruction:
             learned = Learned(None, (), ())
             if rounded or phase.activation_scale_lr:
                 error_of = self._error_of(index, phase, inputs, targets, fisher, rng)
-                learned = learn_unit(
-                    phase, rounded, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
-                )
+                with saved_results(self.model.module):
+                    learned = learn_unit(
+                        phase, rounded, quantizers, error_of, self.count, self.model.device, rng, _ticker(bar, unit)
+                    )
             end_loss = self._loss(index, phase, source, targets, fisher, outputs)
             diverged = not end_loss <= start_loss
             if diverged:
@@ -279,8 +280,9 @@ class Reconstruction:
         count = min(phase.calibrate_images or 0, self.count)
 
         def run() -> None:
-            for start in range(0, count, _CHUNK):
-                self._replay.run_unit(index, self._read(index, source, start, min(start + _CHUNK, count)))
+            for start, stop in self._chunks():
+                if start < count:
+                    self._replay.run_unit(index, self._read(index, source, start, min(stop, count)))
 
         with torch.no_grad():
             observe(quantizers, run, phase.observer)
