@@ -31,9 +31,9 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.data.sources import open_images
 from synthquant.evaluate.accuracy import compare_logits, evaluate_model
 from synthquant.export.onnx import Onnx
-from synthquant.export.onnx_layers import integer_coverage
-from synthquant.export.onnx_runtime import has_vnni, ort_network, session
-from synthquant.export.onnx_speed import export_float, in_turns
+from synthquant.export.onnx.layers import integer_coverage
+from synthquant.export.onnx.runtime import has_vnni, ort_network, session
+from synthquant.export.onnx.speed import export_float, in_turns
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 

@@ -34,10 +34,10 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches, model_inputs
 from synthquant.data.sources import open_images
 from synthquant.export.compare import Network, difference
-from synthquant.export.onnx import Onnx, open_onnx
-from synthquant.export.onnx_layers import integer_coverage
-from synthquant.export.onnx_runtime import has_vnni, ort_network, session
-from synthquant.export.onnx_speed import export_float, in_turns
+from synthquant.export.onnx import Onnx
+from synthquant.export.onnx.layers import integer_coverage
+from synthquant.export.onnx.runtime import has_vnni, ort_network, session
+from synthquant.export.onnx.speed import export_float, in_turns
 from synthquant.models.blocks import QUANTIZABLE
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
@@ -127,7 +127,7 @@ def spread(length: int, count: int) -> list[int]:
 
 def agreement(path: Path, model: QuantModel, data: ImageSet, indices: list[int]) -> dict[str, Any]:
     """Logits of each runtime, and of torch in double precision, beside those of the quantized network."""
-    networks: dict[str, Network] = {runtime: open_onnx(path, runtime)[0] for runtime in ("onnxruntime", "openvino")}
+    networks: dict[str, Network] = {runtime: Onnx.open(path, runtime).run for runtime in Onnx.runtimes}
     double = copy.deepcopy(model.module).double()
     networks["float64"] = lambda inputs: double(inputs.double()).float()
     reference: list[Tensor] = []

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from synthquant.export.compare import Network
-from synthquant.export.onnx_runtime import ort_network, session
-from synthquant.export.onnx_speed import export_float
+from synthquant.export.onnx.runtime import ort_network, session
+from synthquant.export.onnx.speed import export_float
 from synthquant.models.float_model import FloatModel
 
 _IMAGES_AT_A_TIME = 8

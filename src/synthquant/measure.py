@@ -18,7 +18,7 @@ from synthquant.data.quality import say_what_was_read
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model, wilson_interval
 from synthquant.evaluate.cost import float_cost, quantized_cost
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config
-from synthquant.export.onnx import open_onnx
+from synthquant.methods import RuntimeExporter
 from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
@@ -74,45 +74,48 @@ def evaluate(
     return row | say_what_was_read(data, progress, section.data)
 
 
-def evaluate_onnx(
+def evaluate_exported(
+    exporter: type[RuntimeExporter],
     path: Path,
     section: EvaluateSection,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
     progress: Progress = QUIET,
     *,
     model: str | None = None,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure an exported network on labelled images, on the CPU; returns and compares as `evaluate` does.
+    """Measure a file of `exporter` on labelled images, on the CPU; returns and compares as `evaluate` does.
 
-    Measuring runs no code of the network's origin; without leave for it, only the agreement is missing.
+    Without a `runtime` the exporter's usual one runs the file. Measuring it runs no code of the network's origin;
+    without leave for it, only the agreement is missing.
 
     Raises:
         ModelError: the file was not exported by this package, the runtime cannot load it, or it was not made from
             `model`.
+        UnknownNameError: there is no such runtime.
         MissingExtraError: the runtime is not installed.
         DataError: the images cannot be used, or a label is not a class of the network.
     """
-    network, metadata = open_onnx(path, runtime)
-    entry = metadata.float_model
-    classes = Classes(entry.name, entry.class_names, entry.num_classes)
+    runtime = runtime or exporter.runtimes[0]
+    opened = exporter.open(path, runtime)
+    classes = Classes(opened.name, opened.class_names, opened.num_classes)
     data = in_classes_of(section.open(), classes, section.data, progress)
     float_model = reference = None
     try:
-        recorded = entry.source.confirmed(str(path), model=model, trust_code=trust_code)
+        recorded = opened.source.confirmed(str(path), model=model, trust_code=trust_code)
     except ModelError as error:
         if model is not None:
             raise
         progress.warn(f"no agreement with the float network: {error}")
     else:
-        float_model = _same_float_model(recorded, entry.fingerprint, "cpu", progress)
+        float_model = _same_float_model(recorded, opened.fingerprint, "cpu", progress)
     if float_model is not None:
         reference = _logits(float_model.module, float_model, data, section.batch_size, progress)
     else:
         _require_labels(data, section.data)
     result = evaluate_model(
-        network,
-        metadata.preprocess,
+        opened.run,
+        opened.preprocess,
         data,
         reference_logits=reference,
         batch_size=section.batch_size,
@@ -120,7 +123,7 @@ def evaluate_onnx(
         title=f"evaluate in {runtime}",
     )
     _warn_of_guessing(result.reference_top1, result, section.data, progress)
-    row = result.row(metadata.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
+    row = result.row(opened.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
     return row | say_what_was_read(data, progress, section.data)
 
 

@@ -174,10 +174,10 @@ def test_options_that_would_change_nothing_are_refused(synthquant: Command, thin
     said = synthquant("evaluate", run, "--data", data, "--weights", "w.pt", "--std", "1,1,1").error
     assert f"{run} brings its network with it: --weights, --std would change nothing; leave them out" in said
     missing = synthquant("evaluate", things["cwd"] / "none", "--data", data, "--model", "my.py:build").error
-    assert "none is no folder of a run and no FILE.onnx: --model would change nothing" in missing
+    assert "none is no folder of a run and no exported file: --model would change nothing" in missing
     assert "--input-size would change nothing" in synthquant("evaluate", onnx, "--data", data, "--input-size", 32).error
     assert (
-        "--runtime belongs to an exported FILE.onnx"
+        "--runtime belongs to an exported file"
         in synthquant("evaluate", run, "--data", data, "--runtime", "openvino").error
     )
     assert "did you mean 'openvino'?" in synthquant("evaluate", onnx, "--data", data, "--runtime", "openvin").error

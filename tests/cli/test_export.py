@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from tests.cli.conftest import Command
 from tests.small_networks import small_float_model
 
 from synthquant.cli.export import _print_export as print_export
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.settings import Settings
+from synthquant.data.image_set import ImageSet
+from synthquant.export.checkpoint import Checkpoint, load_checkpoint, read_config, save_checkpoint
+from synthquant.methods import EXPORTERS, ExportedNetwork, SpeedTest
+from synthquant.nn.quant_model import QuantModel
 from synthquant.pipeline import run as run_recipe
 from synthquant.recipe import Recipe
 
@@ -90,7 +98,70 @@ def test_wrong_files_and_runtimes_are_one_line(synthquant: Command, run: Path, d
     assert "no such file" in synthquant("evaluate", tmp_path / "none.onnx", "--data", data).error
     assert "no such file" in synthquant("benchmark", tmp_path / "none.onnx").error
     found = synthquant("evaluate", run, "--data", data, "--runtime", "openvino")
-    assert "--runtime belongs to an exported FILE.onnx" in found.error
+    assert "--runtime belongs to an exported file" in found.error
+
+
+class Toy(Settings):
+    """Checkpoints under a name of their own, run by PyTorch: an exporter from elsewhere."""
+
+    suffix: ClassVar[str] = ".toy"
+    runtimes: ClassVar[tuple[str, ...]] = ("loaded",)
+
+    def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
+        return save_checkpoint(quant_model, path)
+
+    def check(self, quant_model: QuantModel) -> None: ...
+
+    def verify(
+        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+    ) -> dict[str, Any]:
+        return Checkpoint().verify(quant_model, path, images, progress=progress)
+
+    @classmethod
+    def open(cls, path: Path, runtime: str | None = None, *, threads: int | None = None) -> ExportedNetwork:
+        assert runtime in cls.runtimes
+        model, entry = load_checkpoint(path, trust_code=True), read_config(path).float_model
+        return ExportedNetwork(
+            run=model,
+            preprocess=model.float_model.preprocess,
+            scheme=model.scheme,
+            name=entry.name,
+            source=entry.source,
+            fingerprint=entry.fingerprint,
+            num_classes=entry.num_classes,
+            class_names=entry.class_names,
+        )
+
+    @classmethod
+    def benchmark(cls, path: Path, test: SpeedTest, **_: object) -> dict[str, Any]:
+        row = {"milliseconds": float(test.batch), "images_per_second": 1.0, "bytes": 1}
+        ratios = {"speedup": 1.0, "size_ratio": 1.0, "batch": test.batch, "threads": test.threads}
+        return {"float": row, "quantized": row, **ratios, "vnni": True, "environment": {"cpu": "toy"}}
+
+
+def test_an_exporter_from_elsewhere_is_found_by_its_suffix(
+    synthquant: Command, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert EXPORTERS.names()
+    monkeypatch.setitem(EXPORTERS._own, "toy", Toy)
+    file = tmp_path / "net.toy"
+    assert synthquant("export", run, "--trust-code", "--to", "toy", "--out", file).status == 0
+    found = json.loads(synthquant("evaluate", file, "--trust-code", "--data", data, "--json").out)
+    run_row = json.loads(synthquant("evaluate", run, "--trust-code", "--data", data, "--json").out)
+    assert found["runtime"] == "loaded"
+    assert [found[key] for key in ("top1", "agreement", "kl")] == [run_row[key] for key in ("top1", "agreement", "kl")]
+    timed = synthquant("benchmark", file, "--batch", 3, "--json")
+    assert json.loads(timed.out)["quantized"]["milliseconds"] == 3
+    assert "--preset belongs to --to onnx, not to --to toy" in (
+        synthquant("export", run, "--to", "toy", "--preset", "simulate", "--out", tmp_path / "again.toy").error
+    )
+    listed = json.loads(synthquant("list", "export", "--json").out)["export"]
+    assert listed["toy"] == "Checkpoints under a name of their own, run by PyTorch: an exporter from elsewhere."
+
+
+def test_files_that_no_runtime_executes_are_named(synthquant: Command, data: Path, tmp_path: Path) -> None:
+    said = synthquant("benchmark", tmp_path / "net.pt2").error
+    assert "net.pt2 is no file that a runtime executes here; their names end in .onnx" in said
 
 
 def test_images_that_differ_only_because_two_classes_are_nearly_tied_are_named(

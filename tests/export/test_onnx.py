@@ -12,13 +12,19 @@ import torch
 from tests.damage import same_or_refused
 from tests.small_networks import calibrated_model, small_float_model, small_images
 
-from synthquant.core.errors import MissingExtraError, ModelError, RecipeError, UnsupportedModelError, VerificationError
+from synthquant.core.errors import (
+    MissingExtraError,
+    ModelError,
+    RecipeError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from synthquant.core.files import sha256_file
-from synthquant.export import verify
 from synthquant.export.checkpoint import WEIGHTS_NAME, load_checkpoint, save_checkpoint
-from synthquant.export.onnx import Onnx, open_onnx
-from synthquant.export.onnx_metadata import seal
-from synthquant.export.onnx_runtime import ort_network, read_metadata, session
+from synthquant.export.onnx import Onnx, verify
+from synthquant.export.onnx.metadata import seal
+from synthquant.export.onnx.runtime import ort_network, read_metadata, session
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 
@@ -62,7 +68,7 @@ def test_a_file_is_opset_21_with_any_batch_and_says_what_it_is(full_file: Path, 
     assert metadata.preprocess == full_model.float_model.preprocess
     assert metadata.origin == {"recipe_sha256": "abc"}
     assert metadata.float_model.fingerprint == full_model.float_model.fingerprint
-    network, _ = open_onnx(full_file)
+    network = Onnx.open(full_file).run
     for batch in (1, 3):
         assert network(full_model.float_model.example_input(batch)).shape == (batch, 7)
 
@@ -153,7 +159,7 @@ def test_openvino_and_onnxruntime_agree(full_file: Path, full_model: QuantModel)
     with torch.no_grad():
         expected = full_model(x)
     for runtime in ("openvino", "onnxruntime"):
-        network, _ = open_onnx(full_file, runtime, threads=1)
+        network = Onnx.open(full_file, runtime, threads=1).run
         assert float((network(x) - expected).abs().mean() / expected.std()) < LOOSE
 
 
@@ -218,10 +224,10 @@ def test_a_file_that_a_runtime_cannot_load_is_named(full_file: Path, tmp_path: P
     file.graph.node[0].op_type = "NoSuchOperator"
     (tmp_path / "broken.onnx").write_bytes(seal(file.SerializeToString()))
     with pytest.raises(ModelError, match=r"ONNX Runtime cannot load .*broken\.onnx"):
-        open_onnx(tmp_path / "broken.onnx")
+        Onnx.open(tmp_path / "broken.onnx")
     pytest.importorskip("openvino")
     with pytest.raises(ModelError, match=r"OpenVINO cannot load .*broken\.onnx"):
-        open_onnx(tmp_path / "broken.onnx", "openvino")
+        Onnx.open(tmp_path / "broken.onnx", "openvino")
 
 
 def test_no_damage_to_a_file_changes_the_network(full_file: Path, full_model: QuantModel, tmp_path: Path) -> None:
@@ -230,7 +236,7 @@ def test_no_damage_to_a_file_changes_the_network(full_file: Path, full_model: Qu
     inputs = full_model.float_model.example_input(2)
 
     def logits() -> list[float]:
-        network, _ = open_onnx(path)
+        network = Onnx.open(path).run
         return network(inputs).flatten().tolist()
 
     assert same_or_refused(path, logits, flips=120) == 120 + 6
@@ -302,17 +308,17 @@ def test_wrong_presets_files_and_runtimes_are_named(full_file: Path, tmp_path: P
     with pytest.raises((RecipeError, ValueError), match=r"unknown preset 'ort_cpu'; did you mean 'ort-cpu'"):
         Onnx(preset="ort_cpu")
     with pytest.raises(ModelError, match="no such file"):
-        open_onnx(tmp_path / "none.onnx")
+        Onnx.open(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("hello, this is no graph")
     with pytest.raises(ModelError, match=r"text\.onnx (is not an ONNX file|was not exported by synthquant)"):
-        open_onnx(tmp_path / "text.onnx")
-    with pytest.raises(ModelError, match="no runtime 'tvm'; choose one of onnxruntime, openvino"):
-        open_onnx(full_file, "tvm")
+        Onnx.open(tmp_path / "text.onnx")
+    with pytest.raises(UnknownNameError, match="unknown runtime 'tvm'; available: onnxruntime, openvino"):
+        Onnx.open(full_file, "tvm")
     foreign = onnx.load(str(full_file))
     del foreign.metadata_props[:]
     onnx.save(foreign, str(tmp_path / "foreign.onnx"))
     with pytest.raises(ModelError, match="was not exported by synthquant: it does not say how images are prepared"):
-        open_onnx(tmp_path / "foreign.onnx")
+        Onnx.open(tmp_path / "foreign.onnx")
 
 
 def test_a_missing_package_names_the_extra(
@@ -320,7 +326,7 @@ def test_a_missing_package_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"openvino.*pip install 'synthquant\[openvino\]'"):
-        open_onnx(full_file, "openvino")
+        Onnx.open(full_file, "openvino")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"onnxscript.*pip install 'synthquant\[onnx\]'"):
         Onnx().export(full_model, tmp_path / "file.onnx")

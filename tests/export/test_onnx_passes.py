@@ -41,7 +41,7 @@ def constants(rng: np.random.Generator, **more: Any) -> dict[str, Any]:
 
 
 def run(model: Any, tmp_path: Path, x: np.ndarray, *, optimized: bool = False) -> np.ndarray:
-    from synthquant.export.onnx_runtime import ort_network, session
+    from synthquant.export.onnx.runtime import ort_network, session
 
     ir.save(model, tmp_path / "net.onnx")
     return ort_network(session(tmp_path / "net.onnx", optimized=optimized))(torch.from_numpy(x)).numpy()
@@ -59,7 +59,7 @@ CONV = f"{QUANTIZED} wd = DequantizeLinear<axis = 0>(w, ws) y = Conv(x, wd, b) l
 def test_a_bias_becomes_integers_where_the_preset_wants_it(
     rng: np.random.Generator, tmp_path: Path, preset: str
 ) -> None:
-    from synthquant.export.onnx_bias import quantize_biases
+    from synthquant.export.onnx.bias import quantize_biases
 
     values = constants(rng)
     x = rng.standard_normal((2, 4, 6, 6)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_a_bias_becomes_integers_where_the_preset_wants_it(
 
 
 def test_a_bias_that_does_not_fit_makes_only_its_channel_coarser(rng: np.random.Generator, tmp_path: Path) -> None:
-    from synthquant.export.onnx_bias import quantize_biases
+    from synthquant.export.onnx.bias import quantize_biases
 
     scales = np.array([0.01, 1e-9, 0.01, 0.01, 1e-12], np.float32)
     values = constants(rng, ws=scales, b=np.array([1, 3, -1, 2, 0.5], np.float32))
@@ -96,7 +96,7 @@ def test_a_bias_that_does_not_fit_makes_only_its_channel_coarser(rng: np.random.
 
 
 def test_a_layer_that_reads_floats_keeps_its_bias(rng: np.random.Generator) -> None:
-    from synthquant.export.onnx_bias import quantize_biases
+    from synthquant.export.onnx.bias import quantize_biases
 
     body = "wd = DequantizeLinear<axis = 0>(w, ws) y = Conv(images, wd, b) logits = Flatten(y)"
     model = graph(body, **{name: value for name, value in constants(rng).items() if name in ("w", "ws", "b")})
@@ -105,7 +105,7 @@ def test_a_layer_that_reads_floats_keeps_its_bias(rng: np.random.Generator) -> N
 
 
 def test_a_bias_of_two_layers_is_written_twice(rng: np.random.Generator) -> None:
-    from synthquant.export.onnx_bias import quantize_biases
+    from synthquant.export.onnx.bias import quantize_biases
 
     body = f"{QUANTIZED} wd = DequantizeLinear<axis = 0>(w, ws) y = Conv(x, wd, b) z = Conv(x, wd, b)"
     model = graph(f"{body} s = Add(y, z) logits = Flatten(s)", **constants(rng))
@@ -114,7 +114,7 @@ def test_a_bias_of_two_layers_is_written_twice(rng: np.random.Generator) -> None
 
 
 def test_moves_are_done_on_codes_and_nothing_changes(rng: np.random.Generator, tmp_path: Path) -> None:
-    from synthquant.export.onnx_moves import move_codes
+    from synthquant.export.onnx.moves import move_codes
 
     body = f"""{QUANTIZED} t = Transpose<perm = [0, 2, 3, 1]>(x) p = Pad(t, pads)
         g = Gather<axis = 1>(p, index) s, r = Split<axis = 2, num_outputs = 2>(g)
@@ -136,7 +136,7 @@ def test_moves_are_done_on_codes_and_nothing_changes(rng: np.random.Generator, t
 
 
 def test_padding_with_something_else_and_other_grids_stay(rng: np.random.Generator) -> None:
-    from synthquant.export.onnx_moves import move_codes
+    from synthquant.export.onnx.moves import move_codes
 
     values = {"xs": np.float32(0.05), "xz": np.uint8(120)}
     pads, one = np.array([0, 0, 1, 0, 0, 0, 1, 0], np.int64), np.float32(1)
@@ -148,7 +148,7 @@ def test_padding_with_something_else_and_other_grids_stay(rng: np.random.Generat
 
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_a_spatial_mean_is_pooling(rng: np.random.Generator, tmp_path: Path, keepdims: int) -> None:
-    from synthquant.export.onnx_graph import pool_by_name
+    from synthquant.export.onnx.graph import pool_by_name
 
     end = "logits = Flatten(m)" if keepdims else "logits = Relu(m)"
     body = f"r = Relu(images) m = ReduceMean<keepdims = {keepdims}>(r, axes) {end}"
@@ -165,7 +165,7 @@ def test_a_spatial_mean_is_pooling(rng: np.random.Generator, tmp_path: Path, kee
 
 
 def test_a_mean_over_channels_is_none() -> None:
-    from synthquant.export.onnx_graph import pool_by_name
+    from synthquant.export.onnx.graph import pool_by_name
 
     model = graph("m = ReduceMean<keepdims = 0>(images, axes) logits = Flatten(m)", axes=np.array([1], np.int64))
     pool_by_name(model)

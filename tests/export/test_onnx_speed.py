@@ -2,7 +2,7 @@ import itertools
 
 import torch
 
-from synthquant.export.onnx_speed import in_turns
+from synthquant.export.onnx.speed import in_turns
 
 
 def test_networks_are_timed_in_turns_by_the_clock_given() -> None:

@@ -15,7 +15,7 @@ from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.export.onnx import Onnx
-from synthquant.export.onnx_layers import count_layers, integer_coverage
+from synthquant.export.onnx.layers import count_layers, integer_coverage
 from synthquant.export.torch_program import TorchProgram
 from synthquant.methods import QUANTIZERS
 from synthquant.nn.quant_model import QuantModel

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from synthquant.cli import options
 from synthquant.cli.output import print_json
-from synthquant.core.errors import RecipeError
+from synthquant.core.errors import ModelError, RecipeError
 from synthquant.core.progress import ConsoleProgress
-from synthquant.export.onnx_speed import SpeedTest, benchmark_onnx
-from synthquant.export.presets import PRESETS
+from synthquant.core.settings import Settings, parse_settings
 from synthquant.export.write import export_run
-from synthquant.methods import EXPORTERS
+from synthquant.methods import EXPORTERS, SpeedTest, exporter_of, runtime_exporters
 from synthquant.recipe import apply_overrides, build_method
+
+
+def _with_field(field: str) -> list[tuple[str, type[Settings]]]:
+    """Names and classes of the exporters that have a field of this name."""
+    exporters = [(name, cast(type[Settings], cls)) for name, cls in EXPORTERS.items()]
+    return [(name, cls) for name, cls in exporters if field in cls.model_fields]
+
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of a checkpoint.", show_default=False)]
 To = Annotated[str, typer.Option(help=f"One of {', '.join(EXPORTERS.names())}.")]
-PresetName = Annotated[str | None, typer.Option(help=f"For --to onnx: one of {', '.join(PRESETS)} [ort-cpu].")]
+_PRESETS = "; ".join(f"for --to {name}: {options.setting_help(cls, 'preset')}" for name, cls in _with_field("preset"))
+PresetName = Annotated[str | None, typer.Option(help=f"As --set preset=NAME, {_PRESETS}")]
 Out = Annotated[Path, typer.Option(metavar="FILE", help="The file to write.", show_default=False)]
 VerifyData = Annotated[
     str | None, typer.Option(metavar="DATA", help="Images to verify on; without it those the run quantized with.")
 ]
-OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="A file that export wrote.", show_default=False)]
+Exported = Annotated[Path, typer.Argument(metavar="FILE", help="A file that export wrote.", show_default=False)]
 
 _NAMED = 5
 
@@ -51,8 +58,8 @@ def export(
         options.require_not_given("--no-verify looks at no images", {"data": data})
     values: dict[str, Any] = {}
     if preset is not None:
-        if to != "onnx":
-            raise RecipeError(f"--preset belongs to --to onnx, not to --to {to}")
+        if to in EXPORTERS and to not in dict(_with_field("preset")):
+            raise RecipeError(f"--preset belongs to --to {' or '.join(dict(_with_field('preset')))}, not to --to {to}")
         values["preset"] = preset
     exporter = build_method(EXPORTERS, to, apply_overrides(values, settings or []), "export")
     result = export_run(
@@ -70,7 +77,7 @@ def export(
 
 
 def benchmark(
-    file: OnnxFile,
+    file: Exported,
     batch: Annotated[int, typer.Option(help=options.setting_help(SpeedTest, "batch"))] = 1,
     threads: Annotated[int, typer.Option(help=options.setting_help(SpeedTest, "threads"))] = 2,
     seconds: Annotated[float, typer.Option(help=options.setting_help(SpeedTest, "seconds"))] = 10.0,
@@ -78,16 +85,13 @@ def benchmark(
     trust_code: options.TrustCode = False,
     json: options.Json = False,
 ) -> None:
-    """Measure an exported network beside the float export of the same architecture, in turns, in ONNX Runtime."""
-    result = benchmark_onnx(
-        file,
-        batch=batch,
-        threads=threads,
-        seconds=seconds,
-        model=model,
-        trust_code=trust_code,
-        progress=ConsoleProgress(),
-    )
+    """Measure an exported network beside the float export of the same architecture, in turns, in its runtime."""
+    test = parse_settings(SpeedTest, {"batch": batch, "threads": threads, "seconds": seconds}, "benchmark")
+    exporter = exporter_of(file)
+    if exporter is None:
+        known = ", ".join(exporter.suffix for exporter in runtime_exporters())
+        raise ModelError(f"{file} is no file that a runtime executes here; their names end in {known}")
+    result = exporter.benchmark(file, test, model=model, trust_code=trust_code, progress=ConsoleProgress())
     if json:
         print_json(result)
         return

@@ -11,23 +11,24 @@ from synthquant import measure, pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_result, print_run, print_table
 from synthquant.core.device import resolve_device
-from synthquant.core.errors import RecipeError, UnknownNameError
+from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
-from synthquant.export.presets import RUNTIMES
+from synthquant.methods import exporter_of, runtime_exporters
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection, apply_overrides
 
+_RUNTIMES = [name for exporter in runtime_exporters() for name in exporter.runtimes]
 ModelOrRun = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL|RUN|FILE.onnx", help="A network, the folder of a run, or an exported file.", show_default=False
+        metavar="MODEL|RUN|FILE", help="A network, the folder of a run, or an exported file.", show_default=False
     ),
 ]
 Runtime = Annotated[
-    str | None, typer.Option(help=f"For FILE.onnx: {' or '.join(RUNTIMES)} [{RUNTIMES[0]}], on the CPU.")
+    str | None, typer.Option(help=f"For an exported file: what runs it, on the CPU: {', '.join(_RUNTIMES)}.")
 ]
 
 
@@ -121,13 +122,11 @@ def evaluate(
     values = apply_overrides({"data": data, "max_pixels": max_pixels}, settings or [])
     section = parse_settings(EvaluateSection, values, "command line")
     resolve_device(device)
-    exported = model.endswith(".onnx")
-    if runtime is not None and not exported:
-        raise RecipeError(f"--runtime belongs to an exported FILE.onnx, not to {model}")
-    if runtime is not None and runtime not in RUNTIMES:
-        raise UnknownNameError("runtime", runtime, RUNTIMES)
+    exporter = exporter_of(model)
+    if runtime is not None and exporter is None:
+        raise RecipeError(f"--runtime belongs to an exported file, not to {model}")
     source: ModelSource | Path = Path(model)
-    if exported or Path(model).is_dir():
+    if exporter or Path(model).is_dir():
         options.require_not_given(
             f"{model} brings its network with it",
             {
@@ -136,18 +135,18 @@ def evaluate(
                 "mean": mean,
                 "std": std,
                 "num-classes": num_classes,
-                "device": device if exported and device not in ("auto", "cpu") else None,
+                "device": device if exporter and device not in ("auto", "cpu") else None,
             },
         )
     else:
         options.require_not_given(
-            f"{model} is no folder of a run and no FILE.onnx",
+            f"{model} is no folder of a run and no exported file",
             {"model": quantized, "trust-code": trust_code or None},
         )
         source = options.model_source(model, weights, input_size, mean, std, num_classes)
-    if exported:
-        row = measure.evaluate_onnx(
-            Path(model), section, runtime or RUNTIMES[0], ConsoleProgress(), model=quantized, trust_code=trust_code
+    if exporter is not None:
+        row = measure.evaluate_exported(
+            exporter, Path(model), section, runtime, ConsoleProgress(), model=quantized, trust_code=trust_code
         )
     else:
         row = measure.evaluate(source, section, device, ConsoleProgress(), model=quantized, trust_code=trust_code)

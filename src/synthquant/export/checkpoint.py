@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -127,6 +127,8 @@ class ArchitectureOnly(FloatModel):
 @EXPORTERS.register("checkpoint")
 class Checkpoint(Settings):
     """Folder of packed integer codes (safetensors) with their description (JSON), for `load_checkpoint`."""
+
+    suffix: ClassVar[str] = ""
 
     def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
         """Write the checkpoint and return its folder; a checkpoint has no room for an `origin`."""

@@ -8,9 +8,6 @@ from typing import Literal
 from synthquant.core.errors import UnknownNameError
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 
-RUNTIMES = ("onnxruntime", "openvino")
-"""Runtimes that files can be measured in here."""
-
 Container = Literal["uint8", "int8"]
 
 

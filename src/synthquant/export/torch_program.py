@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,8 @@ _TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, Attribut
 @EXPORTERS.register("torch")
 class TorchProgram(Settings):
     """`torch.export` program (.pt2) with integer weights, which computes as the quantized network does."""
+
+    suffix: ClassVar[str] = ".pt2"
 
     images: int = Field(default=128, ge=1)
     """Verification: how many images to use, evenly spaced over the set."""

@@ -16,9 +16,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint
-from synthquant.methods import Exporter
-
-_EXPORTED = (".onnx", ".pt2")
+from synthquant.methods import EXPORTERS, Exporter
 
 
 def export_run(
@@ -86,7 +84,11 @@ def _require_own_file(run: Path, out: Path) -> None:
     """Raise `OutputError` if writing `out` would take the place of a folder or of something of the run."""
     if out.is_dir():
         raise OutputError(f"{out} is a folder; give the name of a file")
-    if out.exists() and run.resolve() in out.resolve().parents and out.suffix not in _EXPORTED:
+    if (
+        out.exists()
+        and run.resolve() in out.resolve().parents
+        and out.suffix not in (cls.suffix for _, cls in EXPORTERS.items())
+    ):
         raise OutputError(f"{out} is a file of the run; choose another --out")
 
 

@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import Field
 
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import environment
-from synthquant.core.settings import Settings, parse_settings
 from synthquant.export.compare import Network
-from synthquant.export.onnx import export_module, require_onnx
+from synthquant.export.onnx.build import export_module
+from synthquant.export.onnx.runtime import has_vnni, ort_network, read_metadata, session
+from synthquant.methods import SpeedTest
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 
@@ -25,23 +25,10 @@ _WARM_UP = 3
 _TURN = 0.25
 
 
-class SpeedTest(Settings):
-    """How speed is measured."""
-
-    batch: int = Field(default=1, ge=1, le=65_536)
-    """Images in one call."""
-    threads: int = Field(default=2, ge=1, le=1024)
-    """Threads of the runtime."""
-    seconds: float = Field(default=10.0, ge=0.1, le=86_400)
-    """Time to measure each of the two networks for."""
-
-
-def benchmark_onnx(
+def measure_speed(
     path: Path,
+    test: SpeedTest,
     *,
-    batch: int = 1,
-    threads: int = 2,
-    seconds: float = 10.0,
     model: str | None = None,
     trust_code: bool = False,
     progress: Progress = QUIET,
@@ -53,9 +40,7 @@ def benchmark_onnx(
 
     Args:
         path: a file that `Onnx` wrote.
-        batch: images in one call.
-        threads: threads of the runtime.
-        seconds: time to measure each of the two for.
+        test: how it is measured.
         model: the name of the network that was quantized, which lets code of its run.
         trust_code: whether code that the file names as its network may run.
         progress: messages.
@@ -65,15 +50,9 @@ def benchmark_onnx(
         `size_ratio`, `batch`, `threads`, `vnni`, `environment`.
 
     Raises:
-        RecipeError: a number is out of its range.
         ModelError: the file is not one of ours, its architecture cannot be built again, or it names code.
-        MissingExtraError: a package is not installed.
     """
-    parse_settings(SpeedTest, {"batch": batch, "threads": threads, "seconds": seconds}, "benchmark")
-    require_onnx()
-    from synthquant.export import onnx_runtime
-
-    metadata = onnx_runtime.read_metadata(path)
+    metadata = read_metadata(path)
     source = metadata.float_model.source.confirmed(str(path), model=model, trust_code=trust_code)
     float_model = open_model(source, pretrained=False)
     with TemporaryDirectory() as folder:
@@ -81,20 +60,17 @@ def benchmark_onnx(
         progress.say(f"export float {float_model.name}")
         export_float(float_model, reference)
         files = {"float": reference, "quantized": path}
-        networks = {
-            name: onnx_runtime.ort_network(onnx_runtime.session(file, threads=threads, exact=False))
-            for name, file in files.items()
-        }
-        progress.say(f"measure for {2 * seconds:.0f} seconds")
-        times = in_turns(networks, float_model.example_input(batch), seconds)
-        rows = {name: _row(times[name], batch, file.stat().st_size) for name, file in files.items()}
+        networks = {name: ort_network(session(file, threads=test.threads, exact=False)) for name, file in files.items()}
+        progress.say(f"measure for {2 * test.seconds:.0f} seconds")
+        times = in_turns(networks, float_model.example_input(test.batch), test.seconds)
+        rows = {name: _row(times[name], test.batch, file.stat().st_size) for name, file in files.items()}
     return {
         **rows,
         "speedup": rows["float"]["milliseconds"] / rows["quantized"]["milliseconds"],
         "size_ratio": rows["quantized"]["bytes"] / rows["float"]["bytes"],
-        "batch": batch,
-        "threads": threads,
-        "vnni": onnx_runtime.has_vnni(),
+        "batch": test.batch,
+        "threads": test.threads,
+        "vnni": has_vnni(),
         "environment": environment(),
     }
 

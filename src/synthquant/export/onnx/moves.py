@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from synthquant.export.deploy import LAYER_KEY
-from synthquant.export.onnx_graph import copy_type
+from synthquant.export.onnx.graph import copy_type
 
 # Operations that move values from their first input and have kernels for bytes.
 _MOVES = frozenset(("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand"))

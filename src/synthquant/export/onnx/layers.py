@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 
-from synthquant.export.onnx_runtime import session
+from synthquant.export.onnx.runtime import session
 
 # Kernels that multiply integers, and the float ones that stand in their place where a pattern was not recognised. With
 # each the position of its factors.

@@ -16,8 +16,8 @@ from synthquant.core.errors import VerificationError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import Network, difference, require_close, run_beside
-from synthquant.export.onnx_layers import integer_coverage
-from synthquant.export.onnx_runtime import has_vnni, ort_network, session
+from synthquant.export.onnx.layers import integer_coverage
+from synthquant.export.onnx.runtime import has_vnni, ort_network, session
 from synthquant.nn.quant_model import QuantModel
 
 _NO_VNNI = (

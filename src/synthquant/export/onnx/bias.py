@@ -16,7 +16,7 @@ import torch
 
 from synthquant.export.deploy import LAYER_KEY
 from synthquant.export.grids import exact_bias_scale
-from synthquant.export.onnx_graph import add_initializer, copy_type
+from synthquant.export.onnx.graph import add_initializer, copy_type
 from synthquant.export.presets import Preset
 
 # Operations that move values and leave them as they are: what they read has the grid of what they give.

@@ -1,6 +1,6 @@
 """Run ONNX files: ONNX Runtime and, where it is installed, OpenVINO, both as functions from images to logits.
 
-Imports onnx and onnxruntime, so it is only imported where `onnx.require_onnx` has been asked.
+Imports onnx and onnxruntime, so it is only imported where `require_onnx` has been asked.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from synthquant.core.errors import MissingExtraError, ModelError
 from synthquant.export.compare import Network
-from synthquant.export.onnx_metadata import OnnxMetadata, require_seal
-from synthquant.export.presets import RUNTIMES
+from synthquant.export.onnx.metadata import OnnxMetadata, require_seal
 
 _ERRORS_ONLY = 3
 # What onnxruntime raises for a file that it cannot use: its classes have no common base.
@@ -118,17 +117,15 @@ def ort_network(loaded: onnxruntime.InferenceSession) -> Network:
 
 
 def open_network(path: Path, runtime: str, threads: int | None = None) -> Network:
-    """Load a file into a runtime.
+    """Load a file into one of `Onnx.runtimes`.
 
     Raises:
-        ModelError: there is no such runtime, or it cannot load the file.
+        ModelError: it cannot load the file.
         MissingExtraError: openvino is not installed.
     """
-    if runtime not in RUNTIMES:
-        raise ModelError(f"no runtime {runtime!r}; choose one of {', '.join(RUNTIMES)}")
-    if runtime == "onnxruntime":
-        return ort_network(session(path, threads=threads))
-    return _openvino_network(path, threads)
+    if runtime == "openvino":
+        return _openvino_network(path, threads)
+    return ort_network(session(path, threads=threads))
 
 
 def _openvino_network(path: Path, threads: int | None) -> Network:
