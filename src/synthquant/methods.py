@@ -161,6 +161,28 @@ class Probe(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What a filter scores: the images that earlier filters left, what was seen of them, and the network."""
+
+    probe: Any
+    """What the filter's `probe` returned, after the pass."""
+    table: Tensor
+    """`[M, K]`, the rows of the probe, on the CPU, perhaps larger than memory: read `chosen` rows in pieces."""
+    chosen: Tensor
+    """int64 `[n]`, the rows of the candidates."""
+    images: ImageSet
+    """The candidates, in the order of `chosen`."""
+    model: FloatModel
+    """The network."""
+    rng: Rng
+    """For what is drawn."""
+    batch_size: int = 64
+    """Images in a forward pass."""
+    progress: Progress = QUIET
+    """Told how far it is."""
+
+
 class Selector(Protocol):
     """Gives every image a score, and keeps the images that resemble what the network was trained on.
 
@@ -188,42 +210,10 @@ class Selector(Protocol):
         """Return what watches the forward pass. Raises `UnsupportedModelError` if the network is seen to be unfit."""
         ...
 
-    def prepare(
-        self,
-        probe: Any,
-        table: Tensor,
-        chosen: Tensor,
-        images: ImageSet,
-        model: FloatModel,
-        rng: Rng,
-        *,
-        batch_size: int,
-        progress: Progress,
-    ) -> Any:
-        """Return what `scores` takes as its first argument; for most filters that is the probe as it is.
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Return the scores, float64 `[n]`, of the candidates, in their order.
 
         A filter that learns something from the images that earlier filters left does it here.
-
-        Args:
-            probe: what `probe` returned, after the pass.
-            table: as for `scores`.
-            chosen: as for `scores`.
-            images: these images, in the same order.
-            model: the network.
-            rng: for what is drawn.
-            batch_size: images in a forward pass.
-            progress: told how far it is.
-        """
-        ...
-
-    def scores(self, probe: Any, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
-        """Return the scores, float64 `[n]`, of the images whose rows are `table[chosen]`.
-
-        Args:
-            probe: what `prepare` returned.
-            table: `[M, K]`, on the CPU, perhaps larger than memory: read `chosen` rows in pieces.
-            chosen: int64 `[n]`, what earlier filters left of the pool.
-            rng: for scores that depend on a random partition.
         """
         ...
 

@@ -13,6 +13,7 @@ from synthquant.core.errors import DataError, UnsupportedModelError
 from synthquant.core.modules import hooked
 from synthquant.core.rng import Rng
 from synthquant.data.preprocess import Preprocess, model_inputs
+from synthquant.methods import Candidates
 from synthquant.models.batch_norm import batch_norm_layers
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.select.batch_norm import (
@@ -61,6 +62,10 @@ def probed(model: FloatModel) -> tuple[BatchNormProbe, Tensor, Tensor]:
     return probe, table, model_inputs(images, model.preprocess)
 
 
+def among(model: FloatModel, probe: BatchNormProbe, table: Tensor, chosen: Tensor, seed: int = 0) -> Candidates:
+    return Candidates(probe, table, chosen, small_images(13).subset(chosen), model, Rng(seed))
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 def test_the_distance_of_a_set_is_that_of_its_forward_pass(
     model: FloatModel, probed: tuple[BatchNormProbe, Tensor, Tensor], spread: Spread
@@ -92,12 +97,13 @@ def test_the_sensitivity_is_that_of_leaving_each_image_out(
 def test_the_distance_of_single_images(model: FloatModel, probed: tuple[BatchNormProbe, Tensor, Tensor]) -> None:
     probe, table, inputs = probed
     chosen = torch.tensor([0, 3, 7])
-    scores = BatchNormDistance().scores(probe, table, chosen, Rng(0))
+    scores = BatchNormDistance().scores(among(model, probe, table, chosen))
     slow = [distance_of(model.module, inputs[i : i + 1], "variance") for i in chosen.tolist()]
     assert scores.tolist() == pytest.approx(slow, rel=1e-5)
 
 
 def test_sensitivity_is_the_mean_over_random_sets_that_hold_every_image_once(
+    model: FloatModel,
     probed: tuple[BatchNormProbe, Tensor, Tensor],
 ) -> None:
     probe, table, _ = probed
@@ -109,21 +115,25 @@ def test_sensitivity_is_the_mean_over_random_sets_that_hold_every_image_once(
         order = torch.randperm(12, generator=generator)
         for members in (order[:4], order[4:8], order[8:]):  # 12 images in sets of nearly 5
             expected[members] += set_sensitivity(table[chosen[members]], probe.norms) / 3
-    scores = filter_.scores(probe, table, chosen, Rng(4))
+    scores = filter_.scores(among(model, probe, table, chosen, 4))
     assert torch.allclose(scores, expected, atol=1e-12)
-    assert not torch.equal(scores, filter_.scores(probe, table, chosen, Rng(5)))
+    assert not torch.equal(scores, filter_.scores(among(model, probe, table, chosen, 5)))
 
 
 @pytest.mark.parametrize("set_size", [None, 13, 400])
-def test_a_pool_that_fits_is_one_set(probed: tuple[BatchNormProbe, Tensor, Tensor], set_size: int | None) -> None:
+def test_a_pool_that_fits_is_one_set(
+    model: FloatModel, probed: tuple[BatchNormProbe, Tensor, Tensor], set_size: int | None
+) -> None:
     probe, table, _ = probed
-    scores = BatchNormSensitivity(set_size=set_size).scores(probe, table, torch.arange(13), Rng(0))
+    scores = BatchNormSensitivity(set_size=set_size).scores(among(model, probe, table, torch.arange(13)))
     assert torch.equal(scores, set_sensitivity(table, probe.norms))
 
 
-def test_an_odd_number_of_images_never_leaves_one_alone(probed: tuple[BatchNormProbe, Tensor, Tensor]) -> None:
+def test_an_odd_number_of_images_never_leaves_one_alone(
+    model: FloatModel, probed: tuple[BatchNormProbe, Tensor, Tensor]
+) -> None:
     probe, table, _ = probed
-    scores = BatchNormSensitivity(set_size=2, partitions=2).scores(probe, table, torch.arange(13), Rng(0))
+    scores = BatchNormSensitivity(set_size=2, partitions=2).scores(among(model, probe, table, torch.arange(13)))
     assert scores.isfinite().all()
 
 

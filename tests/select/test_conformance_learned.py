@@ -10,6 +10,7 @@ from tests.small_networks import small_float_model, small_images
 from torch.nn import functional as F
 
 from synthquant.core.rng import Rng
+from synthquant.methods import Candidates
 from synthquant.select import LearnedBatchNormDistance
 from synthquant.select.batch_norm import BatchNormProbe, set_sensitivity
 from synthquant.select.corruptions import corrupt
@@ -52,6 +53,7 @@ def test_images_are_ranked_by_the_distance_that_was_learned(tmp_path: Path) -> N
     table = scan(small_images(12), model, [probe]).tables[probe.name]
     weights = torch.rand(2 * len(probe.norms.names), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     filter_ = LearnedBatchNormDistance(keep=5, set_size=32)
-    scores = filter_.scores(LearnedDistance(probe.norms, weights, 1.0), table, torch.arange(12), Rng(0))
+    candidates = Candidates(probe, table, torch.arange(12), small_images(12), model, Rng(0))
+    scores = filter_.sensitivities(candidates, LearnedDistance(probe.norms, weights, 1.0))
     torch.testing.assert_close(scores, set_sensitivity(table, probe.norms, weights=weights))
     assert not torch.allclose(scores, set_sensitivity(table, probe.norms))

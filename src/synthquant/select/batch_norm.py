@@ -23,7 +23,7 @@ from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets
 from synthquant.select.filter import Filter, unfit
 
 if TYPE_CHECKING:
-    from synthquant.core.rng import Rng
+    from synthquant.methods import Candidates
     from synthquant.models.float_model import FloatModel
 
 Spread = Literal["variance", "std"]
@@ -176,28 +176,25 @@ def set_sensitivity(
 
 
 def mean_sensitivity(
-    table: Tensor,
-    chosen: Tensor,
+    candidates: Candidates,
     norms: BatchNorms,
     spread: Spread,
     *,
     set_size: int | None,
     partitions: int,
-    generator: torch.Generator,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Return `set_sensitivity` of the images `chosen`, averaged over random divisions into sets, float64 `[n]`.
+    """Return `set_sensitivity` of the candidates, averaged over random divisions into sets, float64 `[n]`.
 
     Args:
-        table: `[M, 2C]`, the rows of a `BatchNormProbe`, perhaps larger than memory.
-        chosen: int64 `[n]`, the rows that count.
+        candidates: with the rows of a `BatchNormProbe`, `[M, 2C]`.
         norms: what the columns belong to.
         spread: what is compared beside the mean.
         set_size: images in a set, about; fewer images than that are one set. None: one set.
         partitions: random divisions; one set is divided once.
-        generator: of the divisions.
         weights: as in `set_sensitivity`.
     """
+    table, chosen, generator = candidates.table, candidates.chosen, candidates.rng.generator("partitions")
     sets = 1 if set_size is None else max(1, -(-len(chosen) // set_size))
     sets = min(sets, max(1, len(chosen) // 2))  # a set needs two images
     if sets == 1:
@@ -244,12 +241,13 @@ class BatchNormDistance(BatchNormFilter):
     because the statistics of one image are not those of a batch: it is here to compare with; use `bn_sensitivity`.
     """
 
-    def scores(self, probe: BatchNormProbe, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
+    def scores(self, candidates: Candidates) -> Tensor:
         """Return the distances; they depend on the image alone."""
+        norms: BatchNorms = candidates.probe.norms
         parts = []
-        for places in torch.split(chosen, _LEFT_OUT_TOGETHER):
-            sums, squares = table[places].double().chunk(2, 1)
-            parts.append(layer_gaps(sums, squares, 1, probe.norms, self.spread).sum(1))
+        for places in torch.split(candidates.chosen, _LEFT_OUT_TOGETHER):
+            sums, squares = candidates.table[places].double().chunk(2, 1)
+            parts.append(layer_gaps(sums, squares, 1, norms, self.spread).sum(1))
         return torch.cat(parts)
 
 
@@ -272,12 +270,11 @@ class BatchNormSensitivity(BatchNormFilter):
     partitions: int = Field(default=8, ge=1)
     """Random partitions that a score is averaged over; one is enough where all images are one set."""
 
-    def scores(self, probe: BatchNormProbe, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
-        """Return the sensitivities within `chosen`. Raises `DataError` for fewer than 2 images."""
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Return the sensitivities among the candidates. Raises `DataError` for fewer than 2 images."""
         return mean_sensitivity(
-            table, chosen, probe.norms, self.spread,
-            set_size=self.set_size, partitions=self.partitions, generator=rng.generator("partitions"),
-        )  # fmt: skip
+            candidates, candidates.probe.norms, self.spread, set_size=self.set_size, partitions=self.partitions
+        )
 
 
 def _sums(inputs: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, int]:

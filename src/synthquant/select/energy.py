@@ -13,7 +13,7 @@ from synthquant.methods import SELECTORS
 from synthquant.select.filter import Filter
 
 if TYPE_CHECKING:
-    from synthquant.core.rng import Rng
+    from synthquant.methods import Candidates
     from synthquant.models.float_model import FloatModel
 
 
@@ -46,9 +46,9 @@ class Energy(Filter):
         """Return what turns logits into energies."""
         return EnergyProbe(self.temperature)
 
-    def scores(self, probe: EnergyProbe, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
+    def scores(self, candidates: Candidates) -> Tensor:
         """Return the energies; they depend on the image alone."""
-        return table[chosen, 0].double()
+        return candidates.table[candidates.chosen, 0].double()
 
 
 class EnergyProbe:

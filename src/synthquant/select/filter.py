@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
-    from synthquant.methods import Probe
+    from synthquant.methods import Candidates, Probe
     from synthquant.models.float_model import FloatModel
 
 
@@ -47,24 +47,9 @@ class Filter(Settings, ABC):
     def probe(self, model: FloatModel) -> Probe:
         """Return what watches the forward pass. Raises `UnsupportedModelError` if the network is unfit."""
 
-    def prepare(
-        self,
-        probe: Any,
-        table: Tensor,
-        chosen: Tensor,
-        images: ImageSet,
-        model: FloatModel,
-        rng: Rng,
-        *,
-        batch_size: int,
-        progress: Progress,
-    ) -> Any:
-        """Return the probe: nothing is to be learned before images can be scored."""
-        return probe
-
     @abstractmethod
-    def scores(self, probe: Any, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
-        """Return the scores, float64 `[n]`, of the images whose rows are `table[chosen]`."""
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Return the scores, float64 `[n]`, of the candidates, in their order."""
 
     def select(
         self, images: ImageSet, model: FloatModel, rng: Rng, *, batch_size: int = 64, progress: Progress = QUIET

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from synthquant.core.errors import DataError
 from synthquant.core.modules import eval_mode
-from synthquant.core.progress import Progress
 from synthquant.data.preprocess import input_batches
 from synthquant.methods import SELECTORS
 from synthquant.select.batch_norm import (
@@ -26,9 +25,7 @@ from synthquant.select.batch_norm import (
 from synthquant.select.corruptions import CORRUPTIONS, Corruption, corrupt
 
 if TYPE_CHECKING:
-    from synthquant.core.rng import Rng
-    from synthquant.data.image_set import ImageSet
-    from synthquant.models.float_model import FloatModel
+    from synthquant.methods import Candidates
 
 _STEPS = 2000
 # Balanced accuracy on the sets that were learned from below which the weights say little.
@@ -81,67 +78,55 @@ class LearnedBatchNormDistance(BatchNormFilter):
             raise ValueError("name at least one corruption")
         return corruptions
 
-    def prepare(
-        self,
-        probe: BatchNormProbe,
-        table: Tensor,
-        chosen: Tensor,
-        images: ImageSet,
-        model: FloatModel,
-        rng: Rng,
-        *,
-        batch_size: int,
-        progress: Progress,
-    ) -> LearnedDistance:
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Return the sensitivities of a distance that is learned from the candidates; raises as `learn`."""
+        return self.sensitivities(candidates, self.learn(candidates))
+
+    def learn(self, candidates: Candidates) -> LearnedDistance:
         """Learn the weights. Raises `DataError` for fewer than 4 images: two sets of two."""
+        table, chosen, progress = candidates.table, candidates.chosen, candidates.progress
+        norms: BatchNorms = candidates.probe.norms
         if len(chosen) < 4:
             raise DataError(f"weights are learned from two sets of two images at least; there are {len(chosen)}")
-        generator = rng.generator("sample")
+        generator = candidates.rng.generator("sample")
         places = torch.randperm(len(chosen), generator=generator)[: self.sample].sort().values
         members = torch.randperm(len(places), generator=generator).tensor_split(max(2, len(places) // self.set_size))
-        plain = torch.stack([self._gaps(*totals(table[chosen[places[part]]]), part, probe.norms) for part in members])
-        spoilt = self._spoilt(images.subset(places), members, model, rng, batch_size, progress)
+        plain = torch.stack([self._gaps(*totals(table[chosen[places[part]]]), part, norms) for part in members])
+        spoilt = self._spoilt(replace(candidates, images=candidates.images.subset(places)), members)
         weights, accuracy = learn_weights(plain, spoilt, self.penalty)
         told = f"{100 * accuracy:.0f}% of the sets it was learned from"
         if accuracy < _POOR:
             progress.warn(f"bn_learned tells plain from corrupted images in {told} only; its choice says little")
         else:
             progress.say(f"bn_learned tells plain from corrupted images in {told}")
-        return LearnedDistance(probe.norms, weights, accuracy)
+        return LearnedDistance(norms, weights, accuracy)
 
-    def scores(self, probe: LearnedDistance, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
-        """Return the sensitivities of the learned distance within `chosen`: changes of log odds."""
+    def sensitivities(self, candidates: Candidates, distance: LearnedDistance) -> Tensor:
+        """Return the sensitivities of a learned distance among the candidates: changes of log odds, float64 `[n]`."""
         return mean_sensitivity(
-            table, chosen, probe.norms, self.spread, set_size=self.set_size, partitions=self.partitions,
-            generator=rng.generator("partitions"), weights=probe.weights,
+            candidates, distance.norms, self.spread,
+            set_size=self.set_size, partitions=self.partitions, weights=distance.weights,
         )  # fmt: skip
 
     def _gaps(self, sums: Tensor, squares: Tensor, part: Tensor, norms: BatchNorms) -> Tensor:
         return gap_norms(sums, squares, len(part), norms, self.spread)
 
     @torch.no_grad()
-    def _spoilt(
-        self,
-        images: ImageSet,
-        members: Sequence[Tensor],
-        model: FloatModel,
-        rng: Rng,
-        batch_size: int,
-        progress: Progress,
-    ) -> Tensor:
-        """Gaps of the sets, each corrupted in each way, float64 `[corruptions * sets, 2L]`."""
+    def _spoilt(self, sample: Candidates, members: Sequence[Tensor]) -> Tensor:
+        """Gaps of the sets of sampled images, each corrupted in each way, float64 `[corruptions * sets, 2L]`."""
+        images, model = sample.images, sample.model
         member = torch.empty(len(images), dtype=torch.int64)
         for index, part in enumerate(members):
             member[part] = index
         probe = BatchNormProbe(model.module)
         sums: dict[Corruption, Tensor] = {}
         kinds = self.corruptions
-        with eval_mode(model.module), progress.bar("look at corrupted images", len(images) * len(kinds)) as bar:
-            for batch in input_batches(images, model.preprocess, batch_size):
+        with eval_mode(model.module), sample.progress.bar("look at corrupted images", len(images) * len(kinds)) as bar:
+            for batch in input_batches(images, model.preprocess, sample.batch_size):
                 pixels = model.preprocess.pixels(batch.inputs)
                 for kind in kinds:
                     spoilt = [
-                        corrupt(image, kind, rng.generator(f"{kind} of image {place}"))
+                        corrupt(image, kind, sample.rng.generator(f"{kind} of image {place}"))
                         for image, place in zip(pixels, batch.indices, strict=True)
                     ]
                     inputs = model.preprocess.normalize(torch.stack(spoilt)).to(model.device)

@@ -20,7 +20,7 @@ from synthquant.models.trace import operation_name
 from synthquant.select.filter import Filter, unfit
 
 if TYPE_CHECKING:
-    from synthquant.core.rng import Rng
+    from synthquant.methods import Candidates
     from synthquant.models.float_model import FloatModel
 
 _BANDWIDTH = 0.01
@@ -130,9 +130,9 @@ class PatchSimilarity(Filter):
             raise unfit(self, model, _LACKS)
         return PatchProbe(model, self.points)
 
-    def scores(self, probe: PatchProbe, table: Tensor, chosen: Tensor, rng: Rng) -> Tensor:
+    def scores(self, candidates: Candidates) -> Tensor:
         """Return the entropies; they depend on the image alone."""
-        return table[chosen, 0].double()
+        return candidates.table[candidates.chosen, 0].double()
 
 
 class PatchProbe:

@@ -13,7 +13,7 @@ from synthquant.core.errors import DataError, InputError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import SELECTORS, Probe, Selector
+from synthquant.methods import SELECTORS, Candidates, Probe, Selector
 from synthquant.models.float_model import FloatModel
 from synthquant.select.keep import keep_best, quotas
 from synthquant.select.scan import TABLE_GIB, Block, Scan, scan
@@ -122,11 +122,9 @@ def run_filters(
     for index, filter_ in enumerate(filters):
         method, name = registered_name(filter_), own[index].name
         table, places, child = seen.tables[name], seen.positions[rows], rng.child(str(index))
+        left = images.subset(places)
         with _named(method):
-            prepared = filter_.prepare(
-                probes[name], table, rows, images.subset(places), model, child, batch_size=batch_size, progress=progress
-            )
-        scores = filter_.scores(prepared, table, rows, child)
+            scores = filter_.scores(Candidates(probes[name], table, rows, left, model, child, batch_size, progress))
         groups = None if labels is None or not filter_.per_class else labels[places]
         with _named(method):
             if groups is not None and labels is not None:
