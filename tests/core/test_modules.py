@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from synthquant.core.errors import ModelError
-from synthquant.core.modules import eval_mode, frozen, get_module, hooked, replace_module
+from synthquant.core.modules import eval_mode, forwards_replaced, frozen, get_module, hooked, replace_module
 
 
 def _net() -> nn.Sequential:
@@ -63,6 +63,21 @@ def test_frozen_restores_each_parameter() -> None:
         raise RuntimeError
     assert [parameter.requires_grad for parameter in net.parameters()] == before
     assert len(set(before)) == 2
+
+
+def test_other_forwards_run_for_a_while_with_hooks_around_them() -> None:
+    net, seen, x = _net().eval(), [], torch.randn(4, 2)
+    own = net[1]
+    own.forward = lambda value: value * 2  # type: ignore[method-assign]
+    before = net(x)
+    watched = hooked([(net[0], lambda module, args, output: seen.append(output))])
+    with watched, forwards_replaced([(net[0], torch.zeros_like), (own, torch.neg), (own, torch.exp)]):
+        assert torch.equal(net(x), torch.ones(4, 2))
+    assert [float(output.sum()) for output in seen] == [0.0]
+    assert torch.equal(net(x), before) and "forward" not in net[0].__dict__
+    with pytest.raises(RuntimeError, match="stop"), forwards_replaced([(net[0], torch.neg)]):
+        raise RuntimeError("stop")
+    assert torch.equal(net(x), before)
 
 
 def test_hooks_run_in_place_and_are_always_removed() -> None:

@@ -62,6 +62,25 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def forwards_replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Let modules run other functions in place of their forward for a while; hooks still run around them.
+
+    Afterwards each has its class's forward again, or the one that was set on the instance before.
+    """
+    former: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+    try:
+        for module, forward in forwards:
+            former.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in reversed(former):  # a module that was named twice gets back what it had at first
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+@contextmanager
 def hooked(
     forward: Iterable[tuple[nn.Module, Hook]] = (),
     *,

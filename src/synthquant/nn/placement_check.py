@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.modules import forwards_replaced
 from synthquant.models.trace import Value, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.placement import Flow, Place, Placement, is_move
@@ -39,7 +39,9 @@ def check_placement(
     names = {id(part): name for name, part in holder.named_modules()}
     inside = {names[id(quantizer)]: name for name, quantizer in quantizers.items()}
     before = placement.flow
-    with _copying([*quantizers.values(), *others]):
+    # They copy, so that what they give can be told from what they take.
+    copying = [(quantizer, torch.clone) for quantizer in (*quantizers.values(), *others)]
+    with forwards_replaced(copying):
         seen = trace(holder, example)
     scopes = {_inside(name) for name in before.counts}
     after = Flow(seen, (*(_inside(name) for name in before.layers), *inside), scopes)
@@ -82,16 +84,3 @@ def _where(operation: str, place: Place | None) -> str:
 
 def _inside(name: str) -> str:
     return f"{_ROOT}.{name}" if name else _ROOT
-
-
-@contextmanager
-def _copying(quantizers: Iterable[ActivationQuantizer]) -> Iterator[None]:
-    """Let quantizers copy for a while, so that what they give can be told from what they take."""
-    changed = list(quantizers)
-    try:
-        for quantizer in changed:
-            quantizer.__dict__["forward"] = torch.clone
-        yield
-    finally:
-        for quantizer in changed:
-            del quantizer.__dict__["forward"]

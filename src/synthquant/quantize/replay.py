@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
-from synthquant.core.modules import get_module
+from synthquant.core.modules import forwards_replaced, get_module
 from synthquant.models.blocks import Unit
 
 Leaves = list[Any]
@@ -214,14 +214,8 @@ class Replay:
             return forward
 
         kept: Leaves = []  # keeps the tensors alive, so that an id stays unique
-        replaced = self._modules[:index]
-        try:
-            for unit, module in enumerate(replaced):
-                module.__dict__["forward"] = lookup(unit)
+        with forwards_replaced((module, lookup(unit)) for unit, module in enumerate(self._modules[:index])):
             yield
-        finally:
-            for module in replaced:
-                module.__dict__.pop("forward", None)
 
     def _verify(self, images: torch.Tensor, seen: _Observation) -> None:
         """Reach every unit once and compare; one that reads something else takes all earlier outputs as sources.
