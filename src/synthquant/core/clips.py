@@ -7,13 +7,14 @@ tells as well where the gradient goes; not a bit of it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from synthquant.core.modules import forwards_replaced
 
 
 class _Clip(torch.autograd.Function):
@@ -32,24 +33,21 @@ class _Clip(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(gradients[0], result, *ctx.range), None, None, None
 
 
-def save_results(network: nn.Module) -> list[nn.Module]:
-    """Let all clips of a network save their results for the gradient; returns the clips that were changed."""
-    clips = [part for part in network.modules() if type(part).forward is nn.Hardtanh.forward]
-    changed = [part for part in clips if "forward" not in part.__dict__]
-    for clip in changed:
+def save_results(network: nn.Module) -> None:
+    """Let all clips of a network save their results for the gradient, for good."""
+    for clip in _clips(network):
         clip.__dict__["forward"] = partial(_clipped, clip)
-    return changed
 
 
-@contextmanager
-def saved_results(network: nn.Module) -> Iterator[None]:
+def saved_results(network: nn.Module) -> AbstractContextManager[None]:
     """Let all clips of a network save their results for a while."""
-    changed = save_results(network)
-    try:
-        yield
-    finally:
-        for clip in changed:
-            del clip.__dict__["forward"]
+    return forwards_replaced((clip, partial(_clipped, clip)) for clip in _clips(network))
+
+
+def _clips(network: nn.Module) -> list[nn.Module]:
+    """Clips that run the forward of their class."""
+    clips = [part for part in network.modules() if type(part).forward is nn.Hardtanh.forward]
+    return [clip for clip in clips if "forward" not in clip.__dict__]
 
 
 def _clipped(clip: Any, inputs: Tensor) -> Tensor:
