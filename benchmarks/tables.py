@@ -15,6 +15,7 @@ from typing import Any
 
 import generated_tables
 import imagenet_page
+import memory_page
 import robustness_table
 from synthquant.export.presets import PRESETS
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
@@ -360,6 +361,9 @@ def main() -> None:
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
+    if peaks := load("memory/peaks"):
+        batches = ROOT / "results" / "memory" / "batches.json"
+        (folder / "memory.md").write_text(memory_page.page(peaks, read(batches) if batches.exists() else None, table))
     networks = load("imagenet")
     (folder / "imagenet.md").write_text(imagenet_page.page(networks, table))
     imagenet = imagenet_page.promise(networks, table)

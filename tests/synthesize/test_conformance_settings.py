@@ -56,9 +56,9 @@ def described(schedule: object) -> tuple[Any, ...]:
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, name: str, model: FloatModel) -> dict[str, Any]:
-    """What a method with its default settings asks for one batch."""
+    """What a method with its default settings asks for the first batch."""
     method = SYNTHESIZERS.get(name)()
-    found: dict[str, Any] = {"batch_size": method.batch_size}  # type: ignore[attr-defined]
+    found: dict[str, Any] = {}
     given: dict[str, Any] = {"epsilon": 0.0}
 
     def network(*args: Any, **options: Any) -> InvertedNetwork:
@@ -71,12 +71,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, name: str, model: FloatModel) -> dict
         found["rates"] = [pytest.approx(float(group["lr"])) for group in groups]
         found["schedules"] = [described(learner.schedule) for learner in learners]
         found["iterations"] = rest["iterations"]
-        return make_images().detach()
+        images = make_images().detach()
+        found.setdefault("batch_size", len(images))
+        return images
 
     for module in (genie_d, zeroq):
         monkeypatch.setattr(module, "InvertedNetwork", network)
         monkeypatch.setattr(module, "invert", invert)
-    method.synthesize(model, 2, Rng(0))
+    method.synthesize(model, 130, Rng(0))
     return found | {key: given[key] for key in ("statistics", "channel_weights", "swing", "epsilon")}
 
 

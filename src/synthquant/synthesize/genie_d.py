@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
-from synthquant.synthesize.batches import batch_sizes, collect
+from synthquant.synthesize.batches import batch_sizes, collect, require_images
 from synthquant.synthesize.generator import Generator, GeneratorKind, make_generator
 from synthquant.synthesize.inversion import (
     Advice,
@@ -24,6 +25,7 @@ from synthquant.synthesize.inversion import (
     adam,
     invert,
 )
+from synthquant.synthesize.pieces import divided, need_of, usual_batch
 
 if TYPE_CHECKING:
     from synthquant.core.progress import Bar
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel
+    from synthquant.synthesize.pieces import Need
+
+# Of the paper, for 32x32 images.
+_USUAL_BATCH = 128
 
 
 @SYNTHESIZERS.register("genie_d")
@@ -58,8 +64,9 @@ class GenieD(Settings):
 
     needs_batch_norm: ClassVar[bool] = True
 
-    batch_size: int = Field(default=128, ge=1)
-    """Images made by one generator, over which the statistics are taken."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images made by one generator, over which the statistics are taken; none: 128, or a power of two below it whose
+    activations take 1 GiB on a CPU, 4 GiB elsewhere. A larger batch runs in pieces, as memory asks for."""
 
     iterations: int = Field(default=4000, ge=1)
     """Optimisation steps per batch."""
@@ -112,7 +119,7 @@ class GenieD(Settings):
         Raises `UnsupportedModelError` for a network without batch norm, `InputError` if `count` is not positive or the
         loss stops being finite.
         """
-        sizes = batch_sizes(count, self.batch_size)
+        require_images(count)
         network = InvertedNetwork(
             model,
             method="genie_d",
@@ -123,6 +130,7 @@ class GenieD(Settings):
             untrained=self.untrained,
         )
         generator = make_generator(self.generator, self.latent_size, model.preprocess.input_size, model.device)
+        sizes = batch_sizes(count, self._divide(network, generator, model, count, writer, progress))
         with progress.bar(f"genie_d, {len(sizes)} x {self.iterations} iterations", self.iterations * len(sizes)) as bar:
             bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
 
@@ -130,6 +138,41 @@ class GenieD(Settings):
                 return self._make_batch(network, generator, index, size, source, bar)
 
             return collect("genie_d", self, model, sizes, rng, writer, make_batch, progress)
+
+    def _divide(
+        self,
+        network: InvertedNetwork,
+        generator: Generator,
+        model: FloatModel,
+        count: int,
+        writer: ImageSetWriter | None,
+        progress: Progress,
+    ) -> int:
+        """Choose the size of a batch and the pieces it runs in; a set that was begun keeps the size it has."""
+        need = network.need(model.example_input(2))
+        usual = usual_batch(_USUAL_BATCH, need, model.device)
+        begun = None if writer is None else writer.part_size
+        size = min(count, self.batch_size or begun or usual)
+        if self.batch_size is None and size == usual < _USUAL_BATCH:
+            progress.say(
+                f"batches of {size} images, as the activations of one take {need.per_image / 2**20:.0f} MiB; another"
+                " batch_size makes other images"
+            )
+        network.pieces = divided(size, need, self._need(generator), model.device, progress)
+        return size
+
+    def _need(self, generator: Generator) -> Need:
+        """What the generator and its latents need; values, gradients and Adam's two moments are alike in size."""
+        parameters = list(generator.parameters())
+        latents = torch.zeros(2, *generator.latent_shape, device=generator.device)
+        fixed = 4 * sum(parameter.nbytes for parameter in parameters)
+        need = need_of(lambda: self._images(generator, latents), 2, fixed=fixed, own=[*parameters, latents])
+        return replace(need, per_image=need.per_image + 4 * latents[0].nbytes)
+
+    def _images(self, generator: Generator, latents: Tensor) -> Tensor:
+        with torch.autocast(generator.device.type, torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
+            images: Tensor = generator(latents)
+        return images
 
     def _make_batch(
         self, network: InvertedNetwork, generator: Generator, index: int, size: int, source: Rng, bar: Bar
@@ -143,14 +186,9 @@ class GenieD(Settings):
         of_generator, generator_rate = adam(generator.parameters(), self.generator_lr)
         decay = ExponentialSchedule(generator_rate, factor=self.generator_decay, every=self.generator_decay_every)
 
-        def make_images() -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
-                images: Tensor = generator(latents)
-            return images
-
         return invert(
             network,
-            make_images,
+            lambda: self._images(generator, latents),
             [
                 Learner(of_latents, PlateauSchedule(latent_rate, patience=self.latent_patience)),
                 Learner(of_generator, decay),

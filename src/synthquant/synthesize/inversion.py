@@ -12,16 +12,18 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from synthquant.core.clips import save_results
 from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.core.modules import replace_module
 from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets, is_untrained
 from synthquant.synthesize.batches import no_batch_norm
 from synthquant.synthesize.losses import TARGET_EPSILON, image_loss, measure, normalize_and_measure, statistics_loss
+from synthquant.synthesize.pieces import Need, Pieces, joined, need_of
 from synthquant.synthesize.swing import SwingOffsets
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ class InvertedNetwork:
         self._name = model.name
         self._refusal = partial(no_batch_norm, method, model)
         self._half = compute_dtype == "bfloat16"
-        self._measured: list[tuple[str, Tensor]] = []
+        self.pieces = Pieces()  # in which `backward` takes a batch
+        self._measured: list[tuple[str, Tensor, int]] = []
         self._targets_of: dict[str, Tensor] = {}
         self._order: tuple[str, ...] | None = None
         self._targets = self._weights = torch.empty(0)
@@ -76,6 +79,7 @@ class InvertedNetwork:
             )
         self._network = copy.deepcopy(model.module).eval().requires_grad_(False)
         _to_channels_last(self._network)
+        save_results(self._network)
         self._watch_batch_norms()
         self.swing = SwingOffsets(self._network, model.device) if swing else None
 
@@ -84,16 +88,60 @@ class InvertedNetwork:
 
         Adds the distance of each image's own statistics to mean 0 and deviation 1.
         """
+        statistics, _ = self._statistics(images)
+        return self._distance(statistics) + image_loss(images, epsilon=self.epsilon)
+
+    def backward(self, images: Tensor) -> Tensor:
+        """Add the gradient of `loss` to whatever `images` were made from, in pieces; returns the loss, detached."""
+        parts = list(torch.split(images.detach(), self.pieces.size))
+        if len(parts) == 1:
+            loss = self.loss(images)
+            torch.autograd.backward(loss)
+            return loss.detach()
+        parts = [part.requires_grad_() for part in parts]
+        first_kept = len(parts) - self.pieces.kept
+        seen: list[Tensor] = []
+        counts: list[Tensor] = []
+        for index, part in enumerate(parts):
+            statistics, counted = self._statistics(part)
+            seen.append(statistics if index >= first_kept else statistics.detach())
+            counts.append(counted)
+        of_pieces = [statistics.detach().requires_grad_() for statistics in seen]
+        if self.per_image:
+            of_batch = torch.cat(of_pieces, 1)
+        else:
+            of_batch = joined(torch.stack(of_pieces), torch.stack(counts), self.epsilon)
+        of_layers = self._distance(of_batch)
+        torch.autograd.backward(of_layers)
+        for index in reversed(range(len(parts))):
+            statistics = seen.pop() if index >= first_kept else self._statistics(parts[index])[0]
+            torch.autograd.backward(statistics, of_pieces[index].grad)
+        of_images = image_loss(images, epsilon=self.epsilon)
+        gradient = torch.cat([cast(Tensor, part.grad) for part in parts])
+        torch.autograd.backward([images, of_images], [gradient, None])
+        return (of_layers + of_images).detach()
+
+    def need(self, example: Tensor) -> Need:
+        """Return what a backward pass takes for each image, measured on a few normalised ones."""
+        own = [*self._network.parameters(), *self._network.buffers()]
+        images = example.requires_grad_()
+        return need_of(lambda: self._distance(self._statistics(images)[0]), len(images), fixed=0, own=own)
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the batch norms, `[2, C]` or `[2, B, C]`, and over how many values each is taken, `[C]`."""
         self._measured.clear()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
             self._network(images.contiguous(memory_format=torch.channels_last))
-        order = tuple(name for name, _ in self._measured)
+        order = tuple(name for name, _, _ in self._measured)
         if order != self._order:
             self._set_targets(order)
-        statistics = torch.cat([values for _, values in self._measured], dim=-1)
+        statistics = torch.cat([values for _, values, _ in self._measured], dim=-1)
+        counts = [self._weights.new_full((values.shape[-1],), count) for _, values, count in self._measured]
         self._measured.clear()
-        of_layers = statistics_loss(statistics, self._targets, self._weights)
-        return of_layers + image_loss(images, epsilon=self.epsilon)
+        return statistics, torch.cat(counts)
+
+    def _distance(self, statistics: Tensor) -> Tensor:
+        return statistics_loss(statistics, self._targets, self._weights)
 
     def _watch_batch_norms(self) -> None:
         layers = batch_norm_layers(self._network)
@@ -113,13 +161,18 @@ class InvertedNetwork:
     def _options(self) -> dict[str, Any]:
         return {"per_image": self.per_image, "epsilon": self.epsilon}
 
-    def _recorder(self, name: str) -> Callable[[Tensor], None]:
-        return lambda statistics: self._measured.append((name, statistics))
+    def _recorder(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        def record(inputs: Tensor, statistics: Tensor) -> None:
+            self._measured.append((name, statistics, inputs.numel() // max(inputs.shape[1], 1)))
+
+        return record
 
     def _measuring_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        record = self._recorder(name)
+
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             del module
-            self._measured.append((name, measure(inputs[0], **self._options)))
+            record(inputs[0], measure(inputs[0], **self._options))
 
         return hook
 
@@ -139,7 +192,7 @@ class InvertedNetwork:
 class _MeasuredBatchNorm(nn.Module):
     """A frozen batch norm that reports the statistics of its input, in one fused pass each way."""
 
-    def __init__(self, layer: nn.Module, record: Callable[[Tensor], None], options: dict[str, Any]) -> None:
+    def __init__(self, layer: nn.Module, record: Callable[[Tensor, Tensor], None], options: dict[str, Any]) -> None:
         super().__init__()
         scale, shift = _affine(layer)
         self.register_buffer("scale", scale)
@@ -158,7 +211,7 @@ class _MeasuredBatchNorm(nn.Module):
         outputs, statistics = normalize_and_measure(
             inputs, self.get_buffer("scale"), self.get_buffer("shift"), **self._options
         )
-        self._record(statistics)
+        self._record(inputs, statistics)
         return outputs
 
 
@@ -278,13 +331,12 @@ def invert(
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
         images = make_images()
-        loss = network.loss(images)
-        torch.autograd.backward(loss)
+        loss = network.backward(images)
         for learner in learners:
             learner.optimizer.step()
-            learner.schedule.step(loss.detach(), iteration)
+            learner.schedule.step(loss, iteration)
         if iteration in (1, iterations) or iteration % ITERATIONS_PER_REPORT == 0:
-            value = float(loss.detach())
+            value = float(loss)
             _require_finite(value, iteration, advice)
             bar.advance(iteration - reported, loss=value)
             reported = iteration

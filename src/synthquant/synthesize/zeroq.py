@@ -23,6 +23,7 @@ from synthquant.synthesize.inversion import (
     invert,
 )
 from synthquant.synthesize.losses import TARGET_EPSILON
+from synthquant.synthesize.pieces import Need, divided
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
@@ -103,11 +104,14 @@ class ZeroQ(Settings):
             epsilon=TARGET_EPSILON,
             untrained=self.untrained,
         )
+        height, width = model.preprocess.input_size
+        # Pixels, their gradients and Adam's two moments.
+        pixels_need = Need(0, 4 * 3 * height * width * 4)
+        network.pieces = divided(sizes[0], network.need(model.example_input(2)), pixels_need, model.device, progress)
         with progress.bar(f"zeroq, {len(sizes)} x {self.iterations} iterations", self.iterations * len(sizes)) as bar:
             bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
 
             def make_batch(index: int, size: int, source: Rng) -> Tensor:
-                height, width = model.preprocess.input_size
                 start = torch.randn(size, 3, height, width, generator=source.generator("pixels")) * self.start_std
                 pixels = start.to(model.device, memory_format=torch.channels_last).requires_grad_()
                 optimizer, rate = adam([pixels], self.pixel_lr)
