@@ -16,8 +16,8 @@ def page(peaks: list[Result], batches: Result | None, table: Table) -> str:
     lines = [
         "# Memory",
         "",
-        "Written by `benchmarks/tables.py` from `results/memory`. Peaks are the largest resident memory of a command, in",
-        "MiB, by `benchmarks/memory_peaks.py`.",
+        "Written by `benchmarks/tables.py` from `results/memory`. Peaks are the largest resident memory of a command,",
+        "in MiB, by `benchmarks/memory_peaks.py`.",
     ]
     for result in peaks:
         lines += ["", f"## {result['network']}", "", _what(result), "", _peaks(result, table)]
@@ -28,9 +28,9 @@ def page(peaks: list[Result], batches: Result | None, table: Table) -> str:
 
 def _what(result: Result) -> str:
     return (
-        f"At 224x224, with {result['limit_gib']:g} GiB for the data of a process, about what a machine of 8 GiB leaves."
-        f" `W4A4` is `run` with Genie-M and {result['images']} photographs, measured on these afterwards; `inversion` is\n"
-        "`synthesize` with Genie-D, where not said otherwise with its defaults."
+        f"At 224x224, with {result['limit_gib']:g} GiB for the data of a process, about what a machine of 8 GiB\n"
+        f"leaves. `W4A4` is `run` with Genie-M and {result['images']} photographs, measured on these afterwards;\n"
+        "`inversion` is `synthesize` with Genie-D, where not said otherwise with its defaults."
     )
 
 
