@@ -25,10 +25,9 @@ from synthquant.data.sources import open_images
 from synthquant.methods import MemoryBudget
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 from synthquant.quantize.genie_m import GenieM
-from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction
-from synthquant.quantize.rounding import prepare
 
 
 def resident() -> int:
@@ -44,7 +43,10 @@ def child(args: argparse.Namespace) -> None:
     images = images.subset(range(min(args.count, len(images))))
     quant_model = QuantModel.build(model, "W4A4")
     settings = GenieM(iterations=args.iterations, batch_size=args.batch_size)
-    calibration = prepare(quant_model, images, settings, quantized_weights=False)
+    calibration = CalibrationImages(quant_model, images)
+    calibrate_weights(quant_model, settings.observer)
+    count = settings.calibration_images
+    calibrate_activations(quant_model, calibration, count, settings.observer, quantized_weights=False)
     before, highest, stop = resident(), resident(), threading.Event()
 
     def watch() -> None:
@@ -58,11 +60,7 @@ def child(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         budget = MemoryBudget(host_gib=args.budgets[0])
         engine = Reconstruction(quant_model, calibration, "block", budget, Path(folder))
-        phase = Phase(
-            name="weights", iterations=args.iterations, batch_size=args.batch_size, inputs="mixed", activations=True,
-            rounding_lr=1e-3, rounding_weight=1.0, weight_scale_lr=1e-4, activation_scale_lr=4e-5,
-            quantize_probability=0.5, calibrate_images=32,
-        )  # fmt: skip
+        (phase,) = settings.phases()
         began = time.perf_counter()
         engine.run(phase, Rng(0), QUIET)
         seconds = time.perf_counter() - began

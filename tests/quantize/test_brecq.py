@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 from tests.nn.networks import Keywords, Network, Upsampling, float_model
+from tests.quantize.phases import a_phase
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +23,6 @@ from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.cache import RowCache
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 from synthquant.quantize.fisher import fisher_weights
-from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction, _Stream
 
 
@@ -145,7 +145,7 @@ def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) 
     calibration = CalibrationImages(model, images())
     calibrate_weights(model, "minmax")
     calibrate_activations(model, calibration, 10, "minmax", quantized_weights=False)
-    phase = Phase("weights", 1, 5, inputs="student", activations=False, rounding_lr=0.1, fisher="diagonal")
+    phase = a_phase(iterations=1, batch_size=5, rounding_lr=0.1, fisher="diagonal")
     engine = Reconstruction(model, calibration, "block", memory or MemoryBudget(host_gib=1), None)
     x = torch.cat(list(calibration.batches()))
     teacher, student = _Stream(), _Stream()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.nn.networks import Keywords, Network, Upsampling, float_model
+from tests.quantize.phases import a_phase
 from torch import nn
 
 from synthquant.core.modules import hooked
@@ -56,7 +57,9 @@ def test_cached_inputs_are_those_of_whole_forward_passes(
 
     monkeypatch.setattr(Reconstruction, "_fit", kept)
     # Nothing is learned, so that the network stays the one that is run below.
-    engine.run(Phase("weights", 0, 5, inputs="mixed", activations=activations), Rng(0), QUIET)
+    engine.run(
+        a_phase(iterations=0, batch_size=5, inputs="mixed", activations=activations, rounding_lr=0.0), Rng(0), QUIET
+    )
     names = [unit.name for unit in engine.units]
     (x,) = calibration.batches()
     for place, options in ((0, {"weights": True, "activations": activations}), (1, {"weights": False})):

@@ -13,7 +13,7 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize import adaround, brecq, rounding, rtn
+from synthquant.quantize import rounding, rtn
 from synthquant.quantize.learn import Phase
 from synthquant.quantize.rounding import LearnedRounding
 
@@ -46,7 +46,6 @@ NOTHING_ELSE: dict[str, Field] = {
     "norm": (2.0, f"{ADAROUND} eq. 21: squared Frobenius norm"),
     "fisher": (None, f"{BRECQ} code: all published commands use the plain squared error"),
     "calibrate_images": (None, "ranges are those set beforehand"),
-    "observer": ("genie", "not used: no ranges are set in this pass"),
     "unclipped_codes": (False, f"{ADAROUND} eq. 22: codes are clipped to the grid"),
     "skip_first_layer": (False, "every layer is learned"),
 }
@@ -68,6 +67,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
         {
             **SOFT_ROUNDING,
             **NOTHING_ELSE,
+            "observer": ("genie", "not used: no ranges are set in this pass"),
             "inputs": ("student", f"{ADAROUND} eq. 25: the asymmetric reconstruction, inputs of the quantized layers"),
             "activations": (False, f"{ADAROUND} section 5: activations are in floating point meanwhile"),
             "sampling": ("permutation", f"{BRECQ} code, which also holds AdaRound's: randperm at each step"),
@@ -79,6 +79,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
         {
             **SOFT_ROUNDING,
             **NOTHING_ELSE,
+            "observer": ("brecq", "not used: no ranges are set in this pass"),
             "inputs": ("student", f"{BRECQ} code, weights: asym=True"),
             "activations": (False, f"{BRECQ} code: act_quant=False while weights are learned"),
             "sampling": ("permutation", f"{BRECQ} code: randperm at each step"),
@@ -87,6 +88,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
         Ranges(64, "brecq", True),  # BRECQ code: ranges on 64 images after the weights are done
         {
             **NOTHING_ELSE,
+            "observer": ("brecq", "not used: no ranges are set in this pass"),
             "name": ("activations", "names the pass"),
             "iterations": (5000, f"{BRECQ} code: iters_a"),
             "batch_size": (32, f"{BRECQ} code"),
@@ -106,6 +108,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
         {
             **SOFT_ROUNDING,
             **NOTHING_ELSE,
+            "observer": ("qdrop", "not used: no ranges are set in this pass"),
             "inputs": ("mixed", f"{QDROP} eq. 6 and code: what a block reads is mixed element by element"),
             "activations": (True, f"{QDROP} section 4: weights are tuned with activations quantized"),
             "activation_scale_lr": (4e-5, f"{QDROP} section 5, code: Adam, cosine to 0"),
@@ -119,6 +122,7 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
         {
             **SOFT_ROUNDING,
             **NOTHING_ELSE,
+            "observer": ("genie", f"{GENIE} code: 100 shares of the range"),
             "rounding_weight": (1.0, f"{GENIE} code: lambda"),
             "inputs": ("mixed", f"{GENIE} code: as QDrop"),
             "activations": (True, f"{GENIE} code: as QDrop"),
@@ -161,7 +165,7 @@ class Recorded:
             recorded.asked.append(Ranges(count, observer, quantized_weights))
 
         monkeypatch.setattr(rounding, "Reconstruction", Engine)
-        for module in (adaround, brecq, rounding, rtn):
+        for module in (rounding, rtn):
             monkeypatch.setattr(module, "calibrate_activations", calibrate)
 
     def apply(self, name: str, scheme: str = "W4A4", **settings: Any) -> list[Phase | Ranges]:

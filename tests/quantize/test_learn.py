@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
+from tests.quantize.phases import a_phase
 from torch import nn
 
 from synthquant.core.rng import Rng
@@ -228,7 +229,7 @@ def test_fisher_weighting_leaves_the_size_of_the_error(full: bool) -> None:
 
 
 def test_annealing() -> None:
-    phase = Phase("p", iterations=1000, batch_size=1, inputs="student", activations=False)
+    phase = a_phase(iterations=1000)
     found = [beta_at(step, phase) for step in (1, 200, 600, 1000)]
     assert found == pytest.approx([20.0, 20.0, 11.0, 2.0])
 
@@ -262,11 +263,7 @@ def problem(phase: Phase, ticks: list[int] | None = None, seed: int = 0) -> tupl
 
 
 def weights_phase(**changes: object) -> Phase:
-    fields: dict[str, object] = {
-        "name": "weights", "iterations": 200, "batch_size": 16, "inputs": "student", "activations": False,
-        "rounding_lr": 0.2, "rounding_weight": 10.0,
-    }  # fmt: skip
-    return Phase(**{**fields, **changes})  # type: ignore[arg-type]
+    return a_phase(**{"rounding_lr": 0.2, "rounding_weight": 10.0, "sampling": "epoch", **changes})
 
 
 def test_learned_rounding_beats_nearest_and_annealing_decides() -> None:
@@ -288,7 +285,9 @@ def test_scales_learn_only_where_asked() -> None:
 
 
 def test_activation_steps_alone() -> None:
-    phase = Phase("a", 200, 16, inputs="teacher", activations=True, activation_scale_lr=1e-2, norm=2.4)
+    phase = a_phase(
+        inputs="teacher", activations=True, rounding_lr=0.0, activation_scale_lr=1e-2, norm=2.4, sampling="epoch"
+    )
     before, after, layer, undecided = problem(phase)
     assert after < before and undecided == -1.0
     assert torch.equal(quantizer_of(layer).codes, quantizer_of(layer_of("linear", num_bits=2)).codes)

@@ -50,6 +50,10 @@ class Registry(Generic[T]):
         except KeyError:
             raise UnknownNameError(self.kind, name, self.names()) from None
 
+    def name_of(self, entry: T) -> str:
+        """Return the name of an entry; raises `KeyError` if it is none."""
+        return {id(known): name for name, known in self._entries.items()}[id(entry)]
+
     def names(self) -> tuple[str, ...]:
         """Return all names, sorted."""
         return tuple(sorted(self._entries))

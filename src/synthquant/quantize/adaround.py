@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
-from synthquant.core.progress import QUIET, Progress
-from synthquant.core.rng import Rng
-from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
-from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import calibrate_activations
-from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+from synthquant.methods import QUANTIZERS
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.rounding import LearnedRounding
 
 
 @QUANTIZERS.register("adaround")
@@ -28,20 +23,6 @@ class AdaRound(LearnedRounding):
     granularity: Literal["block", "layer", "network"] = "layer"
     """What is fitted at a time: a block of the network, one layer, or the whole network."""
 
-    def apply(
-        self,
-        quant_model: QuantModel,
-        images: ImageSet,
-        rng: Rng,
-        *,
-        progress: Progress = QUIET,
-        workdir: Path | None = None,
-        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
-    ) -> QuantReport:
-        """Learn the roundings, then set activation ranges."""
-        calibration = prepare(quant_model, images, self, quantized_weights=False)
-        report = reconstruct(
-            "adaround", quant_model, calibration, self, self.rounding_phase(), rng, progress, workdir, memory
-        )
-        calibrate_activations(quant_model, calibration, self.calibration_images, self.observer, quantized_weights=True)
-        return report
+    def phases(self) -> tuple[Phase, ...]:
+        """The roundings, with activations in floating point."""
+        return (self.rounding_phase(),)

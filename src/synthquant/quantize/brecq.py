@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from synthquant.core.progress import QUIET, Progress
-from synthquant.core.rng import Rng
-from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
-from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import calibrate_activations
+from synthquant.methods import QUANTIZERS
 from synthquant.quantize.learn import Phase
-from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+from synthquant.quantize.rounding import LearnedRounding
 
 
 @QUANTIZERS.register("brecq")
@@ -44,32 +38,18 @@ class Brecq(LearnedRounding):
     """Weight the error of the first phase by squared gradients of the output error, element by element (`diagonal`) or
     by their sum over an image (`full`); none: plain squared error, as in all published commands."""
 
-    def apply(
-        self,
-        quant_model: QuantModel,
-        images: ImageSet,
-        rng: Rng,
-        *,
-        progress: Progress = QUIET,
-        workdir: Path | None = None,
-        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
-    ) -> QuantReport:
-        """Learn the roundings, then the step sizes."""
-        calibration = prepare(quant_model, images, self, quantized_weights=False)
+    def phases(self) -> tuple[Phase, ...]:
+        """The roundings, then the step sizes."""
         weights = replace(self.rounding_phase(), fisher=self.fisher, skip_first_layer=True)
-        report = reconstruct("brecq", quant_model, calibration, self, weights, rng, progress, workdir, memory)
-        if not quant_model.quantizers:
-            return report
-        calibrate_activations(quant_model, calibration, self.calibration_images, self.observer, quantized_weights=True)
-        steps = Phase(
+        activations = replace(
+            self.rounding_phase(),
             name="activations",
             iterations=self.activation_iterations,
-            batch_size=self.batch_size,
-            activation_scale_lr=self.activation_lr,
-            norm=self.activation_norm,
             inputs="teacher",
             activations=True,
-            sampling="permutation",
+            rounding_lr=0.0,
+            rounding_weight=0.0,
+            activation_scale_lr=self.activation_lr,
+            norm=self.activation_norm,
         )
-        second = reconstruct("brecq", quant_model, calibration, self, steps, rng, progress, workdir, memory)
-        return QuantReport(method="brecq", units=report.units + second.units)
+        return weights, activations

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from pydantic import Field
 
-from synthquant.core.progress import QUIET, Progress
-from synthquant.core.rng import Rng
-from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
-from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+from synthquant.methods import QUANTIZERS
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.rounding import LearnedRounding
 
 
 @QUANTIZERS.register("genie_m")
@@ -45,18 +41,8 @@ class GenieM(LearnedRounding):
     calibration_images: int = Field(default=32, ge=1)
     """Images from which activation ranges are set, anew at each unit, in the network quantized so far."""
 
-    def apply(
-        self,
-        quant_model: QuantModel,
-        images: ImageSet,
-        rng: Rng,
-        *,
-        progress: Progress = QUIET,
-        workdir: Path | None = None,
-        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
-    ) -> QuantReport:
-        """Learn roundings and all step sizes together."""
-        calibration = prepare(quant_model, images, self, quantized_weights=False)
+    def phases(self) -> tuple[Phase, ...]:
+        """Roundings and all step sizes together."""
         phase = replace(
             self.rounding_phase(),
             weight_scale_lr=self.weight_scale_lr,
@@ -66,6 +52,5 @@ class GenieM(LearnedRounding):
             quantize_probability=self.quantize_probability,
             sampling="epoch",
             calibrate_images=self.calibration_images,
-            observer=self.observer,
         )
-        return reconstruct("genie_m", quant_model, calibration, self, phase, rng, progress, workdir, memory)
+        return (phase,)

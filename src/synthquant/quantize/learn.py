@@ -58,21 +58,21 @@ class Phase:
     batch_size: int
     inputs: Literal["student", "teacher", "mixed"]
     activations: bool
-    rounding_lr: float = 0.0
-    rounding_weight: float = 0.0
-    warm_up: float = 0.2
-    beta: tuple[float, float] = (20.0, 2.0)
-    weight_scale_lr: float = 0.0
-    activation_scale_lr: float = 0.0
-    quantize_probability: float = 1.0
-    lsq_gradient_scale: bool = False
-    norm: float = 2.0
-    sampling: Sampling = "epoch"
-    fisher: Literal["diagonal", "full"] | None = None
-    calibrate_images: int | None = None
-    observer: str = "genie"
-    unclipped_codes: bool = False
-    skip_first_layer: bool = False
+    rounding_lr: float
+    rounding_weight: float
+    warm_up: float
+    beta: tuple[float, float]
+    weight_scale_lr: float
+    activation_scale_lr: float
+    quantize_probability: float
+    lsq_gradient_scale: bool
+    norm: float
+    sampling: Sampling
+    fisher: Literal["diagonal", "full"] | None
+    calibrate_images: int | None
+    observer: str
+    unclipped_codes: bool
+    skip_first_layer: bool
 
 
 def batches(count: int, size: int, sampling: Sampling, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from pydantic import Field
 
-from synthquant.core.progress import QUIET, Progress
-from synthquant.core.rng import Rng
-from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
-from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.rounding import LearnedRounding, prepare, reconstruct
+from synthquant.methods import QUANTIZERS
+from synthquant.quantize.learn import Phase
+from synthquant.quantize.rounding import LearnedRounding
 
 
 @QUANTIZERS.register("qdrop")
@@ -36,18 +32,8 @@ class QDrop(LearnedRounding):
     quantize_probability: float = Field(default=0.5, gt=0, le=1)
     """Probability that a value is the quantized one (the authors' `drop_prob`)."""
 
-    def apply(
-        self,
-        quant_model: QuantModel,
-        images: ImageSet,
-        rng: Rng,
-        *,
-        progress: Progress = QUIET,
-        workdir: Path | None = None,
-        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
-    ) -> QuantReport:
-        """Learn roundings and step sizes together."""
-        calibration = prepare(quant_model, images, self, quantized_weights=False)
+    def phases(self) -> tuple[Phase, ...]:
+        """Roundings and step sizes together."""
         phase = replace(
             self.rounding_phase(),
             activation_scale_lr=self.activation_lr,
@@ -57,4 +43,4 @@ class QDrop(LearnedRounding):
             lsq_gradient_scale=True,
             sampling="replacement",
         )
-        return reconstruct("qdrop", quant_model, calibration, self, phase, rng, progress, workdir, memory)
+        return (phase,)

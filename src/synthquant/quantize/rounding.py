@@ -1,18 +1,19 @@
-"""What the methods that learn roundings have in common."""
+"""What the methods that learn roundings have in common: settings, and the one way to apply them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from synthquant.core.progress import Progress
+from synthquant.core.progress import QUIET, Progress
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import MemoryBudget, QuantReport
+from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport, UnitReport
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 from synthquant.quantize.learn import Phase
@@ -21,7 +22,7 @@ from synthquant.quantize.reconstruct import Reconstruction
 _PUBLISHED_LR, _PUBLISHED_ITERATIONS, _LARGEST_LR = 1e-3, 20_000, 0.03
 
 
-class LearnedRounding(Settings):
+class LearnedRounding(Settings, ABC):
     """Settings of AdaRound's soft rounding (arXiv:2004.10568), which BRECQ, QDrop and Genie-M share."""
 
     renamed: ClassVar[Mapping[str, str]] = {"keep": "quantize_probability"}
@@ -64,51 +65,66 @@ class LearnedRounding(Settings):
             _PUBLISHED_LR * _PUBLISHED_ITERATIONS / min(max(self.iterations, 1), _PUBLISHED_ITERATIONS), _LARGEST_LR
         )
 
+    @abstractmethod
+    def phases(self) -> tuple[Phase, ...]:
+        """The passes over the units, in order; the method's equations are what they say."""
+
     def rounding_phase(self) -> Phase:
-        """AdaRound's pass over the units; methods replace what they do otherwise."""
+        """AdaRound's pass, in which roundings are learned; methods replace what they do otherwise."""
         return Phase(
             name="weights",
             iterations=self.iterations,
             batch_size=self.batch_size,
+            inputs="student",
+            activations=False,
             rounding_lr=self.effective_rounding_lr,
             rounding_weight=self.rounding_weight,
             warm_up=self.warm_up,
             beta=(self.beta_start, self.beta_end),
-            unclipped_codes=self.unclipped_codes,
-            inputs="student",
-            activations=False,
+            weight_scale_lr=0.0,
+            activation_scale_lr=0.0,
+            quantize_probability=1.0,
+            lsq_gradient_scale=False,
+            norm=2.0,
             sampling="permutation",
+            fisher=None,
+            calibrate_images=None,
+            observer=self.observer,
+            unclipped_codes=self.unclipped_codes,
+            skip_first_layer=False,
         )
 
+    def apply(
+        self,
+        quant_model: QuantModel,
+        images: ImageSet,
+        rng: Rng,
+        *,
+        progress: Progress = QUIET,
+        workdir: Path | None = None,
+        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+    ) -> QuantReport:
+        """Set ranges, then go through the phases.
 
-def prepare(
-    model: QuantModel, images: ImageSet, settings: LearnedRounding, *, quantized_weights: bool
-) -> CalibrationImages:
-    """Calibrate weights and activations, and give the images as the network sees them."""
-    calibration = CalibrationImages(model, images)
-    calibrate_weights(model, settings.observer)
-    calibrate_activations(
-        model, calibration, settings.calibration_images, settings.observer, quantized_weights=quantized_weights
-    )
-    return calibration
+        Weights that were learned with activations in floating point change these: their ranges are set anew.
+        """
+        method, calibration = QUANTIZERS.name_of(type(self)), CalibrationImages(quant_model, images)
 
+        def set_ranges(*, quantized_weights: bool) -> None:
+            count = self.calibration_images
+            calibrate_activations(quant_model, calibration, count, self.observer, quantized_weights=quantized_weights)
 
-def reconstruct(
-    name: str,
-    model: QuantModel,
-    calibration: CalibrationImages,
-    settings: LearnedRounding,
-    phase: Phase,
-    rng: Rng,
-    progress: Progress,
-    workdir: Path | None,
-    memory: MemoryBudget,
-) -> QuantReport:
-    """Run one phase over all units."""
-    engine = Reconstruction(model, calibration, settings.granularity, memory, workdir)
-    units = engine.run(phase, rng.child(phase.name), progress)
-    progress.say(f"{name}: peak cache {_describe(engine.store.peak)}")
-    return QuantReport(method=name, units=tuple(units))
+        calibrate_weights(quant_model, self.observer)
+        set_ranges(quantized_weights=False)
+        engine = Reconstruction(quant_model, calibration, self.granularity, memory, workdir)
+        units: list[UnitReport] = []
+        for phase in self.phases():
+            if phase.rounding_lr or quant_model.quantizers:
+                units += engine.run(phase, rng.child(phase.name), progress)
+            if quant_model.quantizers and not phase.activations:
+                set_ranges(quantized_weights=True)
+        progress.say(f"{method}: peak cache {_describe(engine.store.peak)}")
+        return QuantReport(method=method, units=tuple(units))
 
 
 def _describe(peak: dict[str, int]) -> str:
