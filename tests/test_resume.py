@@ -24,7 +24,7 @@ from synthquant.export.checkpoint import save_checkpoint
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize import Rtn, reconstruct
+from synthquant.quantize import Rtn, unit_fit
 from synthquant.recipe import Recipe
 
 
@@ -181,7 +181,7 @@ def test_whatever_goes_wrong_after_quantization_its_units_stay(
             pipeline.run(learning, run)
     assert any("work/weights/unit-" in name for name in files(run))
     learned: list[int] = []
-    monkeypatch.setattr(reconstruct, "learn_unit", lambda *_, **__: learned.append(1))
+    monkeypatch.setattr(unit_fit, "learn_unit", lambda *_, **__: learned.append(1))
     pipeline.run(learning, run)
     assert learned == [] and (run / "report.html").is_file() and not (run / "work").exists()
 

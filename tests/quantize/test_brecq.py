@@ -23,7 +23,8 @@ from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.cache import RowCache
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 from synthquant.quantize.fisher import fisher_weights
-from synthquant.quantize.reconstruct import Reconstruction, _Stream
+from synthquant.quantize.reconstruct import Reconstruction
+from synthquant.quantize.unit_fit import Stream, UnitFit
 
 
 def images() -> ImageSet:
@@ -148,21 +149,21 @@ def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) 
     phase = a_phase(iterations=1, batch_size=5, rounding_lr=0.1, fisher="diagonal")
     engine = Reconstruction(model, calibration, "block", memory or MemoryBudget(host_gib=1), None)
     x = torch.cat(list(calibration.batches()))
-    teacher, student = _Stream(), _Stream()
+    teacher, student = Stream(), Stream()
     for index, unit in enumerate(engine.units):
-        targets, inputs = engine._gather_inputs(index, phase, teacher, student)
+        own = UnitFit(engine.fitted, index, phase)
+        own.gather(teacher, student)
         done = {name for earlier in engine.units[: index + 1] for name in earlier.layers}
         with model.mode(weights=True, activations=False):
-            found = engine._fisher(index, student)
+            found = own._fisher(student)
             for name, layer in model.layers.items():
                 layer.weights_enabled = name in done
             wanted = gradient_of(model, unit.name, x)
         yield Weights(found, wanted)
-        needed = engine._replay.needed_after(index)
-        if index in needed:
-            teacher.outputs[index] = targets
-            student.outputs[index] = engine._outputs(index)
-            engine._run_student(index, phase, inputs.student, student.outputs[index])
+        if index in engine.fitted.replay.needed_after(index):
+            own.keep_outputs()
+            own.run_student()
+            teacher.outputs[index], student.outputs[index] = own.targets, own.outputs
 
 
 def gradient_of(model: QuantModel, unit: str, x: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,9 @@ from synthquant.data.image_set import ImageSet
 from synthquant.methods import MemoryBudget
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationImages
-from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction
 from synthquant.quantize.rtn import Rtn
+from synthquant.quantize.unit_fit import UnitFit
 
 
 def arguments(model: QuantModel, names: list[str], x: torch.Tensor) -> list[list[torch.Tensor]]:
@@ -49,13 +49,13 @@ def test_cached_inputs_are_those_of_whole_forward_passes(
     calibration = CalibrationImages(model, data)
     engine = Reconstruction(model, calibration, "layer", MemoryBudget(host_gib=1), None)
     cached: list[tuple[Any, Any]] = []
-    fit = Reconstruction._fit
+    fit = UnitFit.fit
 
-    def kept(self: Reconstruction, index: int, phase: Phase, inputs: Any, *rest: Any) -> Any:
-        cached.append(([one.read(0, 5) for one in inputs.student], [one.read(0, 5) for one in inputs.teacher]))
-        return fit(self, index, phase, inputs, *rest)
+    def kept(self: UnitFit, *rest: Any) -> Any:
+        cached.append(([one.read(0, 5) for one in self.student], [one.read(0, 5) for one in self.teacher]))
+        return fit(self, *rest)
 
-    monkeypatch.setattr(Reconstruction, "_fit", kept)
+    monkeypatch.setattr(UnitFit, "fit", kept)
     # Nothing is learned, so that the network stays the one that is run below.
     engine.run(
         a_phase(iterations=0, batch_size=5, inputs="mixed", activations=activations, rounding_lr=0.0), Rng(0), QUIET

@@ -24,7 +24,7 @@ from synthquant.methods import QUANTIZERS, QuantReport
 from synthquant.nn import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize import calibrate, learn, reconstruct
+from synthquant.quantize import calibrate, learn, unit_fit
 
 BITS = (2, 3)
 COUNT, RANGES_ON, STEPS = 10, 3, 12
@@ -86,7 +86,7 @@ def pixels() -> torch.Tensor:
 
 def quantize(name: str) -> Result:
     drawn = Drawn()
-    batches, random_keep = learn.batches, reconstruct.random_keep
+    batches, random_keep = learn.batches, unit_fit.random_keep
 
     def kept_batches(*args: Any) -> Iterator[torch.Tensor]:
         for batch in batches(*args):
@@ -102,7 +102,7 @@ def quantize(name: str) -> Result:
     model = QuantModel.build(float_model(FourUnits(), size=6), scheme)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learn, "batches", kept_batches)
-        patch.setattr(reconstruct, "random_keep", kept_mask)
+        patch.setattr(unit_fit, "random_keep", kept_mask)
         patch.setattr(activation_quantizers, "random_keep", kept_mask)
         method = QUANTIZERS.get(name)(**COMMON, **OWN[name])  # type: ignore[call-arg]
         data = ImageSet.from_tensors(pixels(), dtype="float16")

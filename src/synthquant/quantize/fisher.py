@@ -12,11 +12,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from synthquant.core.modules import hooked
-from synthquant.nn.activation_quantizers import ActivationQuantizer
-from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
-
-Parts = tuple[list[QuantLayer], list[ActivationQuantizer]]
+from synthquant.quantize.unit_files import Parts
 
 
 def fisher_weights(gradient: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,305 @@
+"""Fitting one unit to what its float self puts out: what it reads and gives, the loss, and learning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from synthquant.core.clips import saved_results
+from synthquant.core.modules import get_module
+from synthquant.core.progress import Bar
+from synthquant.core.rng import Rng
+from synthquant.methods import UnitReport
+from synthquant.models.blocks import Unit
+from synthquant.nn.functional import random_keep
+from synthquant.nn.layers import QuantLayer
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.cache import CacheStore, RowCache
+from synthquant.quantize.calibrate import observe
+from synthquant.quantize.fisher import fisher_weights, output_gradient
+from synthquant.quantize.layout import channels_last
+from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
+from synthquant.quantize.replay import NETWORK_INPUT, LeafKind, Leaves, Port, Replay
+from synthquant.quantize.unit_files import Parts, finite, snapshot
+
+
+@dataclass
+class Stream:
+    """What one of the two networks (float or quantized) put out so far: caches of unit outputs still needed."""
+
+    outputs: dict[int, list[RowCache]] = field(default_factory=dict)
+
+    def drop_all_but(self, needed: set[int]) -> None:
+        """Let go of what no later unit reads."""
+        for index in set(self.outputs) - needed:
+            del self.outputs[index]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What all units of a network share while they are fitted.
+
+    Attributes:
+        model: the network.
+        replay: how its units are reached.
+        parts: layers and quantizers of each unit, in order.
+        store: where caches come from.
+        images: normalised images, `[count, 3, H, W]`.
+        count: how many.
+        at_once: how many run together without gradients.
+    """
+
+    model: QuantModel
+    replay: Replay
+    parts: Sequence[Parts]
+    store: CacheStore
+    images: RowCache
+    count: int
+    at_once: int
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First and last image (exclusive) of what runs at a time."""
+        for start in range(0, self.count, self.at_once):
+            yield start, min(start + self.at_once, self.count)
+
+
+class UnitFit:
+    """One unit in one phase; its caches go when it goes.
+
+    Attributes:
+        unit: the unit.
+        layers: its quantized layers.
+        quantizers: the activation quantizers that it may learn.
+        reads: its arguments.
+        gives: what it puts out.
+        student: cached arguments as the quantized network gives them, if the phase uses them.
+        teacher: cached arguments as the float network gives them, if the phase uses them.
+        targets: what the float unit puts out.
+        outputs: what the quantized unit puts out, if that is kept.
+    """
+
+    def __init__(self, fitted: Fitted, index: int, phase: Phase) -> None:
+        """Take unit number `index`; nothing runs yet."""
+        self._fitted, self._index, self._phase = fitted, index, phase
+        self._model, self._replay = fitted.model, fitted.replay
+        self.unit: Unit = fitted.replay.units[index]
+        self.layers, self.quantizers = fitted.parts[index]
+        self.reads: Port = fitted.replay.inputs[index]
+        self.gives: Port = fitted.replay.outputs[index]
+        self.student: list[RowCache] = []
+        self.teacher: list[RowCache] = []
+        self.targets: list[RowCache] = []
+        self.outputs: list[RowCache] = []
+
+    @property
+    def source(self) -> list[RowCache]:
+        """The arguments with which the unit is calibrated and its loss measured."""
+        return self.teacher if self._phase.inputs == "teacher" else self.student
+
+    def gather(self, teacher: Stream, student: Stream) -> None:
+        """Cache targets and arguments, one chunk of images at a time, from what earlier units put out."""
+        self.targets = self._caches(self.gives)
+        for start, stop in self._fitted.chunks():
+            with self._model.mode(weights=False, activations=False), torch.no_grad():
+                leaves, origins = self._arguments(start, stop, teacher)
+                if self._phase.inputs != "student":
+                    self.teacher = self._keep(self.teacher, start, leaves, origins, teacher)
+                self._write(self.targets, start, self._run(leaves))
+            if self._phase.inputs != "teacher":
+                with self._quantized(), torch.no_grad():
+                    leaves, origins = self._arguments(start, stop, student)
+                    self.student = self._keep(self.student, start, leaves, origins, student)
+
+    def keep_outputs(self) -> None:
+        """Make room for what the quantized unit puts out; `fit` and `run_student` fill it."""
+        self.outputs = self._caches(self.gives)
+
+    def run_student(self) -> None:
+        """Fill `outputs`, if they are kept."""
+        if self.outputs:
+            with self._quantized(), torch.no_grad():
+                for start, stop in self._fitted.chunks():
+                    self._write(self.outputs, start, self._run(self._read(self.source, start, stop)))
+
+    def fit(self, stream: Stream, rng: Rng, bar: Bar) -> UnitReport:
+        """Learn the unit; put it back if that made it worse. Fills `outputs`, if they are kept.
+
+        Args:
+            stream: outputs of earlier units in the network that the unit's arguments come from.
+            rng: randomness of this unit.
+            bar: advanced with each step.
+        """
+        began, phase = time.perf_counter(), self._phase
+        with self._quantized():
+            if phase.activations and phase.calibrate_images:
+                self.calibrate()
+            rounded = self._rounded()
+            fisher = self._fisher(stream) if phase.fisher and rounded else None
+            start_loss = self.loss(fisher)
+            before = snapshot(self.layers, self.quantizers)
+            learned = Learned(None, (), ())
+            if rounded or phase.activation_scale_lr:
+                error_of, tick = self.error_of(fisher, rng), _ticker(bar, self.unit)
+                with saved_results(self._model.module):
+                    learned = learn_unit(
+                        phase, rounded, self.quantizers, error_of, self._fitted.count, self._model.device, rng, tick
+                    )
+            end_loss = self.loss(fisher, self.outputs)
+            diverged = not end_loss <= start_loss
+            if diverged:
+                before.restore(self.layers, self.quantizers)
+                self.run_student()
+        if not learned.steps:
+            bar.advance(max(phase.iterations, 1))
+        return UnitReport(
+            name=self.unit.name, layers=self.unit.layers, loss_start=finite(start_loss), loss_end=finite(end_loss),
+            undecided=learned.undecided, diverged=diverged, seconds=time.perf_counter() - began,
+            steps=learned.steps, losses=learned.losses,
+        )  # fmt: skip
+
+    def calibrate(self) -> None:
+        """Set the unit's activation ranges from the quantized network's own activations."""
+        count = min(self._phase.calibrate_images or 0, self._fitted.count)
+
+        def run() -> None:
+            for start, stop in self._fitted.chunks():
+                if start < count:
+                    self._replay.run_unit(self._index, self._read(self.source, start, min(stop, count)))
+
+        with torch.no_grad():
+            observe(self.quantizers, run, self._phase.observer)
+
+    def loss(self, fisher: RowCache | None, outputs: Sequence[RowCache] = ()) -> float:
+        """Squared reconstruction error over all images, with hard rounding and no dropping; weighted if learning is.
+
+        What the unit puts out is kept in `outputs`, if there are any, so that it need not run again.
+        """
+        total, last = 0.0, self._channels_last(self.source)
+        with torch.no_grad():
+            for start, stop in self._fitted.chunks():
+                output = self._run(self._read(self.source, start, stop))
+                if outputs:
+                    self._write(outputs, start, output)
+                wanted = self._wanted([cache.read(start, stop) for cache in self.targets])
+                weights = self.gives.first(fisher.read(start, stop)) if fisher else None
+                error = reconstruction_error(output, wanted, last, 2.0, weights, self._phase.fisher == "full")
+                total += float(error) * (stop - start)
+        return total / self._fitted.count
+
+    def error_of(self, fisher: RowCache | None, rng: Rng) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The differentiable error of a batch of image indices."""
+        phase, kinds = self._phase, self.reads.varying
+        last = self._channels_last(self.student or self.teacher)
+        generator = rng.generator("mix", self._model.device)
+
+        def error_of(batch: torch.Tensor) -> torch.Tensor:
+            student = [cache.gather(batch) for cache in self.student]
+            rows = [cache.gather(batch) for cache in self.teacher] if phase.inputs != "student" else student
+            if phase.inputs == "mixed":
+                rows = [_mix(s, t, phase.quantize_probability, generator) for s, t in zip(student, rows, strict=True)]
+            leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
+            output = self._run(leaves)
+            wanted = self._wanted([cache.gather(batch) for cache in self.targets])
+            weights = self.gives.first(fisher.gather(batch)) if fisher else None
+            return reconstruction_error(output, wanted, last, phase.norm, weights, phase.fisher == "full")
+
+        return error_of
+
+    def _quantized(self) -> AbstractContextManager[None]:
+        """The network as it is quantized in this phase."""
+        return self._model.mode(weights=True, activations=self._phase.activations)
+
+    def _rounded(self) -> list[QuantLayer]:
+        """Those of the unit's layers whose roundings the phase learns."""
+        if not self._phase.rounding_lr:
+            return []
+        first = self._model.layers.get(self._model.first_layer) if self._phase.skip_first_layer else None
+        return [layer for layer in self.layers if layer.weight_quantizer is not None and layer is not first]
+
+    def _arguments(self, start: int, stop: int, stream: Stream) -> tuple[Leaves, list[int | None]]:
+        """The unit's arguments for some images, and which earlier unit's output each of them is as it is."""
+        reads_images = NETWORK_INPUT in self._replay.sources[self._index]
+        images = self._fitted.images.read(start, stop) if reads_images else None
+        return self._replay.run_to(self._index, stop - start, images, partial(self._stored, stream, start, stop))
+
+    def _stored(self, stream: Stream, start: int, stop: int, unit: int) -> Leaves:
+        kinds = self._replay.outputs[unit].varying
+        return [
+            kind.from_rows(cache.read(start, stop)) for kind, cache in zip(kinds, stream.outputs[unit], strict=True)
+        ]
+
+    def _keep(
+        self, caches: list[RowCache], start: int, leaves: Leaves, origins: list[int | None], stream: Stream
+    ) -> list[RowCache]:
+        """Cache the leaves of a chunk; those that are another unit's output as it is share that unit's cache."""
+        kinds = self.reads.varying
+        if not caches:
+            caches = [
+                self._allocate(kind) if origin is None else stream.outputs[origin][0]
+                for kind, origin in zip(kinds, origins, strict=True)
+            ]
+        for cache, kind, leaf, origin in zip(caches, kinds, leaves, origins, strict=True):
+            if origin is None:
+                cache.write(start, kind.to_rows(leaf))
+        return caches
+
+    def _caches(self, port: Port) -> list[RowCache]:
+        """Empty caches for the leaves of a port."""
+        return [self._allocate(kind) for kind in port.varying]
+
+    def _allocate(self, kind: LeafKind) -> RowCache:
+        return self._fitted.store.allocate(kind.rows(self._fitted.count), kind.dtype)
+
+    def _run(self, leaves: Leaves) -> Leaves:
+        return self.gives.per_image(self._replay.run_unit(self._index, leaves))
+
+    def _write(self, caches: Sequence[RowCache], start: int, leaves: Leaves) -> None:
+        for cache, kind, leaf in zip(caches, self.gives.varying, leaves, strict=True):
+            cache.write(start, kind.to_rows(leaf))
+
+    def _read(self, caches: list[RowCache], start: int, stop: int) -> Leaves:
+        return [kind.from_rows(cache.read(start, stop)) for kind, cache in zip(self.reads.varying, caches, strict=True)]
+
+    def _wanted(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [kind.from_rows(row) for kind, row in zip(self.gives.varying, rows, strict=True)]
+
+    def _channels_last(self, source: list[RowCache]) -> bool:
+        """Whether the unit puts out tokens rather than feature maps; tried out on one image."""
+        layer, leaf = get_module(self._model.module, self.unit.layers[-1]), self.gives.main
+        with self._model.mode(weights=False, activations=False):
+            return channels_last(layer, lambda: self._run(self._read(source, 0, 1))[leaf])
+
+    def _fisher(self, stream: Stream) -> RowCache:
+        """Weights of the error of the unit's (first) output, with the rows of that output."""
+        fitted, port = self._fitted, self.gives
+        kind, module = port.varying[port.main], get_module(self._model.module, self.unit.name)
+        later = fitted.parts[self._index + 1 :]
+        cache = self._allocate(kind)
+        for start, stop in fitted.chunks():
+            images = fitted.images.read(start, stop)
+            run = partial(self._replay.run_from, self._index, images, partial(self._stored, stream, start, stop))
+            gradient = output_gradient(self._model, module, port.leaf(port.main), later, images, run)
+            cache.write(start, fisher_weights(kind.to_rows(gradient)))
+        return cache
+
+
+def _mix(student: torch.Tensor, teacher: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """QDrop's mixture of quantized and float inputs, element by element; whole numbers and masks are the teacher's."""
+    if not student.is_floating_point():
+        return teacher
+    return torch.lerp(teacher, student, random_keep(student, probability, generator))
+
+
+def _ticker(bar: Bar, unit: Unit) -> Callable[[int, float | None], None]:
+    def tick(step: int, loss: float | None) -> None:
+        if loss is None:
+            bar.advance(1)
+        else:
+            bar.advance(1, unit=unit.name or "network", loss=loss)
+
+    return tick
