@@ -10,6 +10,7 @@ from typing import Any
 
 import imagenet_peers
 import remedies_page
+import speed_page
 from synthquant.evaluate.paired import Difference, PerImage, mean_difference, mean_over, share, share_difference
 
 Table = Callable[[list[str], list[list[str]]], str]
@@ -202,5 +203,6 @@ def tried(results: list[Result], table: Table) -> list[str]:
 
 
 SECTIONS: list[Callable[[list[Result], Table], list[str]]] = [
-    *(aims, networks, imagenet_peers.files, imagenet_peers.toolkit, remedies_page.remedies, tried, costs)
+    *(aims, networks, imagenet_peers.files, imagenet_peers.toolkit, remedies_page.remedies, tried, costs),
+    *(speed_page.generators, speed_page.stages),
 ]
