@@ -19,7 +19,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.synthesize import genie_d
 from synthquant.synthesize.generator import GeneratorKind, UpsampledConv, make_generator
 from synthquant.synthesize.genie_d import GenieD
-from synthquant.synthesize.inversion import Learner
+from synthquant.synthesize.inversion import ExponentialSchedule, Learner
 
 MakeModel = Callable[..., FloatModel]
 
@@ -130,6 +130,12 @@ def test_rates_drive_what_their_names_say(tiny: FloatModel, monkeypatch: pytest.
     assert [tuple(p.shape) for p in of_latents["params"]] == [(4, 8)]
     assert len(of_generator["params"]) == 10
     assert float(of_latents["lr"]) == pytest.approx(0.3) and float(of_generator["lr"]) == pytest.approx(0.02)
+
+    GenieD(batch_size=4, latent_lr=0.3, generator="light", generator_decay=0.5).synthesize(tiny, 4, Rng(0))
+    maps, weights = (learner.schedule for learner in seen[1])
+    assert isinstance(maps, ExponentialSchedule) and isinstance(weights, ExponentialSchedule)
+    assert (maps.factor, maps.every) == (weights.factor, weights.every) == (0.5, 100)
+    assert seen[1][0].optimizer.param_groups[0]["lr"] is maps.rate
 
 
 def test_defaults_are_the_effective_values_of_the_authors() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from synthquant.synthesize.inversion import (
     InvertedNetwork,
     Learner,
     PlateauSchedule,
+    Schedule,
     Statistics,
     adam,
     invert,
@@ -82,7 +83,8 @@ class GenieD(Settings):
     """Learning rate of the latents."""
 
     latent_patience: int = Field(default=100, ge=0)
-    """Iterations without progress after which `latent_lr` falls tenfold, not below 1e-4."""
+    """Iterations without progress after which `latent_lr` of the paper's generator falls tenfold, not below 1e-4; that
+    of the light one falls as `generator_lr` does."""
 
     generator_lr: float = Field(default=0.01, gt=0)
     """Learning rate of the generator's weights."""
@@ -184,14 +186,19 @@ class GenieD(Settings):
         latents = latents.to(device).requires_grad_()
         of_latents, latent_rate = adam([latents], self.latent_lr)
         of_generator, generator_rate = adam(generator.parameters(), self.generator_lr)
-        decay = ExponentialSchedule(generator_rate, factor=self.generator_decay, every=self.generator_decay_every)
-
+        decays: dict[str, Any] = {"factor": self.generator_decay, "every": self.generator_decay_every}
+        # Maps without a linear layer stand for what its weights make, so their rate falls as that of weights does.
+        latent_schedule: Schedule = (
+            ExponentialSchedule(latent_rate, **decays)
+            if generator.linear is None
+            else PlateauSchedule(latent_rate, patience=self.latent_patience)
+        )
         return invert(
             network,
             lambda: self._images(generator, latents),
             [
-                Learner(of_latents, PlateauSchedule(latent_rate, patience=self.latent_patience)),
-                Learner(of_generator, decay),
+                Learner(of_latents, latent_schedule),
+                Learner(of_generator, ExponentialSchedule(generator_rate, **decays)),
             ],
             iterations=self.iterations,
             swing_generator=source.generator("swing", device),
