@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,12 +18,9 @@ from synthquant.data.store import ImageForm, ImageSetWriter
 from synthquant.methods import SYNTHESIZERS, Synthesizer
 
 if TYPE_CHECKING:
+    from synthquant.core.progress import Bar
     from synthquant.core.rng import Rng
     from synthquant.models.float_model import FloatModel
-
-
-MakeBatch = Callable[[int, int, "Rng"], Tensor]
-"""From batch index, number of images and the batch's own random source to normalised images `[n, 3, H, W]`."""
 
 
 def batch_sizes(count: int, batch_size: int) -> list[int]:
@@ -38,38 +36,75 @@ def require_images(count: int) -> None:
         raise InputError(f"count is {count}; ask for at least 1 image")
 
 
-def collect(
+@dataclass(frozen=True)
+class Batch:
+    """One batch that is to be made."""
+
+    index: int
+    """Its number."""
+    size: int
+    """How many images it has."""
+    rng: Rng
+    """Its own source of randomness, the only one that it draws from."""
+    bar: Bar
+    """Advanced by the method: by one for each iteration, or by the images of a method without iterations."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `synthesize` is asked for, beside how many images."""
+
+    model: FloatModel
+    rng: Rng
+    writer: ImageSetWriter | None
+    progress: Progress
+
+
+def make_batches(
     method: str,
     settings: Settings,
-    model: FloatModel,
+    order: Order,
     sizes: list[int],
-    rng: Rng,
-    writer: ImageSetWriter | None,
-    make_batch: MakeBatch,
-    progress: Progress,
+    make_batch: Callable[[Batch], Tensor],
+    *,
+    iterations: int | None = None,
 ) -> ImageSet:
     """Make every batch that is not on disk yet, and return the image set: float16, pixel space, framing "cropped".
 
     Batch `b` draws from `rng.child(f"batch-{b}")` only. With a writer each batch is one part.
+
+    Args:
+        method: registered name of the method.
+        settings: the method.
+        order: for which network, and where images and progress go.
+        sizes: of all batches, those on disk too.
+        make_batch: gives normalised images `[n, 3, H, W]`.
+        iterations: of a batch, which the progress bar counts; none: it counts images.
     """
+    model, writer = order.model, order.writer
+    steps = sizes if iterations is None else [iterations] * len(sizes)
+    title = method if iterations is None else f"{method}, {len(sizes)} x {iterations} iterations"
+    missing = list(range(len(sizes))) if writer is None else writer.missing_parts(len(sizes))
     kept: list[Tensor] = []
-    for index in range(len(sizes)) if writer is None else writer.missing_parts(len(sizes)):
-        normalized = make_batch(index, sizes[index], rng.child(f"batch-{index}"))
-        pixels = model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
-        pixels = pixels.contiguous(memory_format=torch.contiguous_format)
-        if writer is None:
-            kept.append(pixels)
-        else:
-            writer.append(pixels)
-    if writer is not None:
-        return writer.finish(progress)
+    with order.progress.bar(title, sum(steps)) as bar:
+        bar.advance(sum(steps) - sum(steps[index] for index in missing))  # what an earlier run left on disk is done
+        for index in missing:
+            normalized = make_batch(Batch(index, sizes[index], order.rng.child(f"batch-{index}"), bar))
+            pixels = model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
+            pixels = pixels.contiguous(memory_format=torch.contiguous_format)
+            if writer is None:
+                kept.append(pixels)
+            else:
+                writer.append(pixels)
+        if writer is not None:
+            return writer.finish(order.progress)
     return ImageSet.from_tensors(
         torch.cat(kept),
         dtype="float16",
         framing="cropped",
         method=method,
         settings=settings.model_dump(mode="json"),
-        seed=rng.seed,
+        seed=order.rng.seed,
         model_fingerprint=model.fingerprint,
     )
 

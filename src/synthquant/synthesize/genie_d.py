@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
-from synthquant.synthesize.batches import batch_sizes, collect, require_images
+from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches, require_images
 from synthquant.synthesize.generator import Generator, GeneratorKind, make_generator
 from synthquant.synthesize.inversion import (
     Advice,
@@ -29,7 +30,6 @@ from synthquant.synthesize.inversion import (
 from synthquant.synthesize.pieces import divided, need_of, usual_batch
 
 if TYPE_CHECKING:
-    from synthquant.core.progress import Bar
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
     from synthquant.data.store import ImageSetWriter
@@ -132,35 +132,23 @@ class GenieD(Settings):
             untrained=self.untrained,
         )
         generator = make_generator(self.generator, self.latent_size, model.preprocess.input_size, model.device)
-        sizes = batch_sizes(count, self._divide(network, generator, model, count, writer, progress))
-        with progress.bar(f"genie_d, {len(sizes)} x {self.iterations} iterations", self.iterations * len(sizes)) as bar:
-            bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
+        order = Order(model, rng, writer, progress)
+        sizes = batch_sizes(count, self._divide(network, generator, order, count))
+        make_batch = partial(self._make_batch, network, generator)
+        return make_batches("genie_d", self, order, sizes, make_batch, iterations=self.iterations)
 
-            def make_batch(index: int, size: int, source: Rng) -> Tensor:
-                return self._make_batch(network, generator, index, size, source, bar)
-
-            return collect("genie_d", self, model, sizes, rng, writer, make_batch, progress)
-
-    def _divide(
-        self,
-        network: InvertedNetwork,
-        generator: Generator,
-        model: FloatModel,
-        count: int,
-        writer: ImageSetWriter | None,
-        progress: Progress,
-    ) -> int:
+    def _divide(self, network: InvertedNetwork, generator: Generator, order: Order, count: int) -> int:
         """Choose the size of a batch and the pieces it runs in; a set that was begun keeps the size it has."""
-        need = network.need(model.example_input(2))
-        usual = usual_batch(_USUAL_BATCH, need, model.device)
-        begun = None if writer is None else writer.part_size
+        need, device = network.need(order.model.example_input(2)), order.model.device
+        usual = usual_batch(_USUAL_BATCH, need, device)
+        begun = None if order.writer is None else order.writer.part_size
         size = min(count, self.batch_size or begun or usual)
         if self.batch_size is None and size == usual < _USUAL_BATCH:
-            progress.say(
+            order.progress.say(
                 f"batches of {size} images, as the activations of one take {need.per_image / 2**20:.0f} MiB; another"
                 " batch_size makes other images"
             )
-        network.pieces = divided(size, need, self._need(generator), model.device, progress)
+        network.pieces = divided(size, need, self._need(generator), device, order.progress)
         return size
 
     def _need(self, generator: Generator) -> Need:
@@ -176,13 +164,11 @@ class GenieD(Settings):
             images: Tensor = generator(latents)
         return images
 
-    def _make_batch(
-        self, network: InvertedNetwork, generator: Generator, index: int, size: int, source: Rng, bar: Bar
-    ) -> Tensor:
-        """Train the generator from scratch for one batch; returns normalised images `[size, 3, H, W]`."""
-        device = generator.device
+    def _make_batch(self, network: InvertedNetwork, generator: Generator, batch: Batch) -> Tensor:
+        """Train the generator from scratch for one batch; returns normalised images `[B, 3, H, W]`."""
+        device, source = generator.device, batch.rng
         generator.reset(source.generator("generator"))
-        latents = torch.randn(size, *generator.latent_shape, generator=source.generator("latents"))
+        latents = torch.randn(batch.size, *generator.latent_shape, generator=source.generator("latents"))
         latents = latents.to(device).requires_grad_()
         of_latents, latent_rate = adam([latents], self.latent_lr)
         of_generator, generator_rate = adam(generator.parameters(), self.generator_lr)
@@ -193,6 +179,7 @@ class GenieD(Settings):
             if generator.linear is None
             else PlateauSchedule(latent_rate, patience=self.latent_patience)
         )
+        rates = f"generator_lr (now {self.generator_lr:g}) or latent_lr (now {self.latent_lr:g})"
         return invert(
             network,
             lambda: self._images(generator, latents),
@@ -202,6 +189,6 @@ class GenieD(Settings):
             ],
             iterations=self.iterations,
             swing_generator=source.generator("swing", device),
-            advice=Advice(index, f"generator_lr (now {self.generator_lr:g}) or latent_lr (now {self.latent_lr:g})"),
-            bar=bar,
+            advice=Advice(batch.index, rates),
+            bar=batch.bar,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
-from synthquant.synthesize.batches import batch_sizes, collect
+from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
@@ -44,13 +44,9 @@ class Noise(Settings):
         """Draw exactly `count` images of the model's input size. Raises `InputError` if `count` is not positive."""
         sizes = batch_sizes(count, self.batch_size)
         height, width = model.preprocess.input_size
-        with progress.bar("noise", count) as bar:
-            # What an earlier run left on disk is done.
-            bar.advance(0 if writer is None else writer.finished_count)
 
-            def draw(index: int, size: int, source: Rng) -> Tensor:
-                del index
-                bar.advance(size)
-                return torch.randn(size, 3, height, width, generator=source.generator("pixels"))
+        def draw(batch: Batch) -> Tensor:
+            batch.bar.advance(batch.size)
+            return torch.randn(batch.size, 3, height, width, generator=batch.rng.generator("pixels"))
 
-            return collect("noise", self, model, sizes, rng, writer, draw, progress)
+        return make_batches("noise", self, Order(model, rng, writer, progress), sizes, draw)

@@ -11,7 +11,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
-from synthquant.synthesize.batches import batch_sizes, collect
+from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
 from synthquant.synthesize.inversion import (
     Advice,
     ComputeType,
@@ -108,21 +108,20 @@ class ZeroQ(Settings):
         # Pixels, their gradients and Adam's two moments.
         pixels_need = Need(0, 4 * 3 * height * width * 4)
         network.pieces = divided(sizes[0], network.need(model.example_input(2)), pixels_need, model.device, progress)
-        with progress.bar(f"zeroq, {len(sizes)} x {self.iterations} iterations", self.iterations * len(sizes)) as bar:
-            bar.advance(0 if writer is None else self.iterations * writer.finished_parts)
 
-            def make_batch(index: int, size: int, source: Rng) -> Tensor:
-                start = torch.randn(size, 3, height, width, generator=source.generator("pixels")) * self.start_std
-                pixels = start.to(model.device, memory_format=torch.channels_last).requires_grad_()
-                optimizer, rate = adam([pixels], self.pixel_lr)
-                return invert(
-                    network,
-                    lambda: pixels,
-                    [Learner(optimizer, PlateauSchedule(rate, patience=self.patience))],
-                    iterations=self.iterations,
-                    swing_generator=source.generator("swing", model.device),
-                    advice=Advice(index, f"pixel_lr (now {self.pixel_lr:g})"),
-                    bar=bar,
-                )
+        def make_batch(batch: Batch) -> Tensor:
+            start = torch.randn(batch.size, 3, height, width, generator=batch.rng.generator("pixels")) * self.start_std
+            pixels = start.to(model.device, memory_format=torch.channels_last).requires_grad_()
+            optimizer, rate = adam([pixels], self.pixel_lr)
+            return invert(
+                network,
+                lambda: pixels,
+                [Learner(optimizer, PlateauSchedule(rate, patience=self.patience))],
+                iterations=self.iterations,
+                swing_generator=batch.rng.generator("swing", model.device),
+                advice=Advice(batch.index, f"pixel_lr (now {self.pixel_lr:g})"),
+                bar=batch.bar,
+            )
 
-            return collect("zeroq", self, model, sizes, rng, writer, make_batch, progress)
+        order = Order(model, rng, writer, progress)
+        return make_batches("zeroq", self, order, sizes, make_batch, iterations=self.iterations)
