@@ -5,8 +5,8 @@
 
 Hashed are pixels of images, units of reconstruction, checkpoints, logits, and initialisers, attributes and wiring of
 ONNX files. A hash that differs makes the second call fail. Metadata are kept as they are; only fields that name a
-version may differ, and those that do are listed. Both calls must run on one machine: kernels differ between machines.
-Without --weights (safetensors) EfficientNet-Lite0 is random, its batch norms having seen noise.
+version may differ, or a setting appear, and those that do are listed. Both calls must run on one machine: kernels
+differ between machines. Without --weights (safetensors) EfficientNet-Lite0 is random, its batch norms have seen noise.
 """
 
 from __future__ import annotations
@@ -169,8 +169,10 @@ RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 # Metadata that say which release or format wrote a file: these may differ.
 VERSION = re.compile(r"(^|[._])versions?\b|version$")
+# A setting that a method did not have before says nothing about its former ones: those that appear are listed too.
+SETTING = re.compile(r"\.settings\.")
 # Metadata that hold a hash of metadata or of a file with them, or the name of a temporary folder.
-DEPENDENT = re.compile(r"content_sha256|\.parts\b|weights$")
+DEPENDENT = re.compile(r"(^|\.)sha256$|\.parts\b|weights$")
 
 
 def main() -> int:
@@ -311,12 +313,14 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> int:
         for kind in sorted({*known, *kinds}):
             was, now = known.get(kind, {}), kinds.get(kind, {})
             names = differing(was, now)
-            versions = [name for name in names if kind == "metadata" and VERSION.search(name)]
-            others = [name for name in names if name not in versions]
+            if kind == "metadata":
+                names = [name for name in names if not DEPENDENT.search(name)]
+            listed = {name: expected(name, was) for name in names if kind == "metadata" and expected(name, was)}
+            others = [name for name in names if name not in listed]
             compared += len({*was, *now})
             failed += len(others)
-            for name in versions:
-                print(f"{recipe}: version {name}: {was.get(name)!r} -> {now.get(name)!r}")
+            for name, reason in listed.items():
+                print(f"{recipe}: {reason} {name}: {was.get(name)!r} -> {now.get(name)!r}")
             if others:
                 print(f"{recipe}: {kind}: {len(others)} of {len({*was, *now})} differ: {', '.join(others[:8])}")
                 if kind == "metadata":
@@ -324,6 +328,13 @@ def report(before: dict[str, Any], after: dict[str, Any]) -> int:
     print(f"{compared} compared in {len(after['recipes'])} recipes, {failed} differ" if failed else
           f"{compared} compared in {len(after['recipes'])} recipes, all equal")  # fmt: skip
     return 1 if failed else 0
+
+
+def expected(name: str, was: Mapping[str, Any]) -> str | None:
+    """Why a field of metadata may differ; none if it may not."""
+    if VERSION.search(name):
+        return "version"
+    return "new setting" if SETTING.search(name) and name not in was else None
 
 
 def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
