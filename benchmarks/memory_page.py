@@ -1,4 +1,5 @@
-"""docs/results/memory.md, from `results/memory/peaks/*.json` (`memory_peaks.py`) and `results/memory/batches.json`."""
+"""docs/results/memory.md, from `results/memory/peaks/*.json` (`memory_peaks.py`) and `results/memory/batches/*.json`
+(`batches.py`)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ Result = dict[str, Any]
 GIB = 2**30
 
 
-def page(peaks: list[Result], batches: Result | None, table: Table) -> str:
+def page(peaks: list[Result], batches: list[Result], table: Table) -> str:
     """The whole page."""
     lines = [
         "# Memory",
@@ -21,8 +22,10 @@ def page(peaks: list[Result], batches: Result | None, table: Table) -> str:
     ]
     for result in peaks:
         lines += ["", f"## {result['network']}", "", _what(result), "", _peaks(result, table)]
-    if batches is not None:
-        lines += ["", *_batches(batches, table)]
+    if batches:
+        lines += ["", "## Size of a batch at equal processor time"]
+    for result in batches:
+        lines += ["", *_batches(result, table)]
     return "\n".join(lines) + "\n"
 
 
@@ -30,7 +33,7 @@ def _what(result: Result) -> str:
     return (
         f"At 224x224, with {result['limit_gib']:g} GiB for the data of a process, about what a machine of 8 GiB\n"
         f"leaves. `W4A4` is `run` with Genie-M and {result['images']} photographs, measured on these afterwards;\n"
-        "`inversion` is `synthesize` with Genie-D, where not said otherwise with its defaults."
+        "`inversion` is `synthesize` with Genie-D and its defaults, a batch of 128 images."
     )
 
 
@@ -60,10 +63,8 @@ def _batches(result: Result, table: Table) -> list[str]:
         for row in result["rows"]
     ]
     return [
-        "## Size of a batch at equal processor time",
-        "",
-        f"Genie-D on {result['network']}, {result['count']} images at {result['size']}x{result['size']},"
-        f" {result['generator']} generator. The loss is that of the statistics at the batch norms: at a batch's last",
+        f"Genie-D on {result['network']}, {result['count']} images at {result['size']}x{result['size']},",
+        f"{result['generator']} generator. The loss is that of the statistics at the batch norms: at a batch's last",
         "iteration, mean of the batches, and of all images together.",
         "",
         table(["images in a batch", "iterations of each", "processor s", "loss of batches", "loss of all"], body),

@@ -362,8 +362,7 @@ def main() -> None:
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
     if peaks := load("memory/peaks"):
-        batches = ROOT / "results" / "memory" / "batches.json"
-        (folder / "memory.md").write_text(memory_page.page(peaks, read(batches) if batches.exists() else None, table))
+        (folder / "memory.md").write_text(memory_page.page(peaks, load("memory/batches"), table))
     networks = load("imagenet")
     (folder / "imagenet.md").write_text(imagenet_page.page(networks, table))
     imagenet = imagenet_page.promise(networks, table)

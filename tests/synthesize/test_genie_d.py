@@ -140,7 +140,7 @@ def test_rates_drive_what_their_names_say(tiny: FloatModel, monkeypatch: pytest.
 
 def test_defaults_are_the_effective_values_of_the_authors() -> None:
     method = GenieD()
-    assert (method.latent_lr, method.generator_lr, method.iterations, method.batch_size) == (0.1, 0.01, 4000, None)
+    assert (method.latent_lr, method.generator_lr, method.iterations, method.batch_size) == (0.1, 0.01, 4000, 128)
     assert (method.generator_decay, method.generator_decay_every, method.latent_patience) == (0.95, 100, 100)
     assert method.statistics == "batch" and method.swing
 

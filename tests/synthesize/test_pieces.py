@@ -22,7 +22,7 @@ from synthquant.synthesize.batches import open_writer
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.inversion import InvertedNetwork
 from synthquant.synthesize.losses import measure
-from synthquant.synthesize.pieces import Need, Pieces, divided, joined, need_of, usual_batch
+from synthquant.synthesize.pieces import Need, Pieces, divided, joined, need_of
 from synthquant.synthesize.zeroq import ZeroQ
 
 MakeModel = Callable[..., FloatModel]
@@ -166,32 +166,15 @@ def test_a_batch_that_cannot_fit_is_told_before_it_starts(monkeypatch: pytest.Mo
     assert "a batch of 1 images takes 3.0 GiB" in told.warned[1]
 
 
-@pytest.mark.parametrize(("mib", "batch"), [(1, 128), (8, 128), (9, 64), (60, 16), (500, 2), (2000, 1)])
-def test_usual_batches_are_smaller_for_large_networks(mib: int, batch: int) -> None:
-    assert usual_batch(128, Need(0, mib * MIB), CPU) == batch
-
-
-def test_batches_are_as_usual_for_small_networks(tiny: FloatModel) -> None:
+def test_default_batches_of_small_networks_run_as_a_whole(tiny: FloatModel) -> None:
     told = Told()
-    found = GenieD(iterations=1, latent_size=4, untrained=True).synthesize(tiny, 130, Rng(0), progress=told)
-    wanted = GenieD(iterations=1, latent_size=4, batch_size=128, untrained=True).synthesize(tiny, 130, Rng(0))
-    assert torch.equal(pixels(found), pixels(wanted)) and not told.said
+    settings = GenieD(iterations=1, latent_size=4, untrained=True)
+    images = settings.synthesize(tiny, 130, Rng(0), progress=told)
+    assert len(images) == 130 and settings.batch_size == 128 and not told.said and not told.warned
 
 
 def method(**changes: Any) -> GenieD:
     return GenieD(iterations=2, latent_size=4, untrained=True, **changes)
-
-
-def test_large_networks_have_smaller_batches_and_say_so(tiny: FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = inverted(tiny, "batch").need(tiny.example_input(2)).per_image
-    limits(monkeypatch, whole=8 * need, piece=5 * need)
-    told = Told()
-    found = method().synthesize(tiny, 10, Rng(0), progress=told)
-    assert told.said == [
-        "batches of 4 images, as the activations of one take 0 MiB; another batch_size makes other images"
-    ]
-    assert torch.equal(pixels(found), pixels(method(batch_size=4).synthesize(tiny, 10, Rng(0))))
-    assert not torch.equal(pixels(found), pixels(method(batch_size=5).synthesize(tiny, 10, Rng(0))))
 
 
 def test_a_size_that_is_asked_for_is_obeyed(tiny: FloatModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,15 +189,14 @@ def test_a_size_that_is_asked_for_is_obeyed(tiny: FloatModel, monkeypatch: pytes
     assert (pixels(found).float() - pixels(whole).float()).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("batch_size", [None, 8])
 def test_a_set_that_was_begun_goes_on_to_the_same_bytes(
-    tiny: FloatModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch_size: int | None
+    tiny: FloatModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On a machine with other free memory, and where a batch would now be chosen otherwise."""
+    """On a machine with other free memory."""
     need = inverted(tiny, "batch").need(tiny.example_input(2)).per_image
     limits(monkeypatch, whole=4 * need, piece=4 * need)
-    free(monkeypatch, GIB)
-    chosen = method(batch_size=batch_size)
+    free(monkeypatch, 1)
+    chosen = method(batch_size=8)
     whole = chosen.synthesize(tiny, 20, Rng(0))
     folder = tmp_path / "set"
     make, made = genie_d.GenieD._make_batch, []
@@ -229,11 +211,9 @@ def test_a_set_that_was_begun_goes_on_to_the_same_bytes(
         patch.setattr(genie_d.GenieD, "_make_batch", die)
         with pytest.raises(KeyboardInterrupt):
             chosen.synthesize(tiny, 20, Rng(0), writer=open_writer(folder, "genie_d", chosen, 20, 0, tiny))
-    free(monkeypatch, 17 * need if batch_size else 100 * GIB)
-    if batch_size is None:
-        limits(monkeypatch, whole=100 * GIB, piece=100 * GIB)
+    free(monkeypatch, 100 * GIB)
     found = chosen.synthesize(tiny, 20, Rng(0), writer=open_writer(folder, "genie_d", chosen, 20, 0, tiny))
-    assert [part.count for part in found.manifest.parts] == ([4] * 5 if batch_size is None else [8, 8, 4])
+    assert [part.count for part in found.manifest.parts] == [8, 8, 4]
     assert torch.equal(pixels(found), pixels(whole))
 
 

@@ -107,11 +107,6 @@ class ImageSetWriter:
         """Images in those parts."""
         return sum(part.count for part in self._finished_parts())
 
-    @property
-    def part_size(self) -> int | None:
-        """Images in the first part that a former sitting wrote, which may be gone; none if there was none."""
-        return self._recorded[0].count if self._recorded else None
-
     def missing_parts(self, total: int) -> list[int]:
         """Return which parts are to be made and appended, in this order, of `total` in the set."""
         return [index for index in range(len(self._writer.parts), total) if index not in self._whole]

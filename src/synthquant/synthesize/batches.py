@@ -25,15 +25,10 @@ if TYPE_CHECKING:
 
 def batch_sizes(count: int, batch_size: int) -> list[int]:
     """Sizes that add up to `count`; only the last may be smaller. Raises `InputError` if `count` is not positive."""
-    require_images(count)
-    full, rest = divmod(count, batch_size)
-    return [batch_size] * full + ([rest] if rest else [])
-
-
-def require_images(count: int) -> None:
-    """Raise `InputError` if `count` is not positive."""
     if count < 1:
         raise InputError(f"count is {count}; ask for at least 1 image")
+    full, rest = divmod(count, batch_size)
+    return [batch_size] * full + ([rest] if rest else [])
 
 
 @dataclass(frozen=True)

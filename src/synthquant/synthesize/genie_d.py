@@ -13,7 +13,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
-from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches, require_images
+from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
 from synthquant.synthesize.generator import Generator, GeneratorKind, make_generator
 from synthquant.synthesize.inversion import (
     Advice,
@@ -27,7 +27,7 @@ from synthquant.synthesize.inversion import (
     adam,
     invert,
 )
-from synthquant.synthesize.pieces import divided, need_of, usual_batch
+from synthquant.synthesize.pieces import divided, need_of
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel
     from synthquant.synthesize.pieces import Need
-
-# Of the paper, for 32x32 images.
-_USUAL_BATCH = 128
 
 
 @SYNTHESIZERS.register("genie_d")
@@ -65,9 +62,9 @@ class GenieD(Settings):
 
     needs_batch_norm: ClassVar[bool] = True
 
-    batch_size: int | None = Field(default=None, ge=1)
-    """Images made by one generator, over which the statistics are taken; none: 128, or a power of two below it whose
-    activations take 1 GiB on a CPU, 4 GiB elsewhere. A larger batch runs in pieces, as memory asks for."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images made by one generator, over which the statistics are taken; run in pieces where their activations are
+    large, which changes the memory and not the loss."""
 
     iterations: int = Field(default=4000, ge=1)
     """Optimisation steps per batch."""
@@ -121,7 +118,7 @@ class GenieD(Settings):
         Raises `UnsupportedModelError` for a network without batch norm, `InputError` if `count` is not positive or the
         loss stops being finite.
         """
-        require_images(count)
+        sizes = batch_sizes(count, self.batch_size)
         network = InvertedNetwork(
             model,
             method="genie_d",
@@ -132,24 +129,11 @@ class GenieD(Settings):
             untrained=self.untrained,
         )
         generator = make_generator(self.generator, self.latent_size, model.preprocess.input_size, model.device)
+        need = network.need(model.example_input(2))
+        network.pieces = divided(sizes[0], need, self._need(generator), model.device, progress)
         order = Order(model, rng, writer, progress)
-        sizes = batch_sizes(count, self._divide(network, generator, order, count))
         make_batch = partial(self._make_batch, network, generator)
         return make_batches("genie_d", self, order, sizes, make_batch, iterations=self.iterations)
-
-    def _divide(self, network: InvertedNetwork, generator: Generator, order: Order, count: int) -> int:
-        """Choose the size of a batch and the pieces it runs in; a set that was begun keeps the size it has."""
-        need, device = network.need(order.model.example_input(2)), order.model.device
-        usual = usual_batch(_USUAL_BATCH, need, device)
-        begun = None if order.writer is None else order.writer.part_size
-        size = min(count, self.batch_size or begun or usual)
-        if self.batch_size is None and size == usual < _USUAL_BATCH:
-            order.progress.say(
-                f"batches of {size} images, as the activations of one take {need.per_image / 2**20:.0f} MiB; another"
-                " batch_size makes other images"
-            )
-        network.pieces = divided(size, need, self._need(generator), device, order.progress)
-        return size
 
     def _need(self, generator: Generator) -> Need:
         """What the generator and its latents need; values, gradients and Adam's two moments are alike in size."""

@@ -82,16 +82,6 @@ def need_of(run: Callable[[], Tensor], images: int, *, fixed: int, own: Iterable
     return Need(fixed, (sum(saved.values()) + _GRADIENTS * largest) // images)
 
 
-def usual_batch(most: int, network: Need, device: torch.device) -> int:
-    """Return how many images a batch has if nobody says: `most`, or a power of two below it for large networks.
-
-    It follows from the network and the kind of device, not from what is free there: the same command makes the same
-    images on every machine.
-    """
-    fitting = _PIECE[_kind(device)] // network.per_image
-    return most if fitting >= most else _power_of_two(fitting)
-
-
 def divided(batch: int, network: Need, beside: Need, device: torch.device, progress: Progress) -> Pieces:
     """Return how a batch of so many images is divided, and say so if it is.
 
