@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # No test may wait for, or depend on, what a hub answers.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# A shell without job control starts what runs in the background with interrupts ignored, and children inherit that;
+# tests of stopped commands send them one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
