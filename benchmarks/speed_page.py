@@ -1,6 +1,6 @@
-"""Sections of docs/results/imagenet.md about time: Genie-D's generators, and stages of two versions of the code.
+"""Sections of docs/results/imagenet.md about time: Genie-D's generators, `torch.compile`, stages of two versions.
 
-From `results/generators/*.json` and `results/stage_costs/*.json`.
+From `results/generators/*.json`, `results/compiled/*.json` and `results/stage_costs/*.json`.
 """
 
 from __future__ import annotations
@@ -71,6 +71,32 @@ def smooth(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     """The median of each point and the two before it: the images of one iteration are worse or better by chance."""
     losses = [point["loss"] for point in curve]
     return [{**point, "loss": median(losses[max(0, i - 2) : i + 1])} for i, point in enumerate(curve)]
+
+
+def compiled(rows: list[Result], table: Table) -> list[str]:
+    """What compiling gives and costs; `rows` of the table are not needed."""
+    del rows
+    body = []
+    for result in load("compiled"):
+        for what in ("inversion", "evaluation"):
+            eager = result[what]["eager"]["ms"]
+            for name, found in result[what].items():
+                ratio, first = f"{found['ms'] / eager:.2f}", f"{found['first_call_seconds']:.1f}"
+                difference = f"{found['largest_difference']:.1g}"
+                body.append([result["network"], what, name, f"{found['ms']:.2f}", ratio, first, difference])
+    if not body:
+        return []
+    header = ["network", "step", "how", "ms an image", "of eager", "first call, s", "difference"]
+    return [
+        "## torch.compile",
+        "",
+        "From `results/compiled/*.json` (`benchmarks/compiled.py`), one thread, processor time: loss and gradient of",
+        "the inverted network without generator and swing; a forward pass. *Difference*: the largest, as a share of the",
+        "largest value. Nothing is compiled by default: bytes differ from those of the eager network, and the first",
+        "call of every shape costs what thousands of images take.",
+        "",
+        table(header, body),
+    ]
 
 
 def stages(rows: list[Result], table: Table) -> list[str]:
