@@ -161,7 +161,7 @@ def costs(results: list[Result], table: Table) -> list[str]:
     """Seconds and memory of images and rows."""
     body = []
     for result in results:
-        made = [(KINDS[name.rpartition("-")[0]] + " images", row) for name, row in sorted(result["images"].items())]
+        made = [(images_name(name, row), row) for name, row in sorted(result["images"].items())]
         rows = [row for row in result["rows"] if row["label"] == "default" and row["seed"] == 0]
         made += [(f"{row['scheme']} {METHODS[row['method']]}, {KINDS[row['data']]}", row) for row in rows]
         for what, row in made:
@@ -180,6 +180,14 @@ def costs(results: list[Result], table: Table) -> list[str]:
         "",
         table(header, body),
     ]
+
+
+def images_name(name: str, row: Result) -> str:
+    """A kind of images, and the generator if it is not the one that images of this size have by default."""
+    kind = name.partition("-")[0]
+    if kind == "genie_d" and row["settings"].get("generator", "genie") == "genie":
+        return f"{KINDS[kind]} images, the paper's generator"
+    return f"{KINDS[kind]} images"
 
 
 def tried(results: list[Result], table: Table) -> list[str]:

@@ -57,14 +57,15 @@ def files(rows: list[Result], table: Table) -> list[str]:
         "divergence.",
     ]
     for result in results:
-        body = [_file_row(row) for row in sorted(result["rows"], key=_order)]
+        papers = _table_rows(rows, result["network"])
+        body = [_file_row(row, papers) for row in sorted(result["rows"], key=_order)]
         header = ["file", "images", "as written", "integer kernels", "layers on integers", "bytes of float"]
         lines += [
             "",
             f"### {result['network']}, files",
             "",
             table(header, body),
-            *_placement(result, _table_rows(rows, result["network"])),
+            *_placement(result, papers),
         ]
         if "latency" in result:
             lines += ["", *_latency(result, table)]
@@ -79,11 +80,12 @@ def _order(row: Result) -> tuple[int, str]:
     return [*OURS, *RUNTIME].index(row["kind"]), row["method"] + row["data"]
 
 
-def _file_row(row: Result) -> list[str]:
+def _file_row(row: Result, papers: list[Result]) -> list[str]:
     layers, size = row["layers"], row["bytes"]
+    same = row["data"] != "genie_d" or row["images"] in {one["images_fingerprint"] for one in papers}
     return [
         _name(row),
-        DATA[row["data"]],
+        DATA[row["data"]] + ("" if same else ", other images than the table's"),
         *(cell(row[way]) if way in row else "-" for way in ("exact", "integer")),
         f"{layers['integer']} of {layers['integer'] + layers['floating']}",
         f"{size['quantized'] / size['float']:.3f}",
