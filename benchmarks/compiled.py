@@ -2,10 +2,9 @@
 
     python benchmarks/compiled.py --network mobilenetv2 --weights FILE
 
-One thread. *Inversion*: forward and backward pass of the network with its loss, without a generator; without swing,
-whose offsets are a device-side index that Inductor does not fuse. *Evaluation*: a forward pass, as it is and with
-channels-last weights and images. Compiling is timed with its child processes, from an empty cache. The result goes to
-`results/compiled/NETWORK.json`.
+One thread. *Inversion*: forward and backward pass of the network with its loss, without generator and swing.
+*Evaluation*: a forward pass, as it is and with channels-last images. Compiling is timed with its child processes, from
+an empty cache. The result goes to `results/compiled/NETWORK.json`.
 """
 
 from __future__ import annotations
