@@ -22,17 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import imagenet_table
 from synthquant.core.files import write_json
 from synthquant.core.record import environment
 from synthquant.models.open import open_model
 from synthquant.synthesize.inversion import InvertedNetwork
 
 ROOT = Path(__file__).parent.parent
-NETWORKS = {
-    "mobilenetv2": "torchvision/mobilenet_v2",
-    "efficientnet-lite0": "timm/tf_efficientnet_lite0",
-    "cifar10-resnet20": "zoo/cifar10-resnet20",
-}
+NETWORKS = {**imagenet_table.NETWORKS, "cifar10-resnet20": "zoo/cifar10-resnet20"}
 Step = Callable[[], Tensor]
 
 

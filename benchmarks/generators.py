@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imagenet_table import NETWORKS
 from synthquant.core.files import write_json
 from synthquant.core.record import environment
 from synthquant.core.rng import Rng
@@ -27,7 +28,6 @@ from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.inversion import InvertedNetwork
 
 ROOT = Path(__file__).parent.parent
-NETWORKS = {"mobilenetv2": "torchvision/mobilenet_v2", "efficientnet-lite0": "timm/tf_efficientnet_lite0"}
 
 
 class Curve:

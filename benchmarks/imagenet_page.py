@@ -35,8 +35,7 @@ def page(results: list[Result], table: Table) -> str:
         "Cells: top-1 % / agreement with the float network % / Kullback-Leibler divergence from it, the mean over",
         "seeds where there are several. *ONNX Runtime's own*: `quantize_static`, weights per channel, percentile",
         "ranges, run with graph optimisations off, so that sums are exact on CPUs without VNNI, too. MobileNetV2 has",
-        "torchvision's first weights (`IMAGENET1K_V1`) and sees images resized to 232 pixels, as torchvision's present",
-        "weights ask; the first ones were published with 256.",
+        "torchvision's first weights (`torchvision/mobilenet_v2.IMAGENET1K_V1`).",
     ]
     for section in SECTIONS:
         if found := section(results, table):

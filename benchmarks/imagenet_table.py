@@ -49,7 +49,10 @@ from synthquant.recipe import QuantizeSection, SynthesizeSection, apply_override
 from zero_shot_matrix import settings_of, synthetic_images
 
 ROOT = Path(__file__).parent.parent
-NETWORKS = {"mobilenetv2": "torchvision/mobilenet_v2", "efficientnet-lite0": "timm/tf_efficientnet_lite0"}
+NETWORKS = {
+    "mobilenetv2": "torchvision/mobilenet_v2.IMAGENET1K_V1",
+    "efficientnet-lite0": "timm/tf_efficientnet_lite0",
+}
 SYNTHETIC = ("genie_d", "zeroq", "noise")
 IDENTITY = ("label", "data", "scheme", "method", "seed")
 RUNTIME = "onnxruntime"
@@ -229,14 +232,21 @@ def columns(found: Evaluation, test: ImageSet, reference: Tensor) -> dict[str, A
 
 def float_logits(model: FloatModel, test: ImageSet, table: Table) -> Tensor:
     """The float network's logits on the photographs that are measured on, and its row in the table."""
-    file = table.work / f"float-{digest({'model': model.fingerprint, 'images': test.fingerprint})}.safetensors"
+    identity = {"model": model.fingerprint, "preprocess": prepared(model), "images": test.fingerprint}
+    file = table.work / f"float-{digest(identity)}.safetensors"
     if "float" in table.content and file.exists():
         return load_file(file)["logits"]
     found = evaluate_model(model.module, model.preprocess, test)
     write_bytes(file, save({"logits": found.logits}))
-    table.content |= {"fingerprint": model.fingerprint, "float": columns(found, test, found.logits)}
+    table.content |= {"fingerprint": model.fingerprint, "preprocess": prepared(model)}
+    table.content["float"] = columns(found, test, found.logits)
     table.save()
     return found.logits
+
+
+def prepared(model: FloatModel) -> dict[str, Any]:
+    """How the network's images are prepared."""
+    return model.preprocess.model_dump(mode="json")
 
 
 def do_row(row: Row, args: argparse.Namespace) -> None:
@@ -244,8 +254,9 @@ def do_row(row: Row, args: argparse.Namespace) -> None:
     table = Table(row.network, args)
     model = open_model(NETWORKS[row.network], weights=args.files.get(row.network), device=args.device)
     real, test = divided(args.photographs)
-    if table.content.get("fingerprint") not in (None, model.fingerprint):
-        raise SystemExit(f"{table.path} is of other weights of {row.network}; choose another --out")
+    known = [table.content.get(key) for key in ("fingerprint", "preprocess")]
+    if known not in ([None, None], [model.fingerprint, prepared(model)]):
+        raise SystemExit(f"{table.path} is of other weights or preprocessing of {row.network}; choose another --out")
     reference = float_logits(model, test, table)
     images = images_of(row, model, real, table)
     key = digest({**section_of(row, args).model_dump(mode="json"), "images": images.fingerprint})

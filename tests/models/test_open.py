@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from synthquant.core.errors import InputError, ModelError, SynthquantError, UnsupportedModelError
 from synthquant.core.rng import Rng
@@ -78,6 +79,28 @@ def test_torchvision_takes_the_preprocessing_of_its_best_weights() -> None:
     preprocess = open_model("torchvision/regnet_y_400mf", pretrained=False).preprocess
     assert (preprocess.input_size, preprocess.resize, preprocess.interpolation) == ((224, 224), 232, "bilinear")
     assert preprocess.std == pytest.approx((0.229, 0.224, 0.225))
+
+
+def test_a_tag_of_weights_brings_their_preprocessing() -> None:
+    first = open_model("torchvision/mobilenet_v2.IMAGENET1K_V1", pretrained=False)
+    assert first.preprocess.resize == 256
+    assert open_model("torchvision/mobilenet_v2", pretrained=False).preprocess.resize == 232
+    assert open_model(first.source, pretrained=False).preprocess == first.preprocess
+
+
+def test_published_weights_are_those_of_the_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    asked, get_model = [], models.get_model
+
+    def offline(name: str, weights: object, **options: Any) -> nn.Module:
+        asked.append(weights)
+        return get_model(name, weights=None, **options)
+
+    monkeypatch.setattr(models, "get_model", offline)
+    open_model("torchvision/mobilenet_v2.IMAGENET1K_V1")
+    open_model("torchvision/mobilenet_v2")
+    assert asked == [models.MobileNet_V2_Weights.IMAGENET1K_V1, models.MobileNet_V2_Weights.IMAGENET1K_V2]
 
 
 def test_flags_replace_what_the_model_says() -> None:
@@ -207,6 +230,8 @@ def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
         ("timm/resnt18", {}, ModelError, "timm has no model 'resnt18'; the nearest are: resnet18"),
         ("timm/resnet18.nonsense", {"pretrained": False}, ModelError, r"cannot be opened: .*tag \(nonsense\)"),
         ("torchvision/resnt18", {}, ModelError, "torchvision has no model 'resnt18'; the nearest are: resnet18"),
+        ("torchvision/mnasnet0_5.V3", {}, ModelError, "mnasnet0_5 has no weights 'V3'; it has IMAGENET1K_V1"),
+        ("torchvision/mnasnet0_5.", {}, ModelError, "mnasnet0_5 has no weights ''"),
         ("torchvision/fcn_resnet50", {}, ModelError, "torchvision has no model"),
         ("zoo/nothing", {}, SynthquantError, "unknown zoo model 'nothing'; available: .*cifar10-resnet20"),
         ("zoo/cifar10-resnet20", {"num_classes": 3}, ModelError, "give --weights FILE"),

@@ -26,7 +26,9 @@ class _Source(Settings):
     """The fields that say where a network comes from: enough to build the same architecture again."""
 
     source: str = Field(min_length=1)
-    """`timm/NAME`, `torchvision/NAME`, `transformers/REPO_OR_FOLDER`, `zoo/NAME` or `FILE.py:FUNCTION`."""
+    """`timm/NAME`, `torchvision/NAME`, `transformers/REPO_OR_FOLDER`, `zoo/NAME` or `FILE.py:FUNCTION`; the first two
+    with a tag of weights (`timm/resnet18.a1_in1k`, `torchvision/mobilenet_v2.IMAGENET1K_V1`), without one the
+    library's best, whose preprocessing a file of weights gets, too."""
 
     weights: str | None = Field(default=None, min_length=1)
     """File of weights (.safetensors, or one that `torch.load` reads with `weights_only=True`) used instead of the

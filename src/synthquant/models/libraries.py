@@ -89,18 +89,22 @@ def _open_torchvision(name: str, request: ModelSource, published: bool) -> Opene
         raise MissingExtraError("torchvision", "models") from error
 
     names = models.list_models(module=models)
+    name, dot, tag = name.partition(".")
     if name not in names:
         raise _unknown("torchvision", name, names)
-    best = models.get_model_weights(name).DEFAULT
+    known = models.get_model_weights(name)
+    if dot and tag not in known.__members__:
+        raise ModelError(f"torchvision/{name} has no weights {tag!r}; it has {', '.join(known.__members__)}")
+    weights = known[tag] if tag else known.DEFAULT
     options = {} if request.num_classes is None else {"num_classes": request.num_classes}
     # Two old architectures start by drawing random weights for minutes unless told not to.
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     try:
-        module = models.get_model(name, weights=best if published else None, **options)
+        module = models.get_model(name, weights=weights if published else None, **options)
     except FOREIGN_ERRORS as error:
         raise failed(request, error) from error
-    config = best.transforms()
+    config = weights.transforms()
     preprocess = known_preprocess(
         request,
         input_size=(config.crop_size[0], config.crop_size[-1]),
@@ -110,7 +114,7 @@ def _open_torchvision(name: str, request: ModelSource, published: bool) -> Opene
         std=config.std,
         interpolation=config.interpolation.value,
     )
-    return Opened(module, preprocess, tuple(best.meta["categories"]))
+    return Opened(module, preprocess, tuple(weights.meta["categories"]))
 
 
 def _open_transformers(name: str, request: ModelSource, published: bool) -> Opened:
