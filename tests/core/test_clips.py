@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from synthquant.core.clips import saved_results
 
@@ -87,6 +90,25 @@ def test_without_gradients_it_is_the_layer_s_own_operation() -> None:
         wanted = part(images())
         with saved_results(part):
             assert torch.equal(part(images()).nan_to_num(9), wanted.nan_to_num(9))
+
+
+class Coarse(TorchFunctionMode):
+    """Rounds what functions called `hardtanh` return, straight through, as quantizers of operations do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result + (result.round() - result).detach() if func.__name__ == "hardtanh" else result
+
+
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+def test_who_replaces_functions_replaces_the_clip_and_not_its_inside(clip: nn.Module) -> None:
+    part = network(clip)
+    with Coarse():
+        wanted = gradients(part)
+        with saved_results(part):
+            found = gradients(part)
+    assert not torch.equal(wanted[0].nan_to_num(9), gradients(part)[0].nan_to_num(9))
+    assert all(torch.equal(one.nan_to_num(9), other.nan_to_num(9)) for one, other in zip(found, wanted, strict=True))
 
 
 def test_a_class_with_a_forward_of_its_own_and_an_instance_with_one_stay() -> None:

@@ -135,6 +135,37 @@ def test_the_other_methods_run(name: str) -> None:
     assert model.calibrated and len(report.diverged) < len(report.units)
 
 
+class Inverted(nn.Module):
+    """A block as MobileNetV2's: its activations clip in place, and a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            *(nn.Conv2d(8, 16, 1), nn.ReLU6(inplace=True)),
+            *(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU6(inplace=True), nn.Conv2d(16, 8, 1)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut: torch.Tensor = x + self.conv(x)
+        return shortcut
+
+
+class Clipping(nn.Sequential):
+    """A network of such a block."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        stem, head = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(8, 5))
+        super().__init__(stem, Inverted(), head)
+
+
+@pytest.mark.parametrize("name", ["genie_m", "qdrop"])
+def test_networks_whose_activations_clip_in_place_learn(name: str) -> None:
+    model, report = learned(name, Clipping(), iterations=40)
+    assert {"1.conv.hardtanh_0", "1.conv.hardtanh_1"} <= model.quantizers.keys()
+    assert len(report.diverged) < len(report.units) and model.calibrated
+
+
 class Killed(Exception):
     """What the process dies of."""
 

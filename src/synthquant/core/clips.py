@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from synthquant.core.modules import forwards_replaced
 
@@ -51,7 +52,15 @@ def _clips(network: nn.Module) -> list[nn.Module]:
 
 
 def _clipped(clip: Any, inputs: Tensor) -> Tensor:
+    return hardtanh(inputs, clip.min_val, clip.max_val, clip.inplace)
+
+
+def hardtanh(inputs: Tensor, low: float, high: float, inplace: bool) -> Tensor:
+    """As the function of this name in torch, also to those who watch or replace functions of torch."""
+    if has_torch_function_unary(inputs):
+        seen: Tensor = handle_torch_function(hardtanh, (inputs,), inputs, low, high, inplace)
+        return seen
     if not (torch.is_grad_enabled() and inputs.requires_grad):
-        return nn.functional.hardtanh(inputs, clip.min_val, clip.max_val, clip.inplace)
-    result: Tensor = _Clip.apply(inputs, clip.min_val, clip.max_val, clip.inplace)
+        return nn.functional.hardtanh(inputs, low, high, inplace)
+    result: Tensor = _Clip.apply(inputs, low, high, inplace)
     return result
