@@ -7,6 +7,8 @@ change.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -152,6 +154,26 @@ def weight_layout(layer: nn.Module) -> WeightLayout:
         )
     groups = layer.groups if isinstance(layer, _TRANSPOSED) else 0
     return WeightLayout(tuple(weight.shape), groups)
+
+
+@contextmanager
+def switched(
+    layers: Iterable[QuantLayer], quantizers: Iterable[ActivationQuantizer], *, weights: bool, activations: bool
+) -> Iterator[None]:
+    """Let layers use quantized weights, or not, and quantizers quantize, or not, for a while."""
+    former_layers = [(layer, layer.weights_enabled) for layer in layers]
+    former_quantizers = [(quantizer, quantizer.enabled) for quantizer in quantizers]
+    try:
+        for layer, _ in former_layers:
+            layer.weights_enabled = weights
+        for quantizer, _ in former_quantizers:
+            quantizer.enabled = activations
+        yield
+    finally:
+        for layer, enabled in former_layers:
+            layer.weights_enabled = enabled
+        for quantizer, enabled in former_quantizers:
+            quantizer.enabled = enabled
 
 
 class QuantBlock(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +18,16 @@ _ROOT = "module"
 
 
 def check_placement(
-    holder: nn.Module,
+    network: nn.Module,
     placement: Placement,
     quantizers: Mapping[str, ActivationQuantizer],
-    others: Iterable[ActivationQuantizer],
+    others: Sequence[ActivationQuantizer],
     example: torch.Tensor,
 ) -> None:
     """Run the network with its quantizers once more and compare, reader by reader, where what is read comes from.
 
     Args:
-        holder: a module that calls the network, its attribute `module`, and holds all quantizers.
+        network: the network with its quantizers.
         placement: where quantizers should be.
         quantizers: those that stand where tensors are made, by name.
         others: those that stand where layers read.
@@ -36,6 +37,7 @@ def check_placement(
         UnsupportedModelError: something still reads a tensor that is to be quantized as it was before, or other
             operations run each time.
     """
+    holder = _Holder(network, [*quantizers.values(), *others])
     names = {id(part): name for name, part in holder.named_modules()}
     inside = {names[id(quantizer)]: name for name, quantizer in quantizers.items()}
     before = placement.flow
@@ -55,6 +57,18 @@ def check_placement(
                 f"{reader} reads {tensor.place.name} without its quantizer: the network changes a tensor in place and"
                 " goes on under its old name; write x = f(x) there, or leave deploy at 'papers'"
             )
+
+
+class _Holder(nn.Module):
+    """Calls the network; quantizers of operations, which are no children of a module in it, are seen to run as well."""
+
+    def __init__(self, network: nn.Module, quantizers: Sequence[ActivationQuantizer]) -> None:
+        super().__init__()
+        self.module = network
+        self.quantizers = nn.ModuleList(quantizers)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module(x)
 
 
 def _pairs(before: Flow, after: Flow) -> Iterator[tuple[str, Value, Value]]:

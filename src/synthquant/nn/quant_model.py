@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from synthquant.core.errors import ModelError, SchemeError, UnsupportedModelError
-from synthquant.core.modules import get_module, hooked
-from synthquant.models.batch_norm import fold_batch_norms
-from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_inputs, find_units, shared_inputs
+from synthquant.core.errors import ModelError
+from synthquant.models.blocks import Granularity, Unit
 from synthquant.models.float_model import FloatModel
-from synthquant.models.products import Product, find_products
-from synthquant.models.trace import Trace, trace
-from synthquant.nn.activation_quantizers import ActivationQuantizer, new_quantizer
+from synthquant.nn.build import Parts, build_parts
 from synthquant.nn.coverage import CoverageRow, coverage_rows
 from synthquant.nn.equalization import Equalization
-from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, weight_layout
-from synthquant.nn.operations import watch_operations
-from synthquant.nn.own_forward import copy_network
-from synthquant.nn.placement import Flow, OperationRow, Placement
-from synthquant.nn.placement_check import check_placement
-from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
-from synthquant.nn.weight_quantizers import WeightQuantizer
-
-# Synthetic images are classified with less confidence than real ones: on zoo/cifar10-resnet20 the largest logit of 256
-# of them was 0.2 (zeroq), 0.4 (noise) and 0.9 (genie_d) of that of 256 training images. A wider grid costs a bit, one
-# that is too narrow makes ties.
-_LOGITS_HEADROOM = 2.0
+from synthquant.nn.layers import switched
+from synthquant.nn.scheme import QuantScheme
 
 
 class QuantModel(nn.Module):
     """A copy of a float model in which layers hold integer codes and tensors are fake-quantized.
 
-    Batch norms are folded, layers turned into quantized ones where they stand in the module tree, and quantizers shared
-    where several layers read the same tensor. Nothing is traced symbolically; one forward pass of a small example tells
-    which tensor flows where. Inputs are normalised images `[B, 3, H, W]`, outputs logits `[B, num_classes]`.
+    It keeps state, modes and coverage; `nn.build` makes its parts. Inputs are normalised images `[B, 3, H, W]`, outputs
+    logits `[B, num_classes]`.
 
     Attributes:
         float_model: what it was made from.
@@ -53,22 +38,24 @@ class QuantModel(nn.Module):
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
 
-    def __init__(self, float_model: FloatModel, scheme: QuantScheme, module: nn.Module) -> None:
-        """Wrap an already folded copy; use `build`."""
+    def __init__(
+        self, float_model: FloatModel, scheme: QuantScheme, parts: Parts, equalization: Equalization | None = None
+    ) -> None:
+        """Hold what was built; use `build`."""
         super().__init__()
         self.float_model = float_model
         self.scheme = scheme
-        self.module = module
-        self.folded: list[tuple[str, str]] = []
-        self.layers: dict[str, QuantLayer] = {}
-        self.quantizers: dict[str, ActivationQuantizer] = {}
-        self.reads: dict[str, str] = {}
-        self.operations: list[OperationRow] = []
-        self.operation_quantizers = nn.ModuleList()
+        self.module = parts.module
+        self.folded = parts.folded
+        self.layers = parts.layers
+        self.quantizers = parts.quantizers
+        self.reads = parts.reads
+        self.operations = parts.operations
+        self.operation_quantizers = nn.ModuleList(parts.operation_quantizers)
         self.loaded = False
-        self.equalization: Equalization | None = None
-        self._products: list[Product] = []
-        self._units: dict[Granularity, list[Unit]] = {}
+        self.equalization = equalization
+        self._products = parts.products
+        self._units = parts.units
 
     @classmethod
     def build(
@@ -83,148 +70,7 @@ class QuantModel(nn.Module):
             ModelError: the equalisation is one of another network.
         """
         scheme = QuantScheme.parse(scheme)
-        module, folded = folded_copy(float_model)
-        example = float_model.example_input(2)
-        if equalization is not None:
-            equalization.apply(module)
-        model = cls(float_model, scheme, module)
-        model.folded, model.equalization = folded, equalization
-        with torch.no_grad():
-            seen = trace(module, example)
-        order = [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
-        if not order:
-            raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
-        for granularity in ("block", "layer", "network"):
-            model._units[granularity] = find_units(module, example, granularity, set(order), seen)
-        groups = shared_inputs(seen, order)
-        second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
-        if scheme.deploy == "full":
-            of_image = model._insert_where_made(seen, order, tuple(second), example)
-        else:
-            plan = scheme.resolve(order, tuple(second))
-            entries = block_inputs(seen, model._units["block"], order) if scheme.shortcuts else {}
-            model._insert(order, plan, groups, entries)
-            of_image = model._image_quantizers(seen)
-        if not model.layers:
-            raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
-        model._count(example)
-        for quantizer in of_image:  # calibration images may not reach black or white
-            quantizer.fix(*float_model.preprocess.limits)
-        return model.eval()
-
-    def _count(self, example: torch.Tensor) -> None:
-        """Find all matrix products, show every quantizer what it reads, and require that every one runs."""
-        ran: set[int] = set()
-
-        def show(quantizer: ActivationQuantizer, args: tuple[torch.Tensor, ...]) -> None:
-            quantizer.fit_to(args[0])
-            ran.add(id(quantizer))
-
-        hooks = [(quantizer, show) for quantizer in self.quantizers.values()]
-        examples = example, self.float_model.example_input(3)
-        with self.mode(weights=False, activations=False), hooked(pre=hooks):
-            self._products = find_products(self.module, examples, self.float_model.module)
-        idle = [name for name, quantizer in self.quantizers.items() if id(quantizer) not in ran]
-        if idle:
-            raise UnsupportedModelError(
-                f"{self.float_model.name}: the quantizer {idle[0]} would never run, because something keeps the forward"
-                " of that module's class from being called; put the module on the scheme's ignore list"
-            )
-
-    def _image_quantizers(self, seen: Trace) -> list[ActivationQuantizer]:
-        """Quantizers of layers that read the image as it is."""
-        (image, *_) = seen.calls("")[0].inputs
-        return [
-            layer.input_quantizer
-            for name, layer in self.layers.items()
-            if layer.input_quantizer is not None and seen.calls(name)[0].inputs[:1] == (image,)
-        ]
-
-    def _insert(
-        self,
-        order: Sequence[str],
-        plan: Mapping[str, LayerScheme],
-        groups: Sequence[Sequence[str]],
-        entries: Mapping[str, Sequence[str]],
-    ) -> None:
-        """Put quantizers in: at block entries first, then one for each group of layers that read the same tensor."""
-        readers: dict[str, ActivationQuantizer | None] = {}
-        for block, names in entries.items():
-            args = {plan[name].input_activations for name in names if name in plan}
-            wanted = next(iter(args), None)
-            if len(args) == 1 and wanted is not None and all(name in plan for name in names):
-                entry = self._add(f"{block}.input_quantizer", wanted, names)
-                quantize_block(get_module(self.module, block), entry)
-                readers.update(dict.fromkeys(names))
-        partners = {name: tuple(group) for group in groups for name in group}
-        for name in order:
-            if name not in plan:
-                continue
-            if name not in readers:
-                wanted = plan[name].input_activations
-                same = [
-                    other
-                    for other in partners.get(name, (name,))
-                    if other in plan and other not in readers and plan[other].input_activations == wanted
-                ]
-                quantizer = self._add(f"{name}.input_quantizer", wanted, (*same, name)) if wanted else None
-                readers.update(dict.fromkeys((*same, name), quantizer))
-            self._insert_layer(name, plan[name], readers[name], None)
-
-    def _add(self, name: str, args: QuantArgs, layers: Iterable[str]) -> ActivationQuantizer:
-        """A quantizer of what these layers read."""
-        quantizer = new_quantizer(args).to(self.float_model.device)
-        self.quantizers[name] = quantizer
-        self.reads.update(dict.fromkeys(layers, name))
-        return quantizer
-
-    def _insert_layer(
-        self, name: str, scheme: LayerScheme, reads: ActivationQuantizer | None, puts_out: ActivationQuantizer | None
-    ) -> None:
-        layer, weight_quantizer = get_module(self.module, name), None
-        if scheme.weights is not None:
-            weight_quantizer = WeightQuantizer(weight_layout(layer), scheme.weights, name).to(self.float_model.device)
-        if weight_quantizer is not None or scheme.input_activations is not None:
-            self.layers[name] = quantize_layer(layer, weight_quantizer, reads, puts_out)
-
-    def _insert_where_made(
-        self, seen: Trace, order: Sequence[str], second: Sequence[str], example: torch.Tensor
-    ) -> list[ActivationQuantizer]:
-        """Put quantizers in where tensors are made, for all that integer kernels read and put out.
-
-        Returns those of the image.
-        """
-        scopes = watch_operations(self.module, seen, order)
-        with torch.no_grad():  # once more, with attention made visible
-            flow = Flow(trace(self.module, example), order, scopes.keys())
-        plan = self.scheme.resolve(order, second, flow.names)
-        placement = Placement(flow, self.scheme, plan)
-        self.operations = placement.rows()
-        reads, puts_out, placed, of_image = {}, {}, {}, []
-        for tensor in placement.tensors:
-            name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name
-            quantizer = self._add(name, tensor.args, tensor.layers)
-            if tensor.is_output:
-                quantizer.headroom = _LOGITS_HEADROOM
-            if tensor.is_image:
-                of_image.append(quantizer)
-            if tensor.place is None:
-                reads.update(dict.fromkeys(tensor.layers, quantizer))
-                continue
-            placed[name] = quantizer
-            if tensor.place.operation:
-                scopes[tensor.place.module].quantize_operation(tensor.place.operation, quantizer, flow.counts)
-                self.operation_quantizers.append(quantizer)
-            else:
-                puts_out[tensor.place.module] = quantizer
-        for name in order:
-            if name in plan:
-                self._insert_layer(name, plan[name], reads.get(name), puts_out.get(name))
-            if name not in self.layers:  # float, but what it computes inside is no operation of the module around it
-                quantize_layer(get_module(self.module, name), None, None, puts_out.get(name))
-        with self.mode(weights=False, activations=True):  # what decodes a weight is no operation of the network
-            check_placement(self, placement, placed, reads.values(), example)
-        return of_image
+        return cls(float_model, scheme, build_parts(float_model, scheme, equalization), equalization).eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of normalised images."""
@@ -254,19 +100,8 @@ class QuantModel(nn.Module):
         """
         if not weights and self.loaded:
             raise ModelError(f"{self.float_model.name}: loaded from a checkpoint, which holds no float weights")
-        former_layers = [(layer, layer.weights_enabled) for layer in self.layers.values()]
-        former_quantizers = [(quantizer, quantizer.enabled) for quantizer in self.quantizers.values()]
-        try:
-            for layer in self.layers.values():
-                layer.weights_enabled = weights
-            for quantizer in self.quantizers.values():
-                quantizer.enabled = activations
+        with switched(self.layers.values(), self.quantizers.values(), weights=weights, activations=activations):
             yield
-        finally:
-            for layer, enabled in former_layers:
-                layer.weights_enabled = enabled
-            for quantizer, enabled in former_quantizers:
-                quantizer.enabled = enabled
 
     def coverage(self) -> list[CoverageRow]:
         """What becomes of every layer, every other weight and every other matrix product, in execution order."""
@@ -354,17 +189,3 @@ class QuantModel(nn.Module):
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
         entries = self.module.state_dict(keep_vars=True)
         return {name: value.detach() for name, value in entries.items() if id(value) not in own}
-
-
-def folded_copy(float_model: FloatModel) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """A copy of the network without gradients, batch norms folded, and the pairs (batch norm, layer) of these."""
-    module = copy_network(float_model.module).eval().requires_grad_(False)
-    _run_layers_themselves(module)
-    return module, fold_batch_norms(module, float_model.example_input(2))
-
-
-def _run_layers_themselves(module: nn.Module) -> None:
-    """Keep torch's encoder layer from a fused kernel that reads its layers' weights and never calls them."""
-    for part in module.modules():
-        if isinstance(part, nn.TransformerEncoderLayer):
-            part.activation_relu_or_gelu = 0

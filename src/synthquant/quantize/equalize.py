@@ -34,9 +34,10 @@ from synthquant.methods import Equalize
 from synthquant.models.channels import Channels
 from synthquant.models.float_model import FloatModel
 from synthquant.models.trace import trace
+from synthquant.nn.build import folded_copy
 from synthquant.nn.equalization import Equalization, weight_by_group
 from synthquant.nn.layers import QuantLayer
-from synthquant.nn.quant_model import QuantModel, folded_copy
+from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationImages
 
 _IMAGES = 64

@@ -1,0 +1,246 @@
+"""From a float model and a scheme to the parts of a quantized network: what `QuantModel.build` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from synthquant.core.errors import SchemeError, UnsupportedModelError
+from synthquant.core.modules import get_module, hooked
+from synthquant.models.batch_norm import fold_batch_norms
+from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_inputs, find_units, shared_inputs
+from synthquant.models.float_model import FloatModel
+from synthquant.models.products import Product, find_products
+from synthquant.models.trace import Trace, trace
+from synthquant.nn.activation_quantizers import ActivationQuantizer, new_quantizer
+from synthquant.nn.equalization import Equalization
+from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, switched, weight_layout
+from synthquant.nn.operations import watch_operations
+from synthquant.nn.own_forward import copy_network
+from synthquant.nn.placement import Flow, OperationRow, Placement
+from synthquant.nn.placement_check import check_placement
+from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
+from synthquant.nn.weight_quantizers import WeightQuantizer
+
+# Synthetic images are classified with less confidence than real ones: on zoo/cifar10-resnet20 the largest logit of 256
+# of them was 0.2 (zeroq), 0.4 (noise) and 0.9 (genie_d) of that of 256 training images. A wider grid costs a bit, one
+# that is too narrow makes ties.
+_LOGITS_HEADROOM = 2.0
+
+
+@dataclass
+class Parts:
+    """What a quantized network consists of.
+
+    Attributes:
+        module: the network, quantizers in place.
+        folded: pairs (batch norm, layer it was folded into).
+        layers: quantized layers by name, in execution order.
+        quantizers: activation quantizers by name, each once.
+        reads: for each layer whose input is quantized, the name of the quantizer of that tensor.
+        operations: what becomes of the operations outside layers, in execution order (`deploy: full`).
+        operation_quantizers: the quantizers of these; they are no children of the modules they stand in.
+        products: all matrix products of a forward pass.
+        units: reconstruction units by granularity, of layers quantized or not.
+    """
+
+    module: nn.Module
+    folded: list[tuple[str, str]]
+    layers: dict[str, QuantLayer] = field(default_factory=dict)
+    quantizers: dict[str, ActivationQuantizer] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    operations: list[OperationRow] = field(default_factory=list)
+    operation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    units: dict[Granularity, list[Unit]] = field(default_factory=dict)
+
+
+def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equalization | None = None) -> Parts:
+    """Copy `float_model`, fold its batch norms and put in quantizers by `scheme`; ranges are not calibrated yet.
+
+    Layers are turned into quantized ones where they stand in the module tree, and quantizers are shared where several
+    layers read the same tensor. Nothing is traced symbolically; one forward pass of a small example tells which tensor
+    flows where.
+
+    Raises:
+        SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
+        ModelError: the equalisation is one of another network.
+    """
+    parts = Parts(*folded_copy(float_model))
+    example = float_model.example_input(2)
+    if equalization is not None:
+        equalization.apply(parts.module)
+    with torch.no_grad():
+        seen = trace(parts.module, example)
+    order = [name for name in seen.order if isinstance(get_module(parts.module, name), QUANTIZABLE)]
+    if not order:
+        raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
+    for granularity in ("block", "layer", "network"):
+        parts.units[granularity] = find_units(parts.module, example, granularity, set(order), seen)
+    of_image = _Insertion(float_model, scheme, parts).run(seen, order, example)
+    if not parts.layers:
+        raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
+    _count(float_model, parts, example)
+    for quantizer in of_image:  # calibration images may not reach black or white
+        quantizer.fix(*float_model.preprocess.limits)
+    return parts
+
+
+def folded_copy(float_model: FloatModel) -> tuple[nn.Module, list[tuple[str, str]]]:
+    """A copy of the network without gradients, batch norms folded, and the pairs (batch norm, layer) of these."""
+    module = copy_network(float_model.module).eval().requires_grad_(False)
+    _run_layers_themselves(module)
+    return module, fold_batch_norms(module, float_model.example_input(2))
+
+
+def _run_layers_themselves(module: nn.Module) -> None:
+    """Keep torch's encoder layer from a fused kernel that reads its layers' weights and never calls them."""
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0
+
+
+def _count(float_model: FloatModel, parts: Parts, example: torch.Tensor) -> None:
+    """Find all matrix products, show every quantizer what it reads, and require that every one runs."""
+    ran: set[int] = set()
+
+    def show(quantizer: ActivationQuantizer, args: tuple[torch.Tensor, ...]) -> None:
+        quantizer.fit_to(args[0])
+        ran.add(id(quantizer))
+
+    hooks = [(quantizer, show) for quantizer in parts.quantizers.values()]
+    examples = example, float_model.example_input(3)
+    off = switched(parts.layers.values(), parts.quantizers.values(), weights=False, activations=False)
+    with off, hooked(pre=hooks):
+        parts.products = find_products(parts.module, examples, float_model.module)
+    idle = [name for name, quantizer in parts.quantizers.items() if id(quantizer) not in ran]
+    if idle:
+        raise UnsupportedModelError(
+            f"{float_model.name}: the quantizer {idle[0]} would never run, because something keeps the forward"
+            " of that module's class from being called; put the module on the scheme's ignore list"
+        )
+
+
+class _Insertion:
+    """Puts quantizers into a network."""
+
+    def __init__(self, float_model: FloatModel, scheme: QuantScheme, parts: Parts) -> None:
+        self._scheme = scheme
+        self._parts = parts
+        self._module = parts.module
+        self._device = float_model.device
+
+    def run(self, seen: Trace, order: Sequence[str], example: torch.Tensor) -> list[ActivationQuantizer]:
+        """Put quantizers in and return those of the image.
+
+        Args:
+            seen: a forward pass of the network.
+            order: its layers in execution order.
+            example: normalised images.
+        """
+        groups = shared_inputs(seen, order)
+        second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
+        if self._scheme.deploy == "full":
+            return self._where_made(seen, order, tuple(second), example)
+        plan = self._scheme.resolve(order, tuple(second))
+        entries = block_inputs(seen, self._parts.units["block"], order) if self._scheme.shortcuts else {}
+        self._where_read(order, plan, groups, entries)
+        (image, *_) = seen.calls("")[0].inputs
+        return [
+            layer.input_quantizer
+            for name, layer in self._parts.layers.items()
+            if layer.input_quantizer is not None and seen.calls(name)[0].inputs[:1] == (image,)
+        ]
+
+    def _where_read(
+        self,
+        order: Sequence[str],
+        plan: Mapping[str, LayerScheme],
+        groups: Sequence[Sequence[str]],
+        entries: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Put quantizers in: at block entries first, then one for each group of layers that read the same tensor."""
+        readers: dict[str, ActivationQuantizer | None] = {}
+        for block, names in entries.items():
+            args = {plan[name].input_activations for name in names if name in plan}
+            wanted = next(iter(args), None)
+            if len(args) == 1 and wanted is not None and all(name in plan for name in names):
+                entry = self._add(f"{block}.input_quantizer", wanted, names)
+                quantize_block(get_module(self._module, block), entry)
+                readers.update(dict.fromkeys(names))
+        partners = {name: tuple(group) for group in groups for name in group}
+        for name in order:
+            if name not in plan:
+                continue
+            if name not in readers:
+                wanted = plan[name].input_activations
+                same = [
+                    other
+                    for other in partners.get(name, (name,))
+                    if other in plan and other not in readers and plan[other].input_activations == wanted
+                ]
+                quantizer = self._add(f"{name}.input_quantizer", wanted, (*same, name)) if wanted else None
+                readers.update(dict.fromkeys((*same, name), quantizer))
+            self._insert_layer(name, plan[name], readers[name], None)
+
+    def _where_made(
+        self, seen: Trace, order: Sequence[str], second: Sequence[str], example: torch.Tensor
+    ) -> list[ActivationQuantizer]:
+        """Put quantizers in where tensors are made, for all that integer kernels read and put out.
+
+        Returns those of the image.
+        """
+        scopes = watch_operations(self._module, seen, order)
+        with torch.no_grad():  # once more, with attention made visible
+            flow = Flow(trace(self._module, example), order, scopes.keys())
+        plan = self._scheme.resolve(order, second, flow.names)
+        placement = Placement(flow, self._scheme, plan)
+        self._parts.operations = placement.rows()
+        reads, puts_out, placed, of_image = {}, {}, {}, []
+        for tensor in placement.tensors:
+            name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name
+            quantizer = self._add(name, tensor.args, tensor.layers)
+            if tensor.is_output:
+                quantizer.headroom = _LOGITS_HEADROOM
+            if tensor.is_image:
+                of_image.append(quantizer)
+            if tensor.place is None:
+                reads.update(dict.fromkeys(tensor.layers, quantizer))
+                continue
+            placed[name] = quantizer
+            if tensor.place.operation:
+                scopes[tensor.place.module].quantize_operation(tensor.place.operation, quantizer, flow.counts)
+                self._parts.operation_quantizers.append(quantizer)
+            else:
+                puts_out[tensor.place.module] = quantizer
+        for name in order:
+            if name in plan:
+                self._insert_layer(name, plan[name], reads.get(name), puts_out.get(name))
+            if (
+                name not in self._parts.layers
+            ):  # float, but what it computes inside is no operation of the module around it
+                quantize_layer(get_module(self._module, name), None, None, puts_out.get(name))
+        quantizers = self._parts.quantizers.values()
+        # what decodes a weight is no operation of the network
+        with switched(self._parts.layers.values(), quantizers, weights=False, activations=True):
+            check_placement(self._module, placement, placed, tuple(reads.values()), example)
+        return of_image
+
+    def _add(self, name: str, args: QuantArgs, layers: Iterable[str]) -> ActivationQuantizer:
+        """A quantizer of what these layers read."""
+        quantizer = new_quantizer(args).to(self._device)
+        self._parts.quantizers[name] = quantizer
+        self._parts.reads.update(dict.fromkeys(layers, name))
+        return quantizer
+
+    def _insert_layer(
+        self, name: str, scheme: LayerScheme, reads: ActivationQuantizer | None, puts_out: ActivationQuantizer | None
+    ) -> None:
+        layer, weight_quantizer = get_module(self._module, name), None
+        if scheme.weights is not None:
+            weight_quantizer = WeightQuantizer(weight_layout(layer), scheme.weights, name).to(self._device)
+        if weight_quantizer is not None or scheme.input_activations is not None:
+            self._parts.layers[name] = quantize_layer(layer, weight_quantizer, reads, puts_out)
