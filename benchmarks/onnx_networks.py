@@ -38,9 +38,9 @@ from synthquant.export.onnx import Onnx
 from synthquant.export.onnx.layers import integer_coverage
 from synthquant.export.onnx.runtime import has_vnni, ort_network, session
 from synthquant.export.onnx.speed import export_float, in_turns
-from synthquant.models.blocks import QUANTIZABLE
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize import Rtn

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from synthquant.models.batch_norm import fold_batch_norms
-from synthquant.models.blocks import QUANTIZABLE, Unit, block_inputs, find_units, shared_inputs
+from synthquant.models.blocks import Unit, block_inputs, find_units, shared_inputs
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.trace import trace
 from synthquant.models.zoo.mobilenet_cifar import mobilenetv2
 from synthquant.models.zoo.resnet_cifar import resnet20

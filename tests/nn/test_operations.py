@@ -122,6 +122,24 @@ def test_other_operations_than_before_are_refused() -> None:
     network(images())  # nothing is left behind
 
 
+def test_a_function_that_changes_nothing_counts_in_the_trace_as_in_the_running_network() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.act(x.float().double()).float() + 1  # the first gives back the tensor it was given
+
+    network, x = Casting(), images()
+    seen = trace(network, x)
+    keys = [operation.key for operation in seen.operations]
+    assert keys == ["double_0", "relu_0", "float_1", "add_0"] and seen.counts[""]["float"] == {2}
+    scopes = watched(network, ())
+    scopes[""].quantize_operation("float_1", quantizer(0.5), seen.counts)
+    assert torch.equal(network(x), (torch.relu(x) / 0.5).round() * 0.5 + 1)
+
+
 def test_an_exception_that_the_network_catches_leaves_nothing_behind() -> None:
     class Failing(nn.Module):
         def __init__(self) -> None:

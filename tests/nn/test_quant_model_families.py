@@ -12,9 +12,9 @@ from torch import nn
 
 from synthquant.core.modules import hooked
 from synthquant.data.image_set import ImageSet
-from synthquant.models.blocks import QUANTIZABLE
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
-from synthquant.models.blocks import QUANTIZABLE, Unit, find_units
+from synthquant.models.blocks import Unit, find_units
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.quantize.replay import NETWORK_INPUT, Replay
 
 

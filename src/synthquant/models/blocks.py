@@ -11,18 +11,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.trace import Trace, trace
-
-QUANTIZABLE = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
-"""Kinds of layers whose weights and inputs are quantized."""
 
 Granularity = Literal["block", "layer", "network"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from synthquant.core.modules import get_module
 from synthquant.models.batch_norm import is_plain
-from synthquant.models.blocks import QUANTIZABLE
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.trace import ModuleCall, Operation, Trace, Value
 
 _POOLINGS = tuple(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3))

@@ -7,10 +7,10 @@ a function uses counts like one that a layer uses. Formulas are those of `torch.
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import eval_mode, hooked
-from synthquant.models.blocks import QUANTIZABLE
-from synthquant.models.trace import operation_name
+from synthquant.models.operation_names import RunningCalls, operation_name
 
 _aten = torch.ops.aten
 # Products for which the counter of torch has no formula.
@@ -114,59 +113,39 @@ def _no_fused_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(former)
 
 
-@dataclass
-class _Call:
-    """A running call of a module: how often each function has been called in it so far."""
-
-    module: nn.Module
-    name: str
-    is_layer: bool
-    has_functions: bool
-    functions: Counter[str] = field(default_factory=Counter)
-
-
 class _Counter:
     """Knows which module and which function are running, and adds up."""
 
     def __init__(self, module: nn.Module, original: nn.Module) -> None:
         self.macs: dict[_Key, int] = {}
-        self.function = ""
-        self._names = {id(part): name for name, part in module.named_modules()}
+        self.function: str | None = None  # the name of the one that runs, with its number
         self._own = _memories(module)
         self._foreign = {memory: names for memory, names in _memories(original).items() if memory not in self._own}
-        self._running: list[_Call] = []
+        self._running = RunningCalls(module)
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook."""
-        name = self._names[id(module)]
-        is_layer = isinstance(module, QUANTIZABLE)
-        has_functions = not is_layer and next(module.children(), None) is not None
-        self._running.append(_Call(module, name, is_layer, has_functions))
+        self._running.start(module)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
-        while self._running.pop().module is not module:
-            pass  # a forward pass inside raised, and was caught by the network itself
+        self._running.end(module)
 
-    def enter(self, name: str) -> str:
-        """A function starts: number it among those of its name, as placement does; returns what ran before."""
+    def enter(self, name: str) -> str | None:
+        """A function starts; returns what ran before."""
         former = self.function
-        if self._running:
-            functions = self._owner.functions
-            self.function = f"{name}_{functions[name]}"
-            if not any(call.is_layer for call in self._running):
-                functions[name] += 1
+        self.function = self._running.take(name) or f"{name}_0"
         return former
 
     def add(self, packet: Any, tensors: Sequence[Tensor], flops: int) -> None:
         """An operator that multiplies has run."""
-        layer = next((call.name for call in reversed(self._running) if call.is_layer), None)
+        layer, owner = self._running.layer, self._running.owner
         start = 1 if packet in _ADDING else 0
         weights = tuple(name for tensor in reversed(tensors[start : start + 2]) for name in self._held(tensor))
-        owner = self._owner
         function = self.function or f"{packet.__name__}_0"
-        place = f"{owner.name}.{function}" if owner.name else function
-        key = (layer, place, function.rpartition("_")[0], weights)
+        inside = layer or owner
+        place = f"{inside.name}.{function}" if inside is not None and inside.name else function
+        key = (None if layer is None else layer.name, place, function.rpartition("_")[0], weights)
         self.macs[key] = self.macs.get(key, 0) + flops // 2
 
     def require_own(self, tensors: Sequence[Tensor]) -> None:
@@ -174,17 +153,13 @@ class _Counter:
         for tensor in tensors:
             if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._foreign:
                 *_, (_, _, name) = self._foreign[tensor.untyped_storage().data_ptr()]
-                where = self._running[-1].name if self._running else ""
+                running = self._running.innermost
+                where = "" if running is None else running.name
                 raise UnsupportedModelError(
                     f"module {where!r} goes on computing with {name} of the network it was copied from, so it cannot be"
                     " quantized: its forward refers to another module by a variable; make it a class whose forward uses"
                     " its own attributes"
                 )
-
-    @property
-    def _owner(self) -> _Call:
-        """The innermost running module that has children and is no layer, or the root."""
-        return next((call for call in reversed(self._running) if call.has_functions), self._running[0])
 
     def _held(self, tensor: Tensor) -> Iterator[str]:
         """Names of the parameters and buffers in whose memory a tensor lies."""

@@ -8,6 +8,7 @@ operation raises: `conv -> relu_ -> x` has two values, before and after `relu_`,
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from synthquant.core.modules import eval_mode, hooked
+from synthquant.models.operation_names import RunningCalls, operation_name
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -72,6 +74,10 @@ class Operation:
     """Name of the function without underscores at the ends, for example `conv2d`, `add`, `iadd`."""
     call: int
     """Index of the innermost module call that was running."""
+    owner: int | None
+    """Index of the module call that it belongs to (`operation_names`); none in layers."""
+    key: str
+    """Its name and its number among the functions of that name in the owner's call, for example `add_0`."""
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     """What it returned, and the new values of what it changed in place."""
@@ -90,6 +96,8 @@ class Trace:
     operations: tuple[Operation, ...]
     parameters: Mapping[str, Value]
     """The value of each parameter, under every name that it has."""
+    counts: Mapping[str, Mapping[str, frozenset[int]]]
+    """For each module that operations belong to, how often each function ran in a call of it."""
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -165,14 +173,13 @@ class _Tracer:
     """Takes notes during the forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._names = {id(part): name for name, part in module.named_modules()}
         self._values: dict[tuple[int, int], Value] = {}
         # Kept alive, so that an identity is never given to a second tensor.
         self._tensors: dict[int, Tensor] = {}
         self._tainted_memory: set[int] = set()
         self._calls: list[ModuleCall] = []
-        self._modules: list[nn.Module] = []
-        self._running: list[int] = []
+        self._running = RunningCalls(module)
+        self._numbers: list[tuple[str, Counter[str]]] = []
         self._operations: list[Operation] = []
         named = module.named_parameters(remove_duplicate=False)
         self._parameters = {name: self._value(parameter) for name, parameter in named}
@@ -183,39 +190,45 @@ class _Tracer:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        index = len(self._calls)
-        parent = self._running[-1] if self._running else None
+        around = self._running.innermost
         inputs = self._values_in((args, kwargs))
-        self._calls.append(ModuleCall(index, self._names[id(module)], parent, inputs, ()))
-        self._modules.append(module)
-        self._running.append(index)
+        call = self._running.start(module)
+        self._calls.append(ModuleCall(call.index, call.name, None if around is None else around.index, inputs, ()))
+        if call.numbering is not None:
+            self._numbers.append((call.name, call.numbering.counts))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         """Forward hook."""
-        index = self._running.pop()
-        while self._modules[index] is not module:
-            # A forward pass inside raised, and was caught by the network itself.
-            index = self._running.pop()
+        index = self._running.end(module).index
         self._calls[index] = dataclasses.replace(self._calls[index], outputs=self._values_in(output))
 
     def operation(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a torch function and note what it read and made."""
         read = list(tensors_in((args, kwargs)))
         inputs = tuple(self._value(tensor) for tensor in read)
+        name, owner, innermost = operation_name(function), self._running.owner, self._running.innermost
+        key = self._running.take(name) or name
         result = function(*args, **kwargs)
         tainted = any(value.from_input for value in inputs)
         touched = [*tensors_in(result), *read]
         known = set(inputs)
         # A tensor that was read and has another version now was changed in place, whatever was returned.
         outputs = dict.fromkeys(value for tensor in touched if (value := self._value(tensor, tainted)) not in known)
-        if outputs and inputs and self._running:
-            self._operations.append(Operation(operation_name(function), self._running[-1], inputs, tuple(outputs)))
+        if outputs and inputs and innermost is not None:
+            owned_by = None if owner is None else owner.index
+            self._operations.append(Operation(name, innermost.index, owned_by, key, inputs, tuple(outputs)))
         return result
 
     def finish(self) -> Trace:
         """Everything noted, without the tensors."""
         self._tensors.clear()
-        return Trace(tuple(self._calls), tuple(self._operations), self._parameters)
+        return Trace(tuple(self._calls), tuple(self._operations), self._parameters, self._counts())
+
+    def _counts(self) -> dict[str, dict[str, frozenset[int]]]:
+        return {
+            name: {function: frozenset(count[function] for count in counts) for function in set().union(*counts)}
+            for name, counts in _grouped(self._numbers).items()
+        }
 
     def _values_in(self, content: object) -> tuple[Value, ...]:
         return tuple(self._value(tensor) for tensor in tensors_in(content))
@@ -251,14 +264,6 @@ class _Watch(TorchFunctionMode):
 def _memory(tensor: Tensor) -> int:
     """Address of a tensor's memory; 0 where it has none of its own that could be shared."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-
-
-def operation_name(function: Callable[..., Any]) -> str:
-    """Name of a torch function without underscores at the ends; that of an attribute for what reads it."""
-    name: str = getattr(function, "__name__", type(function).__name__)
-    if name == "__get__":
-        name = getattr(getattr(function, "__self__", None), "__name__", name)
-    return name.strip("_")
 
 
 def _grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:

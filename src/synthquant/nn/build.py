@@ -11,8 +11,9 @@ from torch import nn
 from synthquant.core.errors import SchemeError, UnsupportedModelError
 from synthquant.core.modules import get_module, hooked
 from synthquant.models.batch_norm import fold_batch_norms
-from synthquant.models.blocks import QUANTIZABLE, Granularity, Unit, block_inputs, find_units, shared_inputs
+from synthquant.models.blocks import Granularity, Unit, block_inputs, find_units, shared_inputs
 from synthquant.models.float_model import FloatModel
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.products import Product, find_products
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer, new_quantizer
@@ -195,7 +196,7 @@ class _Insertion:
         """
         scopes = watch_operations(self._module, seen, order)
         with torch.no_grad():  # once more, with attention made visible
-            flow = Flow(trace(self._module, example), order, scopes.keys())
+            flow = Flow(trace(self._module, example), order)
         plan = self._scheme.resolve(order, second, flow.names)
         placement = Placement(flow, self._scheme, plan)
         self._parts.operations = placement.rows()
@@ -212,7 +213,7 @@ class _Insertion:
                 continue
             placed[name] = quantizer
             if tensor.place.operation:
-                scopes[tensor.place.module].quantize_operation(tensor.place.operation, quantizer, flow.counts)
+                scopes[tensor.place.module].quantize_operation(tensor.place.operation, quantizer, flow.seen.counts)
                 self._parts.operation_quantizers.append(quantizer)
             else:
                 puts_out[tensor.place.module] = quantizer

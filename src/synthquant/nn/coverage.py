@@ -9,7 +9,7 @@ from typing import cast
 from torch import nn
 
 from synthquant.core.modules import get_module
-from synthquant.models.blocks import QUANTIZABLE
+from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.products import Product
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.equalization import ChannelClip

@@ -5,14 +5,12 @@ pass runs under a `TorchFunctionMode`; the mode tells operations apart by their 
 called before in the same call of the module (`add_0`, `add_1`). That works when a unit is run alone, under autograd,
 in a deep copy, and under `torch.export` with `strict=False`.
 
-An operation belongs to the innermost running module that has children: a leaf such as `nn.ReLU`, which networks often
-use in several places, counts as code of the module that calls it. What runs in quantizable layers, or in hooks of them
-and of derived modules, belongs to nobody.
+Which module an operation belongs to says `models.operation_names`; what hooks of layers and of derived modules run
+belongs to nobody.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +24,8 @@ from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import get_module
-from synthquant.models.trace import Trace, operation_name
+from synthquant.models.operation_names import Numbering, operation_name, owns_operations
+from synthquant.models.trace import Trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer, hand_on
 from synthquant.nn.derived import derived_class
 from synthquant.nn.visible import VISIBLE
@@ -94,7 +93,7 @@ def watch_operations(root: nn.Module, seen: Trace, layers: Collection[str]) -> d
     scopes = {}
     for name in seen.order:
         part = get_module(root, name)
-        if name in layers or (name and next(part.children(), None) is None):
+        if name in layers or not owns_operations(part, root):
             continue
         part.__class__ = derived_class(QuantScope, type(part))
         scope = cast(QuantScope, part)
@@ -135,25 +134,25 @@ class _Frame:
 
     def __init__(self, scope: QuantScope) -> None:
         self._scope = scope
-        self._seen: Counter[str] = Counter()
+        self._numbering = Numbering()
 
     def run(self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and quantize its result if it is one of those."""
-        result = function(*args, **kwargs)
         if name not in self._scope.operation_counts:
-            return result
-        quantizer = self._scope.operation_quantizers.get(f"{name}_{self._seen[name]}")
-        self._seen[name] += 1
+            return function(*args, **kwargs)
+        quantizer = self._scope.operation_quantizers.get(self._numbering.take(name))
+        result = function(*args, **kwargs)
         if quantizer is None:
             return result
         # Some functions return their one tensor in a tuple, with nothing beside it.
         return pytree.tree_map_only(torch.Tensor, partial(hand_on, quantizer), result)
 
     def check(self) -> None:
+        seen = self._numbering.counts
         for name, counts in self._scope.operation_counts.items():
-            if self._seen[name] not in counts:
+            if seen[name] not in counts:
                 raise UnsupportedModelError(
-                    f"module {self._scope.scope_name!r} ran {name!r} {self._seen[name]} times, not {max(counts)} times"
+                    f"module {self._scope.scope_name!r} ran {name!r} {seen[name]} times, not {max(counts)} times"
                     " as when it was quantized; a network whose operations change cannot have deploy 'full'"
                 )
 

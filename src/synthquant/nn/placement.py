@@ -9,9 +9,7 @@ slices, copies and max pooling of it keep its grid.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,35 +98,26 @@ def is_move(operation: Operation) -> bool:
 class Flow:
     """The tensors of one forward pass, with views of a tensor told apart from new tensors."""
 
-    def __init__(self, seen: Trace, layers: Sequence[str], scopes: AbstractSet[str]) -> None:
-        """Sort the operations of a trace by the module they belong to.
+    def __init__(self, seen: Trace, layers: Sequence[str]) -> None:
+        """Find the operations of a trace and what reads what they make.
 
         Args:
             seen: a forward pass.
             layers: names of the layers; what happens inside them is of no interest.
-            scopes: names of the modules that operations can belong to.
         """
         self.seen = seen
         self.layers = tuple(layers)
         self.operations: list[Operation] = []
-        self.counts: dict[str, dict[str, set[int]]] = {}
         self._places: dict[int, Place] = {}
         self._readers: dict[int, list[Operation | str]] = {}
-        self._sort(scopes)
+        self._sort()
 
-    def _sort(self, scopes: AbstractSet[str]) -> None:
+    def _sort(self) -> None:
         known = set(self.layers)
-        counts: dict[int, Counter[str]] = {
-            call.index: Counter() for call in self.seen.module_calls if call.name in scopes
-        }
         for operation in self.seen.operations:
-            chain = list(self.seen.enclosing(operation.call))
-            if any(call.name in known for call in chain):
+            if operation.owner is None or any(call.name in known for call in self.seen.enclosing(operation.call)):
                 continue
-            owner = next(call for call in chain if call.name in scopes)
-            seen = counts[owner.index]
-            place = Place(owner.name, f"{operation.name}_{seen[operation.name]}")
-            seen[operation.name] += 1
+            place = Place(self.seen.module_calls[operation.owner].name, operation.key)
             self.operations.append(operation)
             if (len(operation.outputs) == 1 and operation.name not in _STATEMENTS) or is_move(operation):
                 self._places.update((value.index, place) for value in operation.outputs)
@@ -139,10 +128,6 @@ class Flow:
                 self._places.update((value.index, Place(name)) for value in call.outputs)
                 for value in call.inputs[:1]:
                     self._readers.setdefault(value.index, []).append(name)
-        for index, counter in counts.items():
-            totals = self.counts.setdefault(self.seen.module_calls[index].name, {})
-            for name in {*totals, *counter}:
-                totals.setdefault(name, set()).add(counter[name])
 
     @property
     def names(self) -> tuple[str, ...]:

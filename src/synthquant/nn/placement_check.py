@@ -45,8 +45,7 @@ def check_placement(
     copying = [(quantizer, torch.clone) for quantizer in (*quantizers.values(), *others)]
     with forwards_replaced(copying):
         seen = trace(holder, example)
-    scopes = {_inside(name) for name in before.counts}
-    after = Flow(seen, (*(_inside(name) for name in before.layers), *inside), scopes)
+    after = Flow(seen, (*(_inside(name) for name in before.layers), *inside))
     for reader, wanted, found in _pairs(before, after):
         tensor = placement.tensor(wanted)
         if tensor is None or tensor.place is None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import eval_mode
 from synthquant.methods import SELECTORS
-from synthquant.models.trace import operation_name
+from synthquant.models.operation_names import operation_name
 from synthquant.select.filter import Filter, unfit
 
 if TYPE_CHECKING:
