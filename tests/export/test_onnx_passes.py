@@ -104,6 +104,39 @@ def test_a_layer_that_reads_floats_keeps_its_bias(rng: np.random.Generator) -> N
     assert "conv.bias_codes" not in model.graph.initializers
 
 
+@pytest.mark.parametrize(
+    ("step", "is_move"),
+    [
+        ("m = MaxPool<kernel_shape = [2, 2]>(x)", True),
+        ("e = Identity(x) m = Transpose<perm = [0, 1, 3, 2]>(e)", True),
+        ("m = Mul(x, x)", False),
+    ],
+)
+def test_a_bias_behind_what_only_moves_values_has_the_grid_of_what_was_moved(
+    rng: np.random.Generator, step: str, is_move: bool
+) -> None:
+    from synthquant.export.onnx.bias import quantize_biases
+
+    body = f"{QUANTIZED} {step} wd = DequantizeLinear<axis = 0>(w, ws) y = Conv(m, wd, b) logits = Flatten(y)"
+    values = constants(rng)
+    model = graph(body, **values)
+    quantize_biases(model, PRESETS["ort-cpu"])
+    scale = model.graph.initializers.get("conv.bias_scale")
+    assert (scale is not None) == is_move
+    assert scale is None or np.array_equal(scale.const_value.numpy(), values["xs"] * values["ws"])
+
+
+def test_moves_are_named_by_operators_that_exist() -> None:
+    from onnx import defs
+
+    from synthquant.export.onnx.moves import BYTE_MOVES
+    from synthquant.nn.moves import MOVES
+
+    assert all(defs.has(operator) for operator in MOVES) and MOVES.keys() >= BYTE_MOVES
+    functions = [name for names in MOVES.values() for name in names]
+    assert len(functions) == len(set(functions))
+
+
 def test_a_bias_of_two_layers_is_written_twice(rng: np.random.Generator) -> None:
     from synthquant.export.onnx.bias import quantize_biases
 

@@ -14,25 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from synthquant.models.trace import Operation, Trace, Value
+from synthquant.nn.moves import JOINS, is_move
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 
-_MOVES = frozenset(
-    (
-        *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "data", "detach"),
-        *("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT", "contiguous", "clone"),
-        *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip", "rot90"),
-        *("getitem", "narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit"),
-        *("index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
-        *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "amax", "pad"),
-        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"),
-    )
-)
-"""Operations whose result holds values of what they read, and zeros."""
 _FUSED = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clip"))
 _SUMS = frozenset(("add", "iadd", "radd"))
 _PRODUCTS = frozenset(("mul", "imul", "rmul", "multiply"))
-_JOINS = frozenset(("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"))
 _MATRIX_PRODUCTS = frozenset(("matmul", "rmatmul", "bmm", "einsum"))
 _POOLINGS = frozenset(f"{kind}_pool{dimensions}d" for kind in ("avg", "adaptive_avg") for dimensions in (1, 2, 3))
 _ACTIVATIONS = frozenset(("sigmoid", "leaky_relu"))
@@ -88,11 +75,6 @@ class OperationRow:
     input_bits: tuple[int | None, ...]
     output_bits: int | None
     input_kinds: tuple[str, ...] = ()
-
-
-def is_move(operation: Operation) -> bool:
-    """Whether the result holds values of what the operation reads: a view, a copy, a slice, a maximum."""
-    return operation.name in _MOVES or (operation.name in _JOINS and len(operation.inputs) == 1)
 
 
 class Flow:
@@ -193,7 +175,7 @@ class Flow:
     def reads_integers(self, operation: Operation) -> bool:
         """Whether an integer kernel can run the operation."""
         name, two = operation.name, len({operand for operand in operation.inputs if operand.from_input}) > 1
-        if name in _SUMS or name in _PRODUCTS or name in _JOINS or name in _MATRIX_PRODUCTS:
+        if name in _SUMS or name in _PRODUCTS or name in JOINS or name in _MATRIX_PRODUCTS:
             return two
         return name in _POOLINGS or name in _ACTIVATIONS or (name == "mean" and _is_pooling(operation))
 

@@ -12,7 +12,8 @@ from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import forwards_replaced
 from synthquant.models.trace import Value, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
-from synthquant.nn.placement import Flow, Place, Placement, is_move
+from synthquant.nn.moves import is_move
+from synthquant.nn.placement import Flow, Place, Placement
 
 _ROOT = "module"
 

@@ -18,14 +18,8 @@ from synthquant.export.deploy import LAYER_KEY
 from synthquant.export.grids import exact_bias_scale
 from synthquant.export.onnx.graph import add_initializer, copy_type
 from synthquant.export.presets import Preset
+from synthquant.nn.moves import MOVES
 
-# Operations that move values and leave them as they are: what they read has the grid of what they give.
-_MOVES = frozenset(
-    (
-        *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Identity", "Pad"),
-        *("MaxPool", "DepthToSpace", "SpaceToDepth"),
-    )
-)
 _LARGEST = 2**31 - 1
 
 
@@ -107,7 +101,7 @@ def _weight_node(value: ir.Value | None) -> ir.Node | None:
 def _accumulator_scale(found: _Biased) -> np.ndarray | None:
     """`input scale * weight scale`, one or `[C]`; none if the input is not quantized or the weight has blocks."""
     value = found.product.inputs[0]
-    while value is not None and (node := value.producer()) is not None and node.op_type in _MOVES:
+    while value is not None and (node := value.producer()) is not None and node.op_type in MOVES:
         value = node.inputs[0]
     source = None if value is None else value.producer()
     if source is None or source.op_type != "DequantizeLinear" or LAYER_KEY in source.metadata_props:

@@ -11,8 +11,10 @@ import onnx_ir as ir
 from synthquant.export.deploy import LAYER_KEY
 from synthquant.export.onnx.graph import copy_type
 
-# Operations that move values from their first input and have kernels for bytes.
-_MOVES = frozenset(("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand"))
+# The moves (nn.moves) for which ONNX Runtime has kernels that move bytes.
+BYTE_MOVES = frozenset(
+    ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Pad")
+)
 
 
 def move_codes(model: ir.Model) -> int:
@@ -33,7 +35,7 @@ def _moved(node: ir.Node) -> list[ir.Value | None]:
     """The inputs whose values the operation moves; none for other operations."""
     if node.op_type == "Concat":
         return list(node.inputs)
-    if node.op_type in _MOVES or node.op_type == "Pad":
+    if node.op_type in BYTE_MOVES:
         return [node.inputs[0]]
     return []
 
