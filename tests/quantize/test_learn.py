@@ -19,6 +19,7 @@ from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_quantizers import WeightQuantizer
 from synthquant.nn.weight_sources import SoftRounding
 from synthquant.quantize.learn import (
+    Learnable,
     Phase,
     Sampling,
     batches,
@@ -257,7 +258,7 @@ def problem(phase: Phase, ticks: list[int] | None = None, seed: int = 0) -> tupl
         if ticks is not None and loss is not None:
             ticks.append(step)
 
-    learned = learn_unit(phase, [layer], [inputs], error_of, 64, CPU, Rng(seed), tick)
+    learned = learn_unit(phase, Learnable([layer], [inputs], error_of, 64, CPU), Rng(seed), tick)
     assert not inputs.learning and inputs.quantize_probability == 1.0 and not inputs.scale.requires_grad
     return before, total(), layer, learned.undecided if learned.undecided is not None else -1.0
 
@@ -322,11 +323,13 @@ def test_an_interrupted_unit_leaves_no_soft_weights_behind() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn_unit(weights_phase(), [layer], [], lambda _: layer.weight.square().sum(), 8, CPU, Rng(0), stop)
+        unit = Learnable([layer], [], lambda _: layer.weight.square().sum(), 8, CPU)
+        learn_unit(weights_phase(), unit, Rng(0), stop)
     assert layer.weight_source is None and torch.equal(quantizer_of(layer).codes, codes)
 
 
 def test_nothing_to_learn() -> None:
     for phase in (weights_phase(iterations=0), weights_phase(rounding_lr=0.0)):
-        learned = learn_unit(phase, [layer_of()], [], lambda _: torch.zeros(()), 8, CPU, Rng(0), lambda *_: None)
+        unit = Learnable([layer_of()], [], lambda _: torch.zeros(()), 8, CPU)
+        learned = learn_unit(phase, unit, Rng(0), lambda *_: None)
         assert learned.undecided is None and learned.steps == ()

@@ -14,7 +14,7 @@ from synthquant.diffusion.embedding import read_embedding
 from synthquant.distributed.ray_cluster import WorkerPool, ray_session
 from synthquant.distributed.ray_selection import Looker, LookerTask, look_with, require_same_network
 from synthquant.distributed.ray_synthesis import DrawerPool, DrawerTask
-from synthquant.synthesize.batches import batch_sizes
+from synthquant.synthesize.batches import Order, batch_sizes
 from synthquant.synthesize.drawing import collect_drawn, count_redrawn
 from synthquant.synthesize.text_to_image import TextToImage
 
@@ -59,7 +59,7 @@ class RayWorkers:
                     torch.cuda.empty_cache()  # a worker may sit on the same device
             pool = DrawerPool(ray, DrawerTask(task, embedding), self.count, most=len(sizes) - writer.finished_parts)
             progress.say(f"{len(pool.workers)} workers on Ray")
-            return collect_drawn(pool, method, method.form, model, sizes, rng, writer, progress)
+            return collect_drawn(pool, method, Order(model, rng, writer, progress), sizes)
 
     def look(
         self,

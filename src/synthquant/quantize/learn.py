@@ -148,31 +148,38 @@ class Learned:
     losses: tuple[float, ...]
 
 
-def learn_unit(
-    phase: Phase,
-    layers: Sequence[QuantLayer],
-    quantizers: Sequence[ActivationQuantizer],
-    error_of: Callable[[torch.Tensor], torch.Tensor],
-    count: int,
-    device: torch.device,
-    rng: Rng,
-    tick: Callable[[int, float | None], None],
-) -> Learned:
-    """Learn roundings and scales of one unit in place.
+@dataclass(frozen=True)
+class Learnable:
+    """What of a unit is learned, and from which error.
 
-    Args:
-        phase: what is learned and how.
+    Attributes:
         layers: those of the unit's layers whose roundings are learned; their weights are quantized.
         quantizers: activation quantizers whose grid this unit may learn.
         error_of: reconstruction error of the unit for a batch of image indices, differentiable.
         count: number of images.
         device: where indices are drawn.
+    """
+
+    layers: Sequence[QuantLayer]
+    quantizers: Sequence[ActivationQuantizer]
+    error_of: Callable[[torch.Tensor], torch.Tensor]
+    count: int
+    device: torch.device
+
+
+def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, float | None], None]) -> Learned:
+    """Learn roundings and scales of one unit in place.
+
+    Args:
+        phase: what is learned and how.
+        unit: what it is learned for.
         rng: randomness of this unit.
         tick: called after each step with its number and, now and then, the loss.
 
     Returns:
         The share of undecided roundings and a sample of the losses.
     """
+    layers, quantizers, device = unit.layers, unit.quantizers, unit.device
     rounding = _soft_roundings(layers, phase) if phase.rounding_lr else []
     learned = list(quantizers) if phase.activation_scale_lr else []
     scales = [parameter for quantizer in learned for parameter in quantizer.learnable()]
@@ -190,7 +197,7 @@ def learn_unit(
     optimizer = torch.optim.Adam(groups, fused=True)
     every = max(1, phase.iterations // 100)
     steps, losses = [], []
-    draw = batches(count, phase.batch_size, phase.sampling, rng.generator("batches", device))
+    draw = batches(unit.count, phase.batch_size, phase.sampling, rng.generator("batches", device))
     try:
         for layer, source in zip(layers, rounding, strict=bool(rounding)):
             layer.weight_source = source
@@ -198,7 +205,7 @@ def learn_unit(
             for step in range(1, phase.iterations + 1):
                 for source in rounding:
                     source.hold()
-                loss = error = error_of(next(draw))
+                loss = error = unit.error_of(next(draw))
                 if rounding and step >= phase.warm_up * phase.iterations:
                     beta = beta_at(step, phase)
                     loss = error + phase.rounding_weight * sum(

@@ -23,7 +23,7 @@ from synthquant.quantize.cache import CacheStore, RowCache
 from synthquant.quantize.calibrate import observe
 from synthquant.quantize.fisher import fisher_weights, output_gradient
 from synthquant.quantize.layout import channels_last
-from synthquant.quantize.learn import Learned, Phase, learn_unit, reconstruction_error
+from synthquant.quantize.learn import Learnable, Learned, Phase, learn_unit, reconstruction_error
 from synthquant.quantize.replay import NETWORK_INPUT, LeafKind, Leaves, Port, Replay
 from synthquant.quantize.unit_files import Parts, finite, snapshot
 
@@ -144,11 +144,10 @@ class UnitFit:
             before = snapshot(self.layers, self.quantizers)
             learned = Learned(None, (), ())
             if rounded or phase.activation_scale_lr:
-                error_of, tick = self.error_of(fisher, rng), _ticker(bar, self.unit)
+                error_of, device = self.error_of(fisher, rng), self._model.device
+                learnable = Learnable(rounded, self.quantizers, error_of, self._fitted.count, device)
                 with saved_results(self._model.module):
-                    learned = learn_unit(
-                        phase, rounded, self.quantizers, error_of, self._fitted.count, self._model.device, rng, tick
-                    )
+                    learned = learn_unit(phase, learnable, rng, _ticker(bar, self.unit))
             end_loss = self.loss(fisher, self.outputs)
             diverged = not end_loss <= start_loss
             if diverged:

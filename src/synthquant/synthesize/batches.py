@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,62 @@ class Order:
     progress: Progress
 
 
+@dataclass(frozen=True)
+class Made:
+    """One batch as it is stored."""
+
+    pixels: Tensor
+    """Images in pixel space, `[n, 3, H, W]`."""
+    labels: Tensor | None = None
+    """Their classes, int64 `[n]`."""
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    """What else is known of each."""
+
+
+def collect(
+    order: Order,
+    sizes: Sequence[int],
+    make: Callable[[Sequence[int], Bar], Iterable[Made]],
+    title: str,
+    steps: Sequence[int],
+) -> list[Made]:
+    """Make every batch that is not on disk yet; with a writer each is one part, without one they are returned.
+
+    Args:
+        order: for which network, and where images and progress go.
+        sizes: of all batches, those on disk too.
+        make: gives the batches of these numbers one after the other, in order, and advances the bar.
+        title: of the progress bar.
+        steps: how far each batch advances it.
+    """
+    writer, kept = order.writer, []
+    missing = list(range(len(sizes))) if writer is None else writer.missing_parts(len(sizes))
+    with order.progress.bar(title, sum(steps)) as bar:
+        bar.advance(sum(steps) - sum(steps[index] for index in missing))  # what an earlier run left on disk is done
+        for batch in make(missing, bar):
+            if writer is None:
+                kept.append(batch)
+            else:
+                writer.append(batch.pixels, batch.labels, batch.columns)
+    return kept
+
+
+def in_memory(name: str, method: Settings, order: Order, batches: Sequence[Made]) -> ImageSet:
+    """Return the image set of a method registered as `name`, from all its batches."""
+    form, labels = image_form(method), [batch.labels for batch in batches if batch.labels is not None]
+    return ImageSet.from_tensors(
+        torch.cat([batch.pixels for batch in batches]),
+        torch.cat(labels) if labels else None,
+        dtype=form.dtype,
+        columns={name: [value for batch in batches for value in batch.columns[name]] for name in batches[0].columns},
+        framing=form.framing,
+        method=name,
+        settings=method.model_dump(mode="json"),
+        seed=order.rng.seed,
+        model_fingerprint=order.model.fingerprint,
+    )
+
+
 def make_batches(
     method: str,
     settings: Settings,
@@ -64,7 +120,7 @@ def make_batches(
     *,
     iterations: int | None = None,
 ) -> ImageSet:
-    """Make every batch that is not on disk yet, and return the image set: float16, pixel space, framing "cropped".
+    """Make every batch that is not on disk yet from normalised images, and return the image set.
 
     Batch `b` draws from `rng.child(f"batch-{b}")` only. With a writer each batch is one part.
 
@@ -76,32 +132,17 @@ def make_batches(
         make_batch: gives normalised images `[n, 3, H, W]`.
         iterations: of a batch, which the progress bar counts; none: it counts images.
     """
-    model, writer = order.model, order.writer
     steps = sizes if iterations is None else [iterations] * len(sizes)
     title = method if iterations is None else f"{method}, {len(sizes)} x {iterations} iterations"
-    missing = list(range(len(sizes))) if writer is None else writer.missing_parts(len(sizes))
-    kept: list[Tensor] = []
-    with order.progress.bar(title, sum(steps)) as bar:
-        bar.advance(sum(steps) - sum(steps[index] for index in missing))  # what an earlier run left on disk is done
+
+    def make(missing: Sequence[int], bar: Bar) -> Iterator[Made]:
         for index in missing:
             normalized = make_batch(Batch(index, sizes[index], order.rng.child(f"batch-{index}"), bar))
-            pixels = model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
-            pixels = pixels.contiguous(memory_format=torch.contiguous_format)
-            if writer is None:
-                kept.append(pixels)
-            else:
-                writer.append(pixels)
-        if writer is not None:
-            return writer.finish(order.progress)
-    return ImageSet.from_tensors(
-        torch.cat(kept),
-        dtype="float16",
-        framing="cropped",
-        method=method,
-        settings=settings.model_dump(mode="json"),
-        seed=order.rng.seed,
-        model_fingerprint=model.fingerprint,
-    )
+            pixels = order.model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
+            yield Made(pixels.contiguous(memory_format=torch.contiguous_format))
+
+    kept = collect(order, sizes, make, title, steps)
+    return in_memory(method, settings, order, kept) if order.writer is None else order.writer.finish(order.progress)
 
 
 def open_writer(
@@ -132,7 +173,7 @@ def open_writer(
     )
 
 
-def image_form(method: Synthesizer) -> ImageForm:
+def image_form(method: Synthesizer | Settings) -> ImageForm:
     """Return in which form a method makes its images."""
     form: ImageForm = getattr(method, "form", ImageForm())
     return form

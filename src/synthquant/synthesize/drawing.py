@@ -14,15 +14,16 @@ from torch import Tensor
 from synthquant.core.errors import DataError, InputError
 from synthquant.data.image_set import ImageSet
 from synthquant.diffusion.pipelines import Drawn, Sampling, TextToImagePipeline
+from synthquant.synthesize.batches import Made, Order, collect, in_memory
 from synthquant.synthesize.flaws import SeenImages, black, constant, thumbnails
 from synthquant.synthesize.prompts import Prompt, PromptPlan, Slot
 
 if TYPE_CHECKING:
-    from synthquant.core.progress import Progress
-    from synthquant.core.rng import Rng
+    from synthquant.core.progress import Bar
     from synthquant.core.settings import Settings
-    from synthquant.data.store import ImageForm, ImageSetWriter
-    from synthquant.models.float_model import FloatModel
+    from synthquant.data.store import ImageSetWriter
+
+_NAME = "text_to_image"
 
 
 @dataclass
@@ -191,37 +192,26 @@ def find_flaws(drawn: Drawn) -> list[str | None]:
     return found
 
 
-def collect_drawn(
-    source: BatchSource,
-    method: Settings,
-    form: ImageForm,
-    model: FloatModel,
-    sizes: Sequence[int],
-    rng: Rng,
-    writer: ImageSetWriter | None,
-    progress: Progress,
-) -> ImageSet:
-    """Draw every batch that is not on disk yet, one part each, and return the image set.
+def collect_drawn(source: BatchSource, method: Settings, order: Order, sizes: Sequence[int]) -> ImageSet:
+    """Draw every batch that is not on disk yet, and return the image set.
 
     Raises `DataError` if the parts on disk are of another generator, `InputError` as `Drawing.draw` does.
     """
-    seen, batches = SeenImages(), []
-    missing = range(len(sizes)) if writer is None else writer.missing_parts(len(sizes))
+    seen, writer, progress = SeenImages(), order.writer, order.progress
     if writer is not None:
         _take_up(writer, source.fingerprint, seen)
     places = [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-    with progress.bar("text_to_image", sum(sizes)) as bar:
-        bar.advance(sum(sizes) - sum(sizes[index] for index in missing))
+
+    def draw(missing: Sequence[int], bar: Bar) -> Iterator[Made]:
         for drawn in source.batches([places[index] for index in missing]):
             batch = settle(drawn, source, seen)
-            if writer is None:
-                batches.append(batch)
-            else:
-                writer.append(batch.pixels, batch.labels, batch.columns(source.fingerprint))
+            yield Made(batch.pixels, batch.labels, batch.columns(source.fingerprint))
             bar.advance(len(batch.slots))
+
+    batches = collect(order, sizes, draw, _NAME, sizes)
     if source.cut:
         progress.warn(f"{len(source.cut)} prompts are longer than the text encoder reads: {source.cut[0]!r}")
-    images = _in_memory(source.fingerprint, method, form, batches, rng, model) if writer is None else writer.written()
+    images = in_memory(_NAME, method, order, batches) if writer is None else writer.written()
     redrawn = count_redrawn(images)
     if redrawn:
         listed = ", ".join(f"{number} {reason}" for reason, number in redrawn.items())
@@ -252,20 +242,3 @@ def _take_up(writer: ImageSetWriter, generator: str, seen: SeenImages) -> None:
         assert batch.labels is not None
         for label, image in zip(batch.labels.tolist(), batch.images, strict=True):
             seen.add(label, thumbnails(image[None])[0])
-
-
-def _in_memory(
-    generator: str, method: Settings, form: ImageForm, batches: Sequence[Batch], rng: Rng, model: FloatModel
-) -> ImageSet:
-    columns = [batch.columns(generator) for batch in batches]
-    return ImageSet.from_tensors(
-        torch.cat([batch.pixels for batch in batches]),
-        torch.cat([batch.labels for batch in batches]),
-        dtype=form.dtype,
-        columns={name: [value for part in columns for value in part[name]] for name in columns[0]},
-        framing=form.framing,
-        method="text_to_image",
-        settings=method.model_dump(mode="json"),
-        seed=rng.seed,
-        model_fingerprint=model.fingerprint,
-    )

@@ -23,7 +23,7 @@ from synthquant.diffusion.pipelines import (
 )
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.class_labels import Classes, in_classes_of
-from synthquant.synthesize.batches import batch_sizes
+from synthquant.synthesize.batches import Order, batch_sizes
 from synthquant.synthesize.class_names import ClassName, class_names, class_positions, prompt_names
 from synthquant.synthesize.drawing import Drawing, collect_drawn, count_redrawn
 from synthquant.synthesize.prompt_tuning import PromptTuning, tune_prompt
@@ -152,7 +152,7 @@ class TextToImage(Sampling):
         folder = None if writer is None else writer.folder
         embedding = given if self.tuning is None else self.tune(generator, task, folder, progress)
         drawing = task.drawing(generator, embedding)
-        return collect_drawn(drawing, self, self.form, model, sizes, rng, writer, progress)
+        return collect_drawn(drawing, self, Order(model, rng, writer, progress), sizes)
 
     def task(self, model: FloatModel, rng: Rng) -> DrawingTask:
         """Return what is to be drawn; raises `InputError` for classes and prompts that do not fit."""
