@@ -27,10 +27,10 @@ from synthquant.core.rng import Rng
 from synthquant.data.preprocess import model_inputs
 from synthquant.data.sources import open_images
 from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets
+from synthquant.models.batch_norm_loss import moments as batch_moments
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.select.batch_norm import BatchNormProbe, set_sensitivity
-from synthquant.synthesize.losses import moments as batch_moments
 
 
 def wall(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:

@@ -15,9 +15,10 @@ from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import model_inputs
+from synthquant.models.attention import patch_tokens
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
-from synthquant.select.patch_similarity import PatchProbe, PatchSimilarity, patch_tokens, similarity_entropy
+from synthquant.select.patch_similarity import PatchProbe, PatchSimilarity, similarity_entropy
 from synthquant.select.scan import scan
 from synthquant.select.sequence import run_filters
 

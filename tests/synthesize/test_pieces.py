@@ -16,12 +16,12 @@ from synthquant.core.free_memory import GIB
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
+from synthquant.models.batch_norm_loss import measure
 from synthquant.models.float_model import FloatModel
 from synthquant.synthesize import genie_d, pieces
 from synthquant.synthesize.batches import open_writer
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.inversion import InvertedNetwork
-from synthquant.synthesize.losses import measure
 from synthquant.synthesize.pieces import Need, Pieces, divided, joined, need_of
 from synthquant.synthesize.zeroq import ZeroQ
 

@@ -11,18 +11,17 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from synthquant.core.clips import save_results
 from synthquant.core.errors import InputError, UnsupportedModelError
-from synthquant.core.modules import replace_module
-from synthquant.models.batch_norm import batch_norm_layers, batch_norm_targets, is_untrained
+from synthquant.models.batch_norm import is_untrained
+from synthquant.models.batch_norm_loss import image_loss
+from synthquant.models.watched_batch_norms import WatchedBatchNorms
 from synthquant.synthesize.batches import no_batch_norm
-from synthquant.synthesize.losses import TARGET_EPSILON, image_loss, measure, normalize_and_measure, statistics_loss
 from synthquant.synthesize.pieces import Need, Pieces, joined, need_of
 from synthquant.synthesize.swing import SwingOffsets
 
@@ -35,8 +34,6 @@ ComputeType = Literal["float32", "bfloat16"]
 
 ITERATIONS_PER_REPORT = 50
 """Iterations between two looks at the loss; each look waits for the device."""
-
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class InvertedNetwork:
@@ -62,16 +59,9 @@ class InvertedNetwork:
         untrained: bool = False,
     ) -> None:
         self.per_image = statistics == "image"
-        self.channel_weights = channel_weights
         self.epsilon = epsilon
-        self._name = model.name
-        self._refusal = partial(no_batch_norm, method, model)
         self._half = compute_dtype == "bfloat16"
         self.pieces = Pieces()  # in which `backward` takes a batch
-        self._measured: list[tuple[str, Tensor, int]] = []
-        self._targets_of: dict[str, Tensor] = {}
-        self._order: tuple[str, ...] | None = None
-        self._targets = self._weights = torch.empty(0)
         if is_untrained(model.module) and not untrained:
             raise UnsupportedModelError(
                 f"{model.name} looks untrained: no batch norm of it has seen a batch, so {method} has nothing to show;"
@@ -80,7 +70,15 @@ class InvertedNetwork:
         self._network = copy.deepcopy(model.module).eval().requires_grad_(False)
         _to_channels_last(self._network)
         save_results(self._network)
-        self._watch_batch_norms()
+        self._norms = WatchedBatchNorms(
+            self._network,
+            name=model.name,
+            per_image=self.per_image,
+            channel_weights=channel_weights,
+            epsilon=epsilon,
+        )
+        if not self._norms.names:
+            raise no_batch_norm(method, model)
         self.swing = SwingOffsets(self._network, model.device) if swing else None
 
     def loss(self, images: Tensor) -> Tensor:
@@ -129,99 +127,15 @@ class InvertedNetwork:
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What enters the batch norms, `[2, C]` or `[2, B, C]`, and over how many values each is taken, `[C]`."""
-        self._measured.clear()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
-            self._network(images.contiguous(memory_format=torch.channels_last))
-        order = tuple(name for name, _, _ in self._measured)
-        if order != self._order:
-            self._set_targets(order)
-        statistics = torch.cat([values for _, values, _ in self._measured], dim=-1)
-        counts = [self._weights.new_full((values.shape[-1],), count) for _, values, count in self._measured]
-        self._measured.clear()
-        return statistics, torch.cat(counts)
+
+        def run() -> None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
+                self._network(images.contiguous(memory_format=torch.channels_last))
+
+        return self._norms.statistics(run)
 
     def _distance(self, statistics: Tensor) -> Tensor:
-        return statistics_loss(statistics, self._targets, self._weights)
-
-    def _watch_batch_norms(self) -> None:
-        layers = batch_norm_layers(self._network)
-        for name, target in batch_norm_targets(self._network).items():
-            deviation = (target.variance.float() + TARGET_EPSILON).sqrt()
-            self._targets_of[name] = torch.stack([target.mean.float(), deviation])
-            if type(layers[name]) in _PLAIN:
-                watched = _MeasuredBatchNorm(layers[name], self._recorder(name), self._options)
-                replace_module(self._network, name, watched)
-            else:
-                # A subclass may do more than normalise, so it runs as it is, behind the measurement.
-                layers[name].register_forward_pre_hook(self._measuring_hook(name))
-        if not self._targets_of:
-            raise self._refusal()
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"per_image": self.per_image, "epsilon": self.epsilon}
-
-    def _recorder(self, name: str) -> Callable[[Tensor, Tensor], None]:
-        def record(inputs: Tensor, statistics: Tensor) -> None:
-            self._measured.append((name, statistics, inputs.numel() // max(inputs.shape[1], 1)))
-
-        return record
-
-    def _measuring_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        record = self._recorder(name)
-
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            del module
-            record(inputs[0], measure(inputs[0], **self._options))
-
-        return hook
-
-    def _set_targets(self, order: tuple[str, ...]) -> None:
-        """Put the targets in the order in which the layers ran; a layer that ran twice counts twice."""
-        if not order:
-            raise UnsupportedModelError(
-                f"{self._name}: no batch norm runs as a module (its forward may read their statistics itself), so what"
-                " enters them cannot be seen; call the modules, or use a method that needs none, such as noise"
-            )
-        targets = [self._targets_of[name] for name in order]
-        each = [1.0 / part.shape[1] if self.channel_weights == "mean" else 1.0 for part in targets]
-        weights = [part.new_full((part.shape[1],), weight) for part, weight in zip(targets, each, strict=True)]
-        self._order, self._targets, self._weights = order, torch.cat(targets, dim=1), torch.cat(weights)
-
-
-class _MeasuredBatchNorm(nn.Module):
-    """A frozen batch norm that reports the statistics of its input, in one fused pass each way."""
-
-    def __init__(self, layer: nn.Module, record: Callable[[Tensor, Tensor], None], options: dict[str, Any]) -> None:
-        super().__init__()
-        scale, shift = _affine(layer)
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-        self._record = record
-        self._layer = (layer,)  # in a tuple, so that it is no part of this module
-        self._options = options
-
-    def __getattr__(self, name: str) -> Any:
-        # A forward may read the numbers of a batch norm beside calling it, or instead.
-        if name in self.__dict__.get("_buffers", {}) or "_layer" not in self.__dict__:
-            return super().__getattr__(name)
-        return getattr(self._layer[0], name)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs, statistics = normalize_and_measure(
-            inputs, self.get_buffer("scale"), self.get_buffer("shift"), **self._options
-        )
-        self._record(inputs, statistics)
-        return outputs
-
-
-def _affine(layer: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift, float32 `[C]`, that a batch norm in evaluation mode applies."""
-    deviation = (layer.running_var.double() + layer.eps).sqrt()
-    scale = deviation.reciprocal() if layer.weight is None else layer.weight.double() / deviation
-    shift = -layer.running_mean.double() * scale
-    shift = shift if layer.bias is None else shift + layer.bias.double()
-    return scale.float(), shift.float()
+        return self._norms.distance(statistics)
 
 
 def _to_channels_last(network: nn.Module) -> None:

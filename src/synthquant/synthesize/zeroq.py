@@ -11,6 +11,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
+from synthquant.models.batch_norm_loss import TARGET_EPSILON
 from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
 from synthquant.synthesize.inversion import (
     Advice,
@@ -22,7 +23,6 @@ from synthquant.synthesize.inversion import (
     adam,
     invert,
 )
-from synthquant.synthesize.losses import TARGET_EPSILON
 from synthquant.synthesize.pieces import Need, divided
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from synthquant.synthesize.losses import image_loss, measure, normalize_and_measure, statistics_loss
+from synthquant.models.batch_norm_loss import image_loss, measure, normalize_and_measure, statistics_loss
 
 SHAPES = [(5, 3), (5, 3, 7), (5, 3, 4, 6), (1, 3, 1, 1), (2, 3, 2, 3, 4)]
 
