@@ -16,7 +16,7 @@ from synthquant.nn.quant_model import QuantModel
 
 
 class Attention(nn.Module):
-    """Torch's attention, whose two projections no layer computes: 8 channels, 4 positions, 2 heads."""
+    """Torch's attention: 8 channels, 4 positions, 2 heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,25 +91,58 @@ def rows_of(network: nn.Module, scheme: object = "W4A4") -> dict[str, CoverageRo
     return {row.name: row for row in rows}
 
 
-def test_attention_of_torch_is_counted_and_named() -> None:
+def test_attention_of_torch_is_layers_and_products() -> None:
     rows = rows_of(Attention())
+    assert [(row.name, row.macs, row.parameters, row.weight_bits) for row in rows.values()] == [
+        ("patch", 4 * 8 * 48, 8 * 48, 8),
+        ("attention.q_proj", 4 * 64, 64, 4),
+        ("attention.k_proj", 4 * 64, 64, 4),
+        ("attention.v_proj", 4 * 64, 64, 4),
+        ("attention.matmul_0", 4 * 4 * 8, 0, None),
+        ("attention.matmul_1", 4 * 4 * 8, 0, None),
+        ("attention.out_proj", 4 * 64, 64, 4),
+        ("head", 40, 40, 8),
+    ]
+    assert rows["attention.matmul_0"].reason == "computed outside of layers"
+
+
+class Hidden(nn.Module):
+    """Attention by a function, whose projections no layer computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+        self.in_proj, self.out_proj = nn.Parameter(torch.ones(24, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).permute(2, 0, 1)
+        bias, out = torch.zeros(24), self.out_proj
+        (x, _) = F.multi_head_attention_forward(
+            *(x, x, x, 8, 2, self.in_proj, bias, None, None, False, 0.0, out.weight, out.bias),
+            training=False,
+            need_weights=False,
+        )
+        return self.head(x.mean(0))
+
+
+def test_attention_by_a_function_is_counted_and_named() -> None:
+    rows = rows_of(Hidden())
     projections, products = 4 * 8 * 24, 2 * 4 * 4 * 8
     assert [(row.name, row.macs, row.parameters, row.weight_bits) for row in rows.values()] == [
         ("patch", 4 * 8 * 48, 8 * 48, 8),
-        ("attention.in_proj_weight", projections, 24 * 8, None),
-        ("attention.multi_head_attention_forward_0", products, 0, None),
-        ("attention.out_proj", 4 * 64, 64, None),
+        ("in_proj", projections, 24 * 8, None),
+        ("multi_head_attention_forward_0", products, 0, None),
+        ("out_proj", 4 * 64, 64, None),
         ("head", 40, 40, 8),
     ]
-    assert rows["attention.out_proj"].reason == "its forward is never called, a function uses its weight"
+    assert rows["out_proj"].reason == "its forward is never called, a function uses its weight"
     summary = summarize(rows.values())
     assert (summary.layers, summary.quantized_layers) == (4, 2)
     assert summary.weights == pytest.approx((384 + 40) / (384 + 40 + 256))
     assert summary.multiply_adds == pytest.approx((1536 + 40) / (1536 + 40 + 768 + 128 * 2 + 256))
     assert str(summary) == "quantized: 2 of 4 layers, 62.4% of weights, 55.2% of multiply-adds"
     assert summary.in_float == (
-        "in float, with their share of multiply-adds: attention.in_proj_weight 26.9%, "
-        "attention.multi_head_attention_forward_0 9.0%, attention.out_proj 9.0%"
+        "in float, with their share of multiply-adds: in_proj 26.9%, multi_head_attention_forward_0 9.0%, out_proj 9.0%"
     )
 
 
@@ -145,7 +178,7 @@ def test_work_that_does_not_depend_on_the_images_counts_once() -> None:
 
 def test_fused_kernels_hide_nothing() -> None:
     rows = rows_of(Recurrent())
-    assert rows["encoder.encoder.self_attn.in_proj_weight"].macs == 4 * 8 * 24
+    assert rows["encoder.encoder.self_attn.q_proj"].macs == 4 * 8 * 8
     assert rows["encoder.encoder.linear1"].macs == 4 * 8 * 12
     assert rows["lstm.weight_ih_l0"].macs == 5 * 12 and rows["lstm.weight_hh_l0"].macs == 3 * 12
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -178,7 +211,7 @@ def test_all_is_said_of_all_only() -> None:
 
 
 def test_bit_operations_count_what_stays_float() -> None:
-    model = QuantModel.build(float_model(Attention()), {"preset": "W4A4", "ends": "same"})  # type: ignore[arg-type]
+    model = QuantModel.build(float_model(Hidden()), {"preset": "W4A4", "ends": "same"})  # type: ignore[arg-type]
     patch, head, left = 1536, 40, 768 + 128 * 2 + 256
     assert quantized_cost(model).bit_operations == patch * 4 * 8 + head * 4 * 4 + left * 1024  # the image has 8 bits
     assert float_cost(model).bit_operations == (patch + head + left) * 1024

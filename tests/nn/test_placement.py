@@ -184,10 +184,37 @@ def test_transformer() -> None:
 
 def test_torch_s_own_encoder_layer() -> None:
     model = full(Encoder())
-    name = "encoder.self_attn.multi_head_attention_forward_0"
-    (row,) = [row for row in model.operations if row.name == name]
-    assert (row.input_bits, row.output_bits) == ((8,) * 3, 8), "one operation in float, which returns a tuple"
-    quantizer = model.quantizers[name]
+    assert list(model.quantizers)[2:10] == [
+        *(f"encoder.self_attn.{name}_proj.output_quantizer" for name in ("q", "k", "v")),
+        "encoder.self_attn.softmax_0",
+        "encoder.self_attn.matmul_1",
+        "encoder.self_attn.out_proj.output_quantizer",
+        "encoder.add_0",
+        "encoder.layer_norm_0",
+    ]
+    products = [row for row in model.operations if row.kind == "matmul"]
+    assert [row.input_bits for row in products] == [(8, 8)] * 2
+
+
+class Tupled(nn.Module):
+    """An operation that returns its one tensor in a tuple, with nothing beside it: torch's attention by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+        self.in_proj, self.out_proj = nn.Parameter(torch.eye(8).repeat(3, 1)), nn.Parameter(torch.eye(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, zeros = self.patch(x).flatten(2).permute(2, 0, 1), torch.zeros(24)
+        arguments = x, x, x, 8, 2, self.in_proj, zeros, None, None, False, 0.0, self.out_proj, zeros[:8]
+        return self.head(F.multi_head_attention_forward(*arguments, training=False, need_weights=False)[0].mean(0))
+
+
+def test_an_operation_that_returns_a_tuple() -> None:
+    model = full(Tupled())
+    (row,) = [row for row in model.operations if row.name == "multi_head_attention_forward_0"]
+    assert (row.input_bits, row.output_bits) == ((8,) * 3, 8), "one operation in float"
+    quantizer = model.quantizers[row.name]
     quantizer.forward = lambda x: torch.zeros_like(x)  # type: ignore[method-assign]
     with model.mode(weights=False, activations=False):
         without = model(torch.ones(1, 3, 8, 8))

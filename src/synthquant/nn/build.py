@@ -23,6 +23,7 @@ from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
+from synthquant.nn.rewrites import make_visible
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
@@ -91,17 +92,14 @@ def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equa
 
 
 def folded_copy(float_model: FloatModel) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """A copy of the network without gradients, batch norms folded, and the pairs (batch norm, layer) of these."""
-    module = copy_network(float_model.module).eval().requires_grad_(False)
-    _run_layers_themselves(module)
-    return module, fold_batch_norms(module, float_model.example_input(2))
+    """A copy of the network without gradients, every product visible and batch norms folded, and pairs of these.
 
-
-def _run_layers_themselves(module: nn.Module) -> None:
-    """Keep torch's encoder layer from a fused kernel that reads its layers' weights and never calls them."""
-    for part in module.modules():
-        if isinstance(part, nn.TransformerEncoderLayer):
-            part.activation_relu_or_gelu = 0
+    Returns:
+        The network, and the pairs (batch norm, layer it was folded into).
+    """
+    module, example = copy_network(float_model.module).eval().requires_grad_(False), float_model.example_input(2)
+    make_visible(module, example)
+    return module, fold_batch_norms(module, example)
 
 
 def _count(float_model: FloatModel, parts: Parts, example: torch.Tensor) -> None:

@@ -1,0 +1,117 @@
+"""Torch's attention as layers and visible products: the same numbers, in layers that are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.nn.networks import Encoder, float_model
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from synthquant.nn.build import folded_copy
+from synthquant.nn.rewrites import project_in_layers
+
+WIDTH, HEADS, LENGTH, KEYS, BATCH = 8, 2, 5, 7, 3
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def attention(**options: Any) -> nn.MultiheadAttention:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64, **options).eval().requires_grad_(False)
+        for parameter in module.parameters():  # biases start at 0
+            parameter.normal_()
+    return module
+
+
+FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"batch_first": True}, {"need_weights": False}),
+    ({"bias": False}, {"average_attn_weights": False}),
+    ({"kdim": 4, "vdim": 6, "batch_first": True}, {}),
+    ({"kdim": 4, "vdim": 6, "bias": False}, {"need_weights": False}),
+    ({}, {"attn_mask": random(LENGTH, KEYS, seed=3) > 0.5}),
+    ({"batch_first": True}, {"attn_mask": random(BATCH * HEADS, LENGTH, KEYS, seed=3), "need_weights": False}),
+    ({}, {"key_padding_mask": random(BATCH, KEYS, seed=4) > 0.5, "attn_mask": random(LENGTH, KEYS, seed=3) > 0.9}),
+    ({"add_bias_kv": True}, {"key_padding_mask": random(BATCH, KEYS, seed=4)}),
+    (
+        {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
+        {"attn_mask": random(LENGTH, KEYS, seed=3) > 0.5, "need_weights": False},
+    ),
+    ({"add_zero_attn": True}, {"key_padding_mask": random(BATCH, KEYS, seed=4) > 0.5}),
+]
+
+
+@pytest.mark.parametrize(("made", "called"), FORMS)
+@torch.no_grad()
+def test_attention_computes_what_torch_computes(made: dict[str, Any], called: dict[str, Any]) -> None:
+    module = attention(**made)
+    widths = WIDTH, made.get("kdim", WIDTH), made.get("vdim", WIDTH)
+    given = [
+        random(BATCH, length, width, seed=width) for length, width in zip((LENGTH, KEYS, KEYS), widths, strict=True)
+    ]
+    if not made.get("batch_first"):
+        given = [tensor.transpose(0, 1) for tensor in given]
+    wanted, weights = module(*given, **called)
+    project_in_layers(module)
+    found, found_weights = module(*given, **called)
+    assert torch.allclose(found, wanted, atol=1e-12)
+    assert (weights is None) == (found_weights is None)
+    assert weights is None or torch.allclose(found_weights, weights, atol=1e-12)
+
+
+@torch.no_grad()
+def test_attention_without_a_batch() -> None:
+    module, x = attention(), random(LENGTH, WIDTH)
+    mask = {"key_padding_mask": torch.arange(LENGTH) > 3, "attn_mask": random(HEADS, LENGTH, LENGTH, seed=1) > 1}
+    wanted = module(x, x, x, **mask)
+    project_in_layers(module)
+    assert all(
+        torch.allclose(one, other, atol=1e-12) for one, other in zip(module(x, x, x, **mask), wanted, strict=True)
+    )
+
+
+def test_attention_that_is_trained_drops_weights() -> None:
+    module, x = attention(dropout=0.5), random(LENGTH, BATCH, WIDTH)
+    project_in_layers(module)
+    assert torch.equal(module(x, x, x)[0], module(x, x, x)[0])
+    assert not torch.equal(module.train()(x, x, x)[0], module.eval()(x, x, x)[0])
+
+
+class Outside(nn.Module):
+    """Something that nobody but torch's forward may use, used by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 4, stride=4)
+        self.attention, self.idle = attention(batch_first=True).float(), attention().float()
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = nn.functional.linear(x, self.attention.in_proj_weight)[..., :WIDTH]
+        return self.head((x + self.attention(x, x, x)[0]).mean(1))
+
+
+def test_weights_that_others_use_or_compute_stay_where_they_are() -> None:
+    copied = folded_copy(float_model(Outside()))[0]
+    assert not hasattr(copied.attention, "q_proj") and not hasattr(copied.idle, "q_proj")
+    computed = parametrizations.weight_norm(attention(), "in_proj_weight")
+    project_in_layers(computed)
+    assert type(computed).forward is nn.MultiheadAttention.forward
+
+
+@torch.no_grad()
+def test_a_copy_of_torch_s_encoder_runs_in_layers() -> None:
+    network = float_model(nn.Sequential(Encoder()))
+    copied = folded_copy(network)[0]
+    names = {name for name, part in copied.named_modules() if isinstance(part, nn.Linear)}
+    assert {f"0.encoder.self_attn.{name}_proj" for name in ("q", "k", "v", "out")} <= names
+    x = network.example_input(4)
+    assert torch.allclose(copied(x), network.module(x), atol=1e-5)
+    assert network.module[0].encoder.self_attn.in_proj_weight is not None, "the network itself is as it was"
