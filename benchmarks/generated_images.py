@@ -34,9 +34,9 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.evaluate.accuracy import evaluate_model
+from synthquant.make import select, synthesize
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
-from synthquant.pipeline import select, synthesize
 from synthquant.recipe import SelectSection, SynthesizeSection
 from zero_shot_matrix import SCHEMES, row_of
 

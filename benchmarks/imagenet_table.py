@@ -32,6 +32,7 @@ from torch import Tensor
 from photographs import CALIBRATION, divided
 from runtime_quantizer import exact_network, quantize_with_runtime
 from synthquant.core.files import write_bytes, write_json
+from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.record import environment, peak_memory_bytes, reset_peak_memory
 from synthquant.core.rng import Rng
@@ -40,12 +41,12 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.evaluate.paired import PerImage
 from synthquant.export.compare import Network
+from synthquant.make import quantize
 from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
-from synthquant.pipeline import quantize
-from synthquant.recipe import QuantizeSection, SynthesizeSection, apply_overrides
+from synthquant.recipe import QuantizeSection, SynthesizeSection
 from zero_shot_matrix import settings_of, synthetic_images
 
 ROOT = Path(__file__).parent.parent

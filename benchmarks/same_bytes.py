@@ -29,7 +29,7 @@ from torch import Tensor
 
 from synthquant.api import FloatModel, ImageSet, Onnx, Recipe, open_model, save_checkpoint
 from synthquant.core.record import environment
-from synthquant.pipeline import quantize, select, synthesize
+from synthquant.make import quantize, select, synthesize
 
 RESNET, MOBILENET, VIT = (f"zoo/cifar10-{name}" for name in ("resnet20", "mobilenetv2", "vit"))
 LITE = "timm/tf_efficientnet_lite0"

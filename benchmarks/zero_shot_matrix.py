@@ -27,12 +27,12 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
+from synthquant.make import synthesize
 from synthquant.methods import QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.pipeline import synthesize
 from synthquant.recipe import SynthesizeSection
 
 SCHEMES = {"W8A8": "W8A8", "W4A4": "W4A4", "W2A4": "W2A4", "W4A4-same": {"preset": "W4A4", "ends": "same"}}

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from synthquant.core.errors import RecipeError, SchemeError, SynthquantError, UnknownNameError
+from synthquant.core.overrides import apply_overrides
 from synthquant.methods import QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.quantize import GenieM
-from synthquant.recipe import Recipe, SourceSection, SynthesizeSection, apply_overrides
+from synthquant.recipe import Recipe, SourceSection, SynthesizeSection
 from synthquant.select import BatchNormSensitivity, Energy
 from synthquant.synthesize import GenieD
 

@@ -159,9 +159,9 @@ def test_unlabelled_data_is_said_before_any_work_and_gives_agreement(recipe: dic
 @pytest.mark.parametrize(
     ("stage", "error"),
     [
-        ("save_checkpoint", OSError(errno.ENOSPC, "No space left on device")),
-        ("float_beside_quantized", DataError("no")),
-        ("write_report", OSError(errno.ENOSPC, "No space left on device")),
+        ("run_stages.save_checkpoint", OSError(errno.ENOSPC, "No space left on device")),
+        ("run_stages.float_beside_quantized", DataError("no")),
+        ("pipeline.write_report", OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
 def test_whatever_goes_wrong_after_quantization_its_units_stay(
@@ -175,7 +175,7 @@ def test_whatever_goes_wrong_after_quantization_its_units_stay(
     )
     run = tmp_path / "run"
     with monkeypatch.context() as failing:
-        failing.setattr(pipeline, stage, fail)
+        failing.setattr(f"synthquant.{stage}", fail)
         full = f"what is finished stays in {run}: make room and give the same command again to go on from there$"
         with pytest.raises(SynthquantError, match="^no$" if isinstance(error, DataError) else full):
             pipeline.run(learning, run)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard, cast
 
 from pydantic import Field
 
@@ -242,6 +242,34 @@ class QuantStep(Protocol):
         With a `workdir`, each finished unit is saved there and a killed run resumes after it.
         """
         ...
+
+
+class GeneratingStep(QuantStep, Protocol):
+    """A quantization step that can do without given images, because it makes its own while it trains."""
+
+    needs_images: ClassVar[bool]
+    """False. Steps that do not say it need images."""
+
+    def apply(
+        self,
+        quant_model: QuantModel,
+        images: ImageSet | None,
+        rng: Rng,
+        *,
+        progress: Progress = QUIET,
+        workdir: Path | None = None,
+        memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+    ) -> QuantReport:
+        """Quantize `quant_model` in place, with images of its own, and with `images` if there are any.
+
+        What it makes it keeps in `workdir` with what it has learned, so that a killed run resumes there.
+        """
+        ...
+
+
+def is_generating(step: QuantStep) -> TypeGuard[GeneratingStep]:
+    """Return whether a step can do without given images."""
+    return not getattr(step, "needs_images", True)
 
 
 class Exporter(Protocol):

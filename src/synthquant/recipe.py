@@ -15,7 +15,7 @@ Paths are relative to the working directory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -23,6 +23,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
+from synthquant.core.overrides import apply_overrides
 from synthquant.core.plain_yaml import LONGEST, parse_yaml
 from synthquant.core.registry import Registry
 from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
@@ -39,10 +40,12 @@ from synthquant.methods import (
     QuantStep,
     Selector,
     Synthesizer,
+    is_generating,
 )
 from synthquant.models.float_model import ModelSource
 from synthquant.nn.scheme import QuantScheme
 from synthquant.select.sequence import require_enough
+from synthquant.stages import STAGES
 
 M = TypeVar("M")
 
@@ -168,6 +171,16 @@ class QuantizeSection(Settings):
         """Return the method with its settings."""
         return build_method(QUANTIZERS, self.method, self.settings, "quantize")
 
+    @property
+    def needs_images(self) -> tuple[str, ...]:
+        """What of this cannot be done without given images, in words."""
+        asked = {
+            f"quantize.method {self.method}": not is_generating(self.build()),
+            f"quantize.equalize {self.equalize}": self.equalize == "activations",
+            "quantize.bias_correction": self.bias_correction,
+        }
+        return tuple(name for name, needs in asked.items() if needs)
+
 
 class EvaluateSection(Settings):
     """What float and quantized network are measured on."""
@@ -191,8 +204,8 @@ class Recipe(Settings):
     """Version of the recipe format."""
     model: ModelSource
     """The trained network; a plain string is its `source`."""
-    images: SynthesizeSection | SourceSection
-    """Where the images to quantize with come from."""
+    images: SynthesizeSection | SourceSection | None = None
+    """Where the images to quantize with come from; none: the quantization method makes its own."""
     select: SelectSection | None = None
     """Which of these images are used; a plain list is its `by`; none: all."""
     quantize: QuantizeSection
@@ -205,10 +218,17 @@ class Recipe(Settings):
     """`cpu`, `cuda`, `cuda:1`, ... or `auto`: an accelerator if there is one."""
     memory: MemoryBudget = MemoryBudget()
     """Memory that caches may take."""
+    added: dict[str, Any] = Field(default_factory=dict)
+    """Stages that are no part of every run (`stages.STAGES`); written under their names in a recipe."""
 
     @model_validator(mode="after")
     def _enough_images(self) -> Recipe:
-        if self.select is not None and self.images.count is not None:
+        if self.images is None:
+            needs = [*self.quantize.needs_images, *(["select"] if self.select is not None else [])]
+            if needs or self.evaluate is None:
+                why = f"{needs[0]} needs them" if needs else "without evaluate the network is measured on them"
+                raise ValueError(f"'images' is missing: {why}")
+        elif self.select is not None and self.images.count is not None:
             require_enough(self.select.build(), self.images.count)
         return self
 
@@ -222,12 +242,20 @@ class Recipe(Settings):
             SchemeError: a scheme that makes no sense.
         """
         known = _expand(values)
-        if known.get("select") is None:
-            known.pop("select", None)
+        for section in ("images", "select"):
+            if known.get(section) is None:
+                known.pop(section, None)
         sections = (("images", _read_images), ("select", SelectSection.parse), ("quantize", QuantizeSection.parse))
         for section, read in sections:
             if section in known:
                 known[section] = read(_mapping(known[section], f"{where}: {section}"), where)
+        if "added" in known:
+            raise RecipeError(f"{where}: unknown setting 'added'; write a stage under its own name")
+        stages = {name: known.pop(name) for name in STAGES.names() if name in known}
+        known["added"] = {
+            name: parse_settings(cast(Any, STAGES.get(name)), _mapping(values, f"{where}: {name}"), f"{where}: {name}")
+            for name, values in stages.items()
+        }
         return parse_settings(cls, known, where)
 
     @classmethod
@@ -252,7 +280,9 @@ class Recipe(Settings):
         """Return the recipe as plain data with every default written out; `parse` gives an equal recipe back."""
         values = self.model_dump(mode="json")
         for section in ("images", "quantize"):
-            values[section] |= values[section].pop("settings", {})
+            if values[section] is not None:
+                values[section] |= values[section].pop("settings", {})
+        values |= values.pop("added")
         if self.select is not None:
             values["select"]["by"] = [{"method": one.method, **one.settings} for one in self.select.by]
         return values
@@ -276,48 +306,6 @@ def build_method(registry: Registry[type[M]], name: str, values: Mapping[str, An
 def method_settings(method: object) -> dict[str, Any]:
     """Return all fields of a method as plain data."""
     return cast(Settings, method).model_dump(mode="json")
-
-
-def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """Return a copy of `values` changed by texts like `quantize.iterations=500`; the right side is read as YAML.
-
-    Args:
-        values: nested mappings.
-        overrides: `path=value` texts; later ones win.
-        prefix: put before each path, for example `images.`.
-
-    Raises:
-        RecipeError: a text without `=`, a value that is not YAML, or a path through something that is not a mapping.
-    """
-    changed = dict(values)
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        if not equals or not path.strip():
-            raise RecipeError(
-                f"--set {_shortened(text)!r}: write it as FIELD=VALUE, for example --set {prefix}iterations=500"
-            )
-        try:
-            read = parse_yaml(value)
-        except RecipeError as error:
-            raise RecipeError(f"--set {_shortened(text)!r}: its value {error}") from error
-        changed = _with(changed, f"{prefix}{path.strip()}".split("."), read, f"--set {_shortened(text)!r}", "")
-    return changed
-
-
-def _with(values: Any, path: Sequence[str], value: Any, where: str, name: str) -> Any:
-    """Return a copy of nested mappings and lists with `value` at `path`; `name` is how we came to `values`."""
-    if not path:
-        return value
-    key, rest = path[0], path[1:]
-    inner_name = f"{name}.{key}".lstrip(".")
-    if isinstance(values, list):
-        if not key.isdecimal() or int(key) >= len(values):
-            raise RecipeError(f"{where}: {name} is a list with entries 0 to {len(values) - 1}, not {key!r}")
-        position = int(key)
-        return [*values[:position], _with(values[position], rest, value, where, inner_name), *values[position + 1 :]]
-    if values is not None and not isinstance(values, Mapping):
-        raise RecipeError(f"{where}: {name} is {values!r}, it has no fields")
-    return {**(values or {}), key: _with((values or {}).get(key), rest, value, where, inner_name)}
 
 
 def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,10 +368,6 @@ def _split(
     own = {key: value for key, value in values.items() if key in own_names}
     fields = {key: value for key, value in values.items() if key not in own_names}
     return own, method_settings(build_method(registry, method, fields, f"{where}: {name}"))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:

@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import empty_folder, sha256_file, write_text
 from synthquant.core.progress import Progress
 from synthquant.core.run_folder import RunFolder
-from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, ReportMetrics, SelectMetrics
-from synthquant.data.image_set import ImageSet
+from synthquant.core.run_metrics import ReportMetrics
 from synthquant.data.manifest import MANIFEST_NAME, read_manifest
 from synthquant.data.store import JOURNAL_NAME
 from synthquant.export.checkpoint import WEIGHTS_NAME, read_config
-from synthquant.recipe import Recipe, SynthesizeSection
-from synthquant.select.write import selection_metrics
+from synthquant.recipe import Recipe
+from synthquant.stages import Stage
 
 RECIPE_NAME = "recipe.yaml"
 
 
-def take_back_what_is_gone(folder: RunFolder, recipe: Recipe, progress: Progress) -> None:
+def take_back_what_is_gone(folder: RunFolder, stages: Sequence[Stage], progress: Progress) -> None:
     """Let stages whose files are missing or not as they were written be done again, and say so.
 
     Other stages stay done: what they wrote was made from files that are then made again with the same bytes.
     """
-    checks: dict[str, tuple[Path, Callable[[RunFolder], None]]] = {
-        "select": (folder.selected, _check_selection),
-        "checkpoint": (folder.checkpoint, _check_checkpoint),
-        "report": (folder.report, _check_report),
-    }
-    if isinstance(recipe.images, SynthesizeSection):
-        checks = {"images": (folder.images, _check_images), **checks}
     were_done = folder.is_done("images")
-    for stage, (path, check) in checks.items():
-        if not folder.is_done(stage):
+    checks = [(stage.name, path, stage.require_files) for stage in stages if (path := stage.files(folder)) is not None]
+    for name, path, check in (*checks, ("report", folder.report, _require_report)):
+        if not folder.is_done(name):
             continue
         try:
             check(folder)
         except InputError as error:
             what = f"is not whole ({error})" if path.exists() else "is gone"
             progress.warn(f"{path} {what}: it is made again")
-            folder.reopen(stage)
-            if stage == "select" and path.is_dir():  # it would be taken for finished
+            folder.reopen(name)
+            if name == "select" and path.is_dir():  # it would be taken for finished
                 empty_folder(path)
     if folder.is_done("images") or not folder.images.is_dir():
         return
@@ -71,32 +64,14 @@ def checkpoint_hash(folder: RunFolder) -> str:
     return config.weights_sha256
 
 
-def _check_images(folder: RunFolder) -> None:
-    images = ImageSet.open(folder.images)
-    images.verify()
-    _require_recorded(images.fingerprint, folder.record.metrics("images", ImagesMetrics).fingerprint)
-
-
-def _check_selection(folder: RunFolder) -> None:
-    images = ImageSet.open(folder.selected)
-    images.verify()
-    selection_metrics(folder.selected)
-    _require_recorded(images.fingerprint, folder.record.metrics("select", SelectMetrics).fingerprint)
-
-
-def _check_checkpoint(folder: RunFolder) -> None:
-    recorded = folder.record.metrics("checkpoint", CheckpointMetrics).weights_sha256
-    _require_recorded(checkpoint_hash(folder), recorded)
-
-
-def _check_report(folder: RunFolder) -> None:
+def _require_report(folder: RunFolder) -> None:
     if not folder.report.is_file():
         raise InputError("missing")
-    _require_recorded(sha256_file(folder.report), folder.record.metrics("report", ReportMetrics).sha256)
+    require_recorded(sha256_file(folder.report), folder.record.metrics("report", ReportMetrics).sha256)
 
 
-def _require_recorded(found: str, recorded: str | None) -> None:
-    """Runs of older releases recorded no hashes."""
+def require_recorded(found: str, recorded: str | None) -> None:
+    """Raise `InputError` if a hash is not the recorded one; runs of older releases recorded none."""
     if recorded is not None and found != recorded:
         raise InputError("not what the run wrote there")
 

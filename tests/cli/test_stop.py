@@ -90,7 +90,7 @@ def test_a_stopped_run_says_what_is_kept_and_goes_on(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("synthquant.pipeline.measure_sqnr", send(number))
+        patch.setattr("synthquant.run_stages.measure_sqnr", send(number))
         stopped = synthquant("run", recipe, "--out", out)
     assert (stopped.status, stopped.out) == (status, "")
     word = "interrupted" if number == signal.SIGINT else "terminated"
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_is_one_line_that_says_what_to_lower(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("synthquant.pipeline.measure_sqnr", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+        patch.setattr("synthquant.run_stages.measure_sqnr", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
         failed = synthquant("run", recipe, "--out", out)
     said = failed.err.splitlines()[-1]
     assert failed.status == 1 and said.startswith("error: main memory ran out; set memory.host_gib lower"), failed.err

@@ -155,7 +155,9 @@ def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) 
         own.gather(teacher, student)
         done = {name for earlier in engine.units[: index + 1] for name in earlier.layers}
         with model.mode(weights=True, activations=False):
-            found = own._fisher(student)
+            own.update_fisher()
+            found = own.weights
+            assert found is not None
             for name, layer in model.layers.items():
                 layer.weights_enabled = name in done
             wanted = gradient_of(model, unit.name, x)

@@ -13,8 +13,9 @@ from synthquant.cli.output import accuracy_rows, print_json, print_run, print_ta
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
+from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
-from synthquant.recipe import QuantizeSection, Recipe, SourceSection, SynthesizeSection, apply_overrides
+from synthquant.recipe import QuantizeSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.report.html import write_report
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do.", show_default=False)]

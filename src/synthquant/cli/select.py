@@ -6,19 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from synthquant import pipeline
+from synthquant import make
 from synthquant.cli import options
 from synthquant.cli.output import print_result
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_outside
+from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.data.sources import open_images
 from synthquant.methods import SELECTORS
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
-from synthquant.recipe import SelectSection, SourceSection, apply_overrides, expand_filter
+from synthquant.recipe import SelectSection, SourceSection, expand_filter
 from synthquant.select.sequence import require_pool
 from synthquant.select.write import selection_metrics
 
@@ -87,7 +88,7 @@ def select(
     float_model = open_model(source, device=place, progress=ConsoleProgress())
     progress = ConsoleProgress()
     pool = in_classes_of(pool, classes_of(float_model), images, progress)
-    kept = pipeline.select(pool, float_model, section, seed, out, progress, real=real, ray=workers)
+    kept = make.select(pool, float_model, section, seed, out, progress, real=real, ray=workers)
     metrics = selection_metrics(out)
     if json:
         counts = {"count": len(kept), "pool": len(pool), "rejected": len(pool) - len(kept)}

@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from synthquant import measure, pipeline
+from synthquant import make, measure, pipeline
 from synthquant.cli import options
 from synthquant.cli.output import print_result, print_run, print_table
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
+from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
 from synthquant.methods import exporter_of, runtime_exporters
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
-from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection, apply_overrides
+from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection
 
 _RUNTIMES = [name for exporter in runtime_exporters() for name in exporter.runtimes]
 ModelOrRun = Annotated[
@@ -59,7 +60,7 @@ def synthesize(
     place, workers = resolve_device(device), options.workers(ray, ray_workers)
     require_writable(out)
     float_model = open_model(source, device=place, progress=ConsoleProgress())
-    images = pipeline.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
+    images = make.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
     print_result(result, device) if json else print(f"{len(images)} images in {out}")
 

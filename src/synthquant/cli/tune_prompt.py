@@ -12,6 +12,7 @@ from synthquant.cli.output import print_result
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import OutputError
 from synthquant.core.files import require_writable
+from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.rng import Rng
 from synthquant.core.settings import parse_settings
@@ -20,7 +21,6 @@ from synthquant.data.sources import open_images
 from synthquant.diffusion.pipelines import open_text_to_image
 from synthquant.models.class_labels import Classes as NetworkClasses
 from synthquant.models.class_labels import in_classes_of
-from synthquant.recipe import apply_overrides
 from synthquant.synthesize.class_names import class_names, prompt_names
 from synthquant.synthesize.prompt_tuning import PromptTuning
 from synthquant.synthesize.prompt_tuning import tune_prompt as tune

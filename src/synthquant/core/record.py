@@ -91,10 +91,10 @@ class RunRecord(BaseModel):
         except ValidationError as error:
             raise InputError(f"{path} is not the record of a run: {_first(error)}") from error
         for name, stage in record.stages.items():
-            if name not in METRICS:
+            if name not in METRICS and name not in record.recipe:  # a stage that a recipe adds is a section of it
                 raise InputError(f"{path} is not the record of a run: there is no stage {name!r}")
             try:
-                found = METRICS[name].model_validate(stage.metrics)
+                found = METRICS.get(name, Metrics).model_validate(stage.metrics)
             except ValidationError as error:
                 raise InputError(f"{path}: stages.{name}.metrics.{_first(error)}") from error
             missing = [key for key in found.required if getattr(found, key) is None]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.errors import DataError, UnsupportedModelError
 from synthquant.core.modules import get_module, hooked
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
@@ -52,7 +52,9 @@ _TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit, that rounding may make."""
 
 
-def equalized(quant_model: QuantModel, kind: Equalize, images: ImageSet, progress: Progress = QUIET) -> QuantModel:
+def equalized(
+    quant_model: QuantModel, kind: Equalize, images: ImageSet | None, progress: Progress = QUIET
+) -> QuantModel:
     """Return a quantized network built anew from the equalised float network; warn if nothing could be equalised.
 
     Args:
@@ -81,6 +83,8 @@ def equalized(quant_model: QuantModel, kind: Equalize, images: ImageSet, progres
         before = module(example)
         if kind == "weights":
             scales = weight_scales(module, channels)
+        elif images is None:
+            raise DataError("ranges of activations come from images, and there are none")
         else:
             scales = activation_scales(quant_model, channels, channel_ranges(quant_model, channels, images))
         found = _as_factors(channels, scales)

@@ -69,7 +69,7 @@ def output_gradient(
 
     with torch.no_grad(), model.mode(weights=False, activations=False):
         wanted = F.log_softmax(model(images).double(), 1)
-    with hooked([(unit, catch)]), _in_float(later), torch.enable_grad():
+    with hooked([(unit, catch)]), in_float(later), torch.enable_grad():
         # In double precision: the gradient is the difference of two probabilities that are nearly the same.
         found = F.log_softmax(run_from_unit().double(), 1)
         error = F.kl_div(found, wanted, reduction="sum", log_target=True)
@@ -81,7 +81,7 @@ def output_gradient(
 
 
 @contextmanager
-def _in_float(parts: Sequence[Parts]) -> Iterator[None]:
+def in_float(parts: Sequence[Parts]) -> Iterator[None]:
     """Leave layers and quantizers in floating point for a while."""
     layers = [(layer, layer.weights_enabled) for part, _ in parts for layer in part]
     quantizers = [(quantizer, quantizer.enabled) for _, part in parts for quantizer in part]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +43,7 @@ class Phase:
         activation_scale_lr: learning rate of activation scales, cosine to 0; 0: fixed.
         quantize_probability: probability that a quantized activation, or a student input, is used (QDrop: 0.5).
         lsq_gradient_scale: scale the gradient of activation steps as LSQ does.
+        error: registered name of what is minimised (`unit_fit.UNIT_ERRORS`).
         norm: exponent of the reconstruction error.
         sampling: how batches are drawn: through shuffled `epoch`s, a fresh `permutation` each step, or with
             `replacement`.
@@ -66,6 +67,7 @@ class Phase:
     activation_scale_lr: float
     quantize_probability: float
     lsq_gradient_scale: bool
+    error: str
     norm: float
     sampling: Sampling
     fisher: Literal["diagonal", "full"] | None
@@ -201,7 +203,13 @@ def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, flo
     try:
         for layer, source in zip(layers, rounding, strict=bool(rounding)):
             layer.weight_source = source
-        with _learning(quantizers if phase.activations else (), scales, phase, rng.generator("drop", device)):
+        with learning(
+            quantizers if phase.activations else (),
+            scales,
+            quantize_probability=phase.quantize_probability,
+            lsq_gradient_scale=phase.lsq_gradient_scale,
+            generator=rng.generator("drop", device),
+        ):
             for step in range(1, phase.iterations + 1):
                 for source in rounding:
                     source.hold()
@@ -261,17 +269,43 @@ def _keep_positive(scales: Sequence[torch.Tensor]) -> None:
 
 
 @contextmanager
-def _learning(
-    quantizers: Sequence[ActivationQuantizer], scales: Sequence[nn.Parameter], phase: Phase, generator: torch.Generator
+def undropped(quantizers: Sequence[ActivationQuantizer]) -> Iterator[None]:
+    """Let quantizers that learn quantize every value for a while."""
+    former = [(quantizer, quantizer.quantize_probability) for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.quantize_probability = 1.0
+        yield
+    finally:
+        for quantizer, probability in former:
+            quantizer.quantize_probability = probability
+
+
+@contextmanager
+def learning(
+    quantizers: Collection[ActivationQuantizer],
+    scales: Sequence[nn.Parameter],
+    *,
+    quantize_probability: float = 1.0,
+    lsq_gradient_scale: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Iterator[None]:
-    """Let quantizers drop values, and take gradients for their scales, for a while."""
+    """Let gradients pass through quantizers for a while, and reach their scales.
+
+    Args:
+        quantizers: those that gradients pass through, with rounding as the identity.
+        scales: parameters of quantizers that are learned.
+        quantize_probability: probability that a value is quantized at all (QDrop).
+        lsq_gradient_scale: scale the gradient of step sizes as LSQ does.
+        generator: decides which values are quantized; needed below a probability of 1.
+    """
     try:
         for scale in scales:
             scale.requires_grad_(True)
         for quantizer in quantizers:
             quantizer.learning = True
-            quantizer.quantize_probability = phase.quantize_probability
-            quantizer.lsq_gradient_scale = phase.lsq_gradient_scale
+            quantizer.quantize_probability = quantize_probability
+            quantizer.lsq_gradient_scale = lsq_gradient_scale
             quantizer.generator = generator
         yield
     finally:

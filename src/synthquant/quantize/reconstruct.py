@@ -89,7 +89,7 @@ class Reconstruction:
                 if phase.inputs != "teacher" and index in needed:
                     own.keep_outputs()
                 if report is None:
-                    report = own.fit(teacher if phase.inputs == "teacher" else student, rng.child(unit.name), bar)
+                    report = own.fit(rng.child(unit.name), bar)
                     files.save(index, self.fitted.parts[index], report)
                     _warn_of_diverged(report, progress)
                 else:

@@ -191,6 +191,18 @@ class Replay:
             logits: torch.Tensor = self.network(images)
         return logits
 
+    def run_behind(
+        self, index: int, images: torch.Tensor, output: Leaves, stored: Callable[[int], Leaves]
+    ) -> torch.Tensor:
+        """Logits of one batch, with `output` for what unit `index` puts out and earlier units looked up."""
+
+        def known(unit: int) -> Leaves:
+            return output if unit == index else stored(unit)
+
+        with self._replaced(index + 1, len(images), self.needed_after(index), known, {}):
+            logits: torch.Tensor = self.network(images)
+        return logits
+
     def run_unit(self, index: int, leaves: Leaves) -> Any:
         """What unit `index` returns for the per-image leaves of its arguments."""
         args, kwargs = self.inputs[index].rebuild(leaves)

@@ -85,6 +85,7 @@ class LearnedRounding(Settings, ABC):
             activation_scale_lr=0.0,
             quantize_probability=1.0,
             lsq_gradient_scale=False,
+            error="outputs",
             norm=2.0,
             sampling="permutation",
             fisher=None,

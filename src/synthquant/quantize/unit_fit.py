@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
 from synthquant.core.clips import saved_results
 from synthquant.core.modules import get_module
 from synthquant.core.progress import Bar
+from synthquant.core.registry import Registry
 from synthquant.core.rng import Rng
 from synthquant.methods import UnitReport
 from synthquant.models.blocks import Unit
@@ -21,9 +22,9 @@ from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.cache import CacheStore, RowCache
 from synthquant.quantize.calibrate import observe
-from synthquant.quantize.fisher import fisher_weights, output_gradient
+from synthquant.quantize.fisher import fisher_weights, in_float, output_gradient
 from synthquant.quantize.layout import channels_last
-from synthquant.quantize.learn import Learnable, Learned, Phase, learn_unit, reconstruction_error
+from synthquant.quantize.learn import Learnable, Learned, Phase, learn_unit, reconstruction_error, undropped
 from synthquant.quantize.replay import NETWORK_INPUT, LeafKind, Leaves, Port, Replay
 from synthquant.quantize.unit_files import Parts, finite, snapshot
 
@@ -80,6 +81,7 @@ class UnitFit:
         student: cached arguments as the quantized network gives them, if the phase uses them.
         teacher: cached arguments as the float network gives them, if the phase uses them.
         targets: what the float unit puts out.
+        weights: of the error of the unit's first output, with its rows, once `update_fisher` was called.
         outputs: what the quantized unit puts out, if that is kept.
     """
 
@@ -95,6 +97,13 @@ class UnitFit:
         self.teacher: list[RowCache] = []
         self.targets: list[RowCache] = []
         self.outputs: list[RowCache] = []
+        self.weights: RowCache | None = None
+        self._before = Stream()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the unit is."""
+        return self._model.device
 
     @property
     def source(self) -> list[RowCache]:
@@ -104,6 +113,7 @@ class UnitFit:
     def gather(self, teacher: Stream, student: Stream) -> None:
         """Cache targets and arguments, one chunk of images at a time, from what earlier units put out."""
         self.targets = self._caches(self.gives)
+        self._before = teacher if self._phase.inputs == "teacher" else student
         for start, stop in self._fitted.chunks():
             with self._model.mode(weights=False, activations=False), torch.no_grad():
                 leaves, origins = self._arguments(start, stop, teacher)
@@ -126,11 +136,10 @@ class UnitFit:
                 for start, stop in self._fitted.chunks():
                     self._write(self.outputs, start, self._run(self._read(self.source, start, stop)))
 
-    def fit(self, stream: Stream, rng: Rng, bar: Bar) -> UnitReport:
+    def fit(self, rng: Rng, bar: Bar) -> UnitReport:
         """Learn the unit; put it back if that made it worse. Fills `outputs`, if they are kept.
 
         Args:
-            stream: outputs of earlier units in the network that the unit's arguments come from.
             rng: randomness of this unit.
             bar: advanced with each step.
         """
@@ -139,16 +148,17 @@ class UnitFit:
             if phase.activations and phase.calibrate_images:
                 self.calibrate()
             rounded = self._rounded()
-            fisher = self._fisher(stream) if phase.fisher and rounded else None
-            start_loss = self.loss(fisher)
+            if phase.fisher and rounded:
+                self.update_fisher()
+            start_loss = self.loss()
             before = snapshot(self.layers, self.quantizers)
             learned = Learned(None, (), ())
             if rounded or phase.activation_scale_lr:
-                error_of, device = self.error_of(fisher, rng), self._model.device
+                error_of, device = UNIT_ERRORS.get(phase.error)(self, rng), self._model.device
                 learnable = Learnable(rounded, self.quantizers, error_of, self._fitted.count, device)
                 with saved_results(self._model.module):
                     learned = learn_unit(phase, learnable, rng, _ticker(bar, self.unit))
-            end_loss = self.loss(fisher, self.outputs)
+            end_loss = self.loss(self.outputs)
             diverged = not end_loss <= start_loss
             if diverged:
                 before.restore(self.layers, self.quantizers)
@@ -173,41 +183,76 @@ class UnitFit:
         with torch.no_grad():
             observe(self.quantizers, run, self._phase.observer)
 
-    def loss(self, fisher: RowCache | None, outputs: Sequence[RowCache] = ()) -> float:
+    def loss(self, outputs: Sequence[RowCache] = ()) -> float:
         """Squared reconstruction error over all images, with hard rounding and no dropping; weighted if learning is.
 
         What the unit puts out is kept in `outputs`, if there are any, so that it need not run again.
         """
-        total, last = 0.0, self._channels_last(self.source)
+        total = 0.0
         with torch.no_grad():
             for start, stop in self._fitted.chunks():
                 output = self._run(self._read(self.source, start, stop))
                 if outputs:
                     self._write(outputs, start, output)
                 wanted = self._wanted([cache.read(start, stop) for cache in self.targets])
-                weights = self.gives.first(fisher.read(start, stop)) if fisher else None
-                error = reconstruction_error(output, wanted, last, 2.0, weights, self._phase.fisher == "full")
+                weights = self.gives.first(self.weights.read(start, stop)) if self.weights else None
+                error = reconstruction_error(
+                    output, wanted, self._channels_last, 2.0, weights, self._phase.fisher == "full"
+                )
                 total += float(error) * (stop - start)
         return total / self._fitted.count
 
-    def error_of(self, fisher: RowCache | None, rng: Rng) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The differentiable error of a batch of image indices."""
-        phase, kinds = self._phase, self.reads.varying
-        last = self._channels_last(self.student or self.teacher)
-        generator = rng.generator("mix", self._model.device)
+    def output(self, batch: torch.Tensor, mixing: torch.Generator) -> Leaves:
+        """What the unit puts out for images of these indices, from the inputs of the phase; `mixing` mixes them."""
+        phase = self._phase
+        student = [cache.gather(batch) for cache in self.student]
+        rows = [cache.gather(batch) for cache in self.teacher] if phase.inputs != "student" else student
+        if phase.inputs == "mixed":
+            rows = [_mix(s, t, phase.quantize_probability, mixing) for s, t in zip(student, rows, strict=True)]
+        return self._run([kind.from_rows(row) for kind, row in zip(self.reads.varying, rows, strict=True)])
 
-        def error_of(batch: torch.Tensor) -> torch.Tensor:
-            student = [cache.gather(batch) for cache in self.student]
-            rows = [cache.gather(batch) for cache in self.teacher] if phase.inputs != "student" else student
-            if phase.inputs == "mixed":
-                rows = [_mix(s, t, phase.quantize_probability, generator) for s, t in zip(student, rows, strict=True)]
-            leaves = [kind.from_rows(row) for kind, row in zip(kinds, rows, strict=True)]
-            output = self._run(leaves)
-            wanted = self._wanted([cache.gather(batch) for cache in self.targets])
-            weights = self.gives.first(fisher.gather(batch)) if fisher else None
-            return reconstruction_error(output, wanted, last, phase.norm, weights, phase.fisher == "full")
+    def output_error(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
+        """How far `output` is from what the float unit puts out, in the norm and with the weights of the phase."""
+        wanted = self._wanted([cache.gather(batch) for cache in self.targets])
+        weights = self.gives.first(self.weights.gather(batch)) if self.weights else None
+        full = self._phase.fisher == "full"
+        return reconstruction_error(output, wanted, self._channels_last, self._phase.norm, weights, full)
 
-        return error_of
+    def rest(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
+        """What the float network behind the unit makes of its `output` for images of these indices: logits.
+
+        Gradients reach `output`, which stays as it is. It can be asked for at any step.
+        """
+        copies = [leaf.clone() for leaf in output]  # what follows may work in place
+        stored = partial(self._gathered, self._before, batch)
+        with in_float(self._fitted.parts[self._index + 1 :]):
+            return self._replay.run_behind(self._index, self._fitted.images.gather(batch), copies, stored)
+
+    @torch.no_grad()
+    def float_logits(self, batch: torch.Tensor) -> torch.Tensor:
+        """What the float network makes of images of these indices."""
+        with self._model.mode(weights=False, activations=False):
+            logits: torch.Tensor = self._model(self._fitted.images.gather(batch))
+        return logits
+
+    def update_fisher(self) -> None:
+        """Weigh the error of the unit's first output by what the network's answer depends on as the unit now is.
+
+        It can be asked for again while the unit learns; nothing is dropped meanwhile.
+        """
+        fitted, port = self._fitted, self.gives
+        kind, module = port.varying[port.main], get_module(self._model.module, self.unit.name)
+        later = fitted.parts[self._index + 1 :]
+        if self.weights is None:
+            self.weights = self._allocate(kind)
+        with undropped(self.quantizers):
+            for start, stop in fitted.chunks():
+                images = fitted.images.read(start, stop)
+                run = partial(
+                    self._replay.run_from, self._index, images, partial(self._stored, self._before, start, stop)
+                )
+                gradient = output_gradient(self._model, module, port.leaf(port.main), later, images, run)
+                self.weights.write(start, fisher_weights(kind.to_rows(gradient)))
 
     def _quantized(self) -> AbstractContextManager[None]:
         """The network as it is quantized in this phase."""
@@ -225,6 +270,10 @@ class UnitFit:
         reads_images = NETWORK_INPUT in self._replay.sources[self._index]
         images = self._fitted.images.read(start, stop) if reads_images else None
         return self._replay.run_to(self._index, stop - start, images, partial(self._stored, stream, start, stop))
+
+    def _gathered(self, stream: Stream, batch: torch.Tensor, unit: int) -> Leaves:
+        kinds = self._replay.outputs[unit].varying
+        return [kind.from_rows(cache.gather(batch)) for kind, cache in zip(kinds, stream.outputs[unit], strict=True)]
 
     def _stored(self, stream: Stream, start: int, stop: int, unit: int) -> Leaves:
         kinds = self._replay.outputs[unit].varying
@@ -267,24 +316,24 @@ class UnitFit:
     def _wanted(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         return [kind.from_rows(row) for kind, row in zip(self.gives.varying, rows, strict=True)]
 
-    def _channels_last(self, source: list[RowCache]) -> bool:
+    @cached_property
+    def _channels_last(self) -> bool:
         """Whether the unit puts out tokens rather than feature maps; tried out on one image."""
         layer, leaf = get_module(self._model.module, self.unit.layers[-1]), self.gives.main
         with self._model.mode(weights=False, activations=False):
-            return channels_last(layer, lambda: self._run(self._read(source, 0, 1))[leaf])
+            return channels_last(layer, lambda: self._run(self._read(self.source, 0, 1))[leaf])
 
-    def _fisher(self, stream: Stream) -> RowCache:
-        """Weights of the error of the unit's (first) output, with the rows of that output."""
-        fitted, port = self._fitted, self.gives
-        kind, module = port.varying[port.main], get_module(self._model.module, self.unit.name)
-        later = fitted.parts[self._index + 1 :]
-        cache = self._allocate(kind)
-        for start, stop in fitted.chunks():
-            images = fitted.images.read(start, stop)
-            run = partial(self._replay.run_from, self._index, images, partial(self._stored, stream, start, stop))
-            gradient = output_gradient(self._model, module, port.leaf(port.main), later, images, run)
-            cache.write(start, fisher_weights(kind.to_rows(gradient)))
-        return cache
+
+ErrorOf = Callable[[torch.Tensor], torch.Tensor]
+"""The differentiable error of a unit for a batch of image indices."""
+UNIT_ERRORS: Registry[Callable[[UnitFit, Rng], ErrorOf]] = Registry("error of a unit")
+
+
+@UNIT_ERRORS.register("outputs")
+def output_error(unit: UnitFit, rng: Rng) -> ErrorOf:
+    """The error of what the unit puts out, as AdaRound, BRECQ, QDrop and Genie-M have it."""
+    mixing = rng.generator("mix", unit.device)
+    return lambda batch: unit.output_error(batch, unit.output(batch, mixing))
 
 
 def _mix(student: torch.Tensor, teacher: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:

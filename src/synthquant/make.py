@@ -1,0 +1,141 @@
+"""Images, choices and quantized networks: what the commands and the stages of a run share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from synthquant.core.errors import InputError
+from synthquant.core.progress import QUIET, Progress
+from synthquant.core.rng import Rng
+from synthquant.core.working_folder import require_space, size_of, working_folder
+from synthquant.data.image_set import ImageSet
+from synthquant.data.store import JOURNAL_NAME
+from synthquant.distributed.ray_workers import RayWorkers
+from synthquant.export.onnx import Onnx
+from synthquant.methods import MemoryBudget, QuantReport, is_generating
+from synthquant.models.float_model import FloatModel
+from synthquant.nn.coverage import summarize
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.bias_correction import correct_biases
+from synthquant.quantize.equalize import equalized
+from synthquant.recipe import QuantizeSection, SelectSection, SynthesizeSection
+from synthquant.select.write import write_selection
+from synthquant.synthesize.batches import image_form, open_writer
+
+
+def synthesize(
+    model: FloatModel,
+    section: SynthesizeSection,
+    seed: int,
+    folder: Path,
+    progress: Progress = QUIET,
+    *,
+    ray: RayWorkers | None = None,
+) -> ImageSet:
+    """Make the images of `section` in `folder`, part by part; called again, make the parts that are missing.
+
+    With `ray` the workers of a cluster make them (`text_to_image` only); the images are the same.
+
+    Raises:
+        DataError: `folder` holds images of another method, setting, seed or network.
+        UnsupportedModelError: the method does not work for this network; `folder` is not left behind.
+        OutputError: `folder` cannot be written.
+    """
+    method = section.build()
+    rng = Rng(seed).child("images")
+    with working_folder(folder, (JOURNAL_NAME,)):
+        require_space(folder, {"images": image_bytes(section, model) - size_of(folder)})
+        writer = open_writer(folder, section.method, method, section.count, seed, model, progress)
+        if ray is not None:
+            return ray.synthesize(method, model, section.count, rng, writer, progress)
+        return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
+
+
+def select(
+    images: ImageSet,
+    model: FloatModel,
+    section: SelectSection,
+    seed: int,
+    folder: Path,
+    progress: Progress = QUIET,
+    *,
+    real: ImageSet | None = None,
+    ray: RayWorkers | None = None,
+) -> ImageSet:
+    """Choose from `images` as `section` says and leave the choice in `folder`; called again, read it from there.
+
+    Neither `real` images, which stand beside pool and choice in the report, nor the workers of `ray` change the choice.
+
+    Raises:
+        UnsupportedModelError: a filter does not work for this network.
+        DataError: there are fewer images than are to stay, none can be used, or labels are missing.
+        OutputError: `folder` cannot be written or holds something else. In all cases nothing is left behind.
+    """
+    return write_selection(
+        folder,
+        images,
+        model,
+        section.build(),
+        Rng(seed).child("select"),
+        real=real,
+        batch_size=section.batch_size,
+        table_gib=section.table_gib,
+        progress=progress,
+        workers=ray,
+    )
+
+
+def quantize(
+    model: FloatModel,
+    section: QuantizeSection,
+    images: ImageSet | None,
+    seed: int,
+    progress: Progress = QUIET,
+    *,
+    workdir: Path | None = None,
+    memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+) -> tuple[QuantModel, QuantReport]:
+    """Do what `section` says: equalise, apply the method, correct biases; say what stays in floating point.
+
+    Without `images` the method makes its own. With a `workdir` finished units are kept there, and the same call goes on
+    after them.
+
+    Raises:
+        SchemeError: the scheme quantizes nothing, a pattern matches nothing, or it is not one for `export_preset`.
+        DataError: no image can be read, or `workdir` holds units of another run.
+        UnsupportedModelError: equalised, the network computes something else.
+        InputError: there are no images and something needs them.
+    """
+    if images is None and section.needs_images:
+        raise InputError(f"there are no images to quantize with, which {section.needs_images[0]} needs")
+    quant_model = equalized(build(model, section), section.equalize, images, progress)
+    if in_float := summarize(quant_model.coverage()).in_float:
+        progress.warn(in_float)
+    step, rng = section.build(), Rng(seed).child("quantize")
+    if images is not None:
+        report = step.apply(quant_model, images, rng, progress=progress, workdir=workdir, memory=memory)
+    else:
+        assert is_generating(step)
+        report = step.apply(quant_model, None, rng, progress=progress, workdir=workdir, memory=memory)
+    if section.bias_correction and images is not None:
+        report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
+    return quant_model, report
+
+
+def build(model: FloatModel, section: QuantizeSection) -> QuantModel:
+    """The network that is to be quantized; raises `SchemeError` if it is meant for a preset that cannot express it."""
+    quant_model = QuantModel.build(model, section.scheme)
+    if section.export_preset is not None:
+        Onnx(preset=section.export_preset).check(quant_model)
+    return quant_model
+
+
+def image_bytes(section: SynthesizeSection, model: FloatModel) -> int:
+    """Bytes of the images; 0 for images of a size of their own, which only the generator knows."""
+    form = image_form(section.build())
+    if not form.sized_by_network or form.dtype != "float16":
+        return 0
+    height, width = model.preprocess.input_size
+    return section.count * 3 * height * width * torch.float16.itemsize

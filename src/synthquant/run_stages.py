@@ -1,0 +1,309 @@
+"""The stages of every run, and their order."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synthquant.core.errors import DataError, InputError, ModelError, RecipeError, did_you_mean
+from synthquant.core.progress import Progress
+from synthquant.core.rng import Rng
+from synthquant.core.run_folder import RunFolder
+from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, SelectMetrics
+from synthquant.core.working_folder import size_of
+from synthquant.data.image_set import ImageSet
+from synthquant.data.quality import say_what_was_read, warn_of_suspicious
+from synthquant.evaluate.agreement import measure_sqnr
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.make import build, image_bytes, quantize, select, synthesize
+from synthquant.measure import float_beside_quantized
+from synthquant.models.class_labels import classes_of, in_classes_of
+from synthquant.models.float_model import FloatModel
+from synthquant.nn.coverage import summarize
+from synthquant.recipe import Recipe, SourceSection, SynthesizeSection
+from synthquant.resume import checkpoint_hash, require_recorded
+from synthquant.select.sequence import require_supported
+from synthquant.select.write import selection_metrics
+from synthquant.stages import Run, Stage
+
+_GIVEN = "the images to quantize with"
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """Return the stages that a recipe asks for, in their order; the report, which reads the record, is not one.
+
+    Raises `RecipeError` if a stage that the recipe adds follows one that there is not.
+    """
+    stages: list[Stage] = [ModelStage()]
+    if isinstance(recipe.images, SynthesizeSection):
+        stages.append(ImagesStage(recipe.images))
+    elif recipe.images is not None:
+        stages.append(GivenImagesStage(recipe.images))
+    if recipe.select is not None:
+        stages.append(SelectStage())
+    stages += [QuantizeStage(), CheckpointStage(), EvaluateStage()]
+    for stage in recipe.added.values():
+        names = [one.name for one in stages]
+        for named in (stage.after, stage.kept_by or stage.after):
+            if named not in names:
+                raise RecipeError(
+                    f"the stage {stage.name!r} belongs to {named!r}, which this run does not have;"
+                    f"{did_you_mean(named, names)} its stages: {', '.join(names)}"
+                )
+        stages.insert(names.index(stage.after) + 1, stage)
+    return stages
+
+
+class ModelStage(Stage):
+    """Which network this is."""
+
+    name = "model"
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Record it."""
+        model = run.model
+        return {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "num_classes": model.num_classes,
+            "class_names": None if model.class_names is None else list(model.class_names),
+            "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "preprocess": model.preprocess.model_dump(mode="json"),
+        }
+
+    def take_up(self, run: Run) -> None:
+        """Require that it still is the same one."""
+        if run.folder.record.stages["model"].metrics["fingerprint"] != run.model.fingerprint:
+            raise ModelError(f"{run.folder.path} was made with other weights of {run.model.name}; choose another --out")
+
+
+class ImagesStage(Stage):
+    """Images made from the network."""
+
+    name = "images"
+
+    def __init__(self, section: SynthesizeSection) -> None:
+        self._section = section
+
+    def files(self, folder: RunFolder) -> Path:
+        """The image set."""
+        return folder.images
+
+    def require_files(self, folder: RunFolder) -> None:
+        """Raise `InputError` if images are not as they were made."""
+        images = ImageSet.open(folder.images)
+        images.verify()
+        require_recorded(images.fingerprint, folder.record.metrics("images", ImagesMetrics).fingerprint)
+
+    def space(self, run: Run) -> dict[str, int]:
+        """Bytes of the images that are missing."""
+        if self.is_done(run.folder):
+            return {}
+        return {"images": max(0, image_bytes(self._section, run.model) - size_of(run.folder.images))}
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Make them."""
+        folder, progress = run.folder, run.progress
+        before = folder.record.metrics("images", ImagesMetrics).fingerprint
+        run.images = images = synthesize(run.model, self._section, run.recipe.seed, folder.images, progress)
+        if before not in (None, images.fingerprint):
+            progress.warn(f"{folder.images} came out otherwise than before; what was made from the images before stays")
+        return {"method": self._section.method, "count": len(images), "fingerprint": images.fingerprint}
+
+    def take_up(self, run: Run) -> None:
+        """Read them."""
+        run.images = ImageSet.open(run.folder.images)
+
+
+class GivenImagesStage(Stage):
+    """Images that exist."""
+
+    name = "images"
+
+    def __init__(self, section: SourceSection) -> None:
+        self._section = section
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Choose from them and say what they are."""
+        self.take_up(run)
+        assert run.images is not None
+        source = self._section.source
+        found = warn_of_suspicious(run.images, run.progress, source)
+        return {"method": "given", "source": source, "count": len(run.images), **found}
+
+    def take_up(self, run: Run) -> None:
+        """Draw `count` images without repetition, or put all of them in a random order.
+
+        Folders are sorted by class, and methods that look at a few images only take the first ones. Images that a
+        method made have no such order: they stay as they are, so that `synthesize` and `quantize` do what `run` does.
+        """
+        count, source = self._section.count, self._section.source
+        images = in_classes_of(self._section.open(), classes_of(run.model), source, run.progress)
+        if count is not None and count > len(images):
+            raise InputError(f"images.count is {count} but {source} holds {len(images)}; lower it or leave it out")
+        if count is not None or images.manifest.method is None:
+            order = torch.randperm(len(images), generator=Rng(run.recipe.seed).generator("draw images"))
+            images = images.subset(order[:count])
+        run.images = images
+
+
+class SelectStage(Stage):
+    """A choice among the images."""
+
+    name = "select"
+
+    def files(self, folder: RunFolder) -> Path:
+        """The image set of those that were chosen."""
+        return folder.selected
+
+    def require_files(self, folder: RunFolder) -> None:
+        """Raise `InputError` if the choice is not as it was written."""
+        images = ImageSet.open(folder.selected)
+        images.verify()
+        selection_metrics(folder.selected)
+        require_recorded(images.fingerprint, folder.record.metrics("select", SelectMetrics).fingerprint)
+
+    def check(self, run: Run) -> None:
+        """Raise `UnsupportedModelError` if a filter does not work for the network."""
+        assert run.recipe.select is not None
+        require_supported(run.recipe.select.build(), run.model)
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Choose."""
+        recipe, pool, folder = run.recipe, run.images, run.folder.selected
+        assert recipe.select is not None and pool is not None
+        run.images = kept = select(pool, run.model, recipe.select, recipe.seed, folder, run.progress, real=run.real)
+        counts = {"pool": len(pool), "rejected": len(pool) - len(kept), "count": len(kept)}
+        return {**counts, "fingerprint": kept.fingerprint, **selection_metrics(folder)}
+
+    def take_up(self, run: Run) -> None:
+        """Read the choice."""
+        run.images = ImageSet.open(run.folder.selected)
+
+
+class QuantizeStage(Stage):
+    """The quantized network, which is in memory alone until the next stage."""
+
+    name = "quantize"
+    kept_by = "checkpoint"
+
+    def check(self, run: Run) -> None:
+        """Raise `SchemeError` if the network is meant for a preset that cannot express its scheme."""
+        if run.recipe.quantize.export_preset is not None and not self.is_done(run.folder):
+            build(run.model, run.recipe.quantize)
+
+    def space(self, run: Run) -> dict[str, int]:
+        """Bytes of the units: codes take a byte each while the network is quantized."""
+        return {} if self.is_done(run.folder) else {"units": max(0, _codes(run) - size_of(run.folder.work))}
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Quantize; units that were learned before a kill are read from the working folder."""
+        recipe, images, progress = run.recipe, run.images, run.progress
+        run.quant_model, report = quantize(
+            run.model,
+            recipe.quantize,
+            images,
+            recipe.seed,
+            progress,
+            workdir=run.folder.work,
+            memory=recipe.memory,
+        )
+        coverage = run.quant_model.coverage()
+        metrics: dict[str, Any] = report.model_dump(mode="json")
+        given = recipe.images.source if isinstance(recipe.images, SourceSection) else _GIVEN
+        metrics |= {} if images is None else say_what_was_read(images, progress, given)
+        return metrics | {
+            "scheme": recipe.quantize.scheme.describe(),
+            "coverage": [asdict(row) for row in coverage],
+            "coverage_summary": asdict(summarize(coverage)),
+        }
+
+
+class CheckpointStage(Stage):
+    """The files of the quantized network."""
+
+    name = "checkpoint"
+
+    def files(self, folder: RunFolder) -> Path:
+        """The folder of the checkpoint."""
+        return folder.checkpoint
+
+    def require_files(self, folder: RunFolder) -> None:
+        """Raise `InputError` if the checkpoint is not as it was written."""
+        recorded = folder.record.metrics("checkpoint", CheckpointMetrics).weights_sha256
+        require_recorded(checkpoint_hash(folder), recorded)
+
+    def space(self, run: Run) -> dict[str, int]:
+        """Bytes of the codes, at most one each."""
+        return {} if self.is_done(run.folder) else {"checkpoint": _codes(run)}
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Write them."""
+        assert run.quant_model is not None
+        folder = run.folder
+        before = folder.record.metrics("checkpoint", CheckpointMetrics).weights_sha256
+        save_checkpoint(run.quant_model, folder.checkpoint)
+        found = checkpoint_hash(folder)
+        if before != found and folder.is_done("evaluate"):
+            run.progress.warn(f"{folder.checkpoint} came out otherwise than before; it is measured again")
+            folder.reopen("evaluate", "report")
+        return {"weights_sha256": found}
+
+    def take_up(self, run: Run) -> None:
+        """Load the network."""
+        run.quant_model = load_checkpoint(run.folder.checkpoint, float_model=run.model)
+
+
+class EvaluateStage(Stage):
+    """Float beside quantized, on labelled images, or on those that were used to quantize."""
+
+    name = "evaluate"
+
+    def check(self, run: Run) -> None:
+        """Open the images to measure on; raises `DataError` if labels are missing or no classes of the network."""
+        section = run.recipe.evaluate
+        if section is not None:
+            run.real = in_classes_of(section.open(), classes_of(run.model), section.data, run.progress)
+            _require_labels(run.real, section.data, run.model, run.progress)
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Measure."""
+        section, progress = run.recipe.evaluate, run.progress
+        images = run.images if run.real is None else run.real
+        if images is None or run.quant_model is None:
+            raise DataError("there are no images to measure on; name some as evaluate.data")
+        rows, result = float_beside_quantized(section, run.model, run.quant_model, images, progress)
+        sqnr = measure_sqnr(run.quant_model, images, float_model=run.model, progress=progress)
+        return say_what_was_read(images, progress, section.data if section else _GIVEN) | {
+            "data": section.data if section else None,
+            "count": result.count,
+            "accuracy": rows,
+            "sqnr": [row.row() for row in sqnr],
+        }
+
+
+def _codes(run: Run) -> int:
+    return sum(parameter.numel() for parameter in run.model.module.parameters())
+
+
+def _require_labels(data: ImageSet, source: str, model: FloatModel, progress: Progress) -> None:
+    """Raise `DataError` before any work is done if an image has no label, or one that is no class of the network.
+
+    Without any labels agreement can be measured all the same; that is said.
+    """
+    if data.labels is None or not len(data):
+        progress.warn(f"{source} has no labels: agreement with the float network is measured on it, accuracy is not")
+        return
+    if unlabelled := int((data.labels < 0).sum()):
+        raise DataError(
+            f"{source}: {unlabelled} of {len(data)} images have no label; label them all, or leave these out"
+        )
+    highest = int(data.labels.max())
+    if model.num_classes is not None and highest >= model.num_classes:
+        raise DataError(
+            f"{source} has labels up to {highest} but {model.name} has {model.num_classes} classes "
+            f"(0 to {model.num_classes - 1}); give data with the network's classes"
+        )
