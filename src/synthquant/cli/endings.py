@@ -9,6 +9,7 @@ from typing import Any
 
 from synthquant.core.errors import InputError
 from synthquant.core.record import RunRecord
+from synthquant.core.run_metrics import METRICS
 
 _AGAIN = "the same command starts again"
 _GOES_ON = "the same command goes on from there"
@@ -49,7 +50,7 @@ def _finished_stages(record: Path) -> list[str]:
         stages = RunRecord.load(record).stages
     except InputError:  # the next call will say what is wrong with it
         return []
-    return [name for name, stage in stages.items() if stage.status == "done"]
+    return [name for name in dict.fromkeys((*METRICS, *stages)) if name in stages and stages[name].status == "done"]
 
 
 @dataclass(frozen=True)
