@@ -38,7 +38,17 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "quantize",
         "recipe",
     }
-    packages |= {"report", "resume", "select", "synthesize", "annotations", "package_version"}
+    packages |= {
+        "make",
+        "report",
+        "resume",
+        "run_stages",
+        "select",
+        "stages",
+        "synthesize",
+        "annotations",
+        "package_version",
+    }
     packages |= {"Any", "TYPE_CHECKING", "find_spec", "import_module"}
     assert {name for name in vars(synthquant) if not name.startswith("_")} - announced <= packages
     assert announced <= set(dir(synthquant))

@@ -9,6 +9,29 @@ recipe = sq.Recipe.parse({
     "evaluate": "bundled/cifar10-test",
 })
 record = sq.run(recipe, "runs/first")
+
+- `api`: all that the package announces, under the names that `import synthquant` gives.
+- `cli/`: the command line.
+- `core/`: what all else stands on: errors, registries, random numbers, files, records, settings.
+- `data/`: images: sets, files, sources, preprocessing.
+- `diffusion/`: diffusion models: the one door to diffusers, and Stable Diffusion in its parts.
+- `distributed/`: work over several processes and machines.
+- `evaluate/`: measure a network: accuracy, agreement with the float network, size and operations.
+- `export/`: write a quantized network to files and read it back.
+- `make`: images, choices and quantized networks: what the commands and the stages of a run share.
+- `measure`: networks on images: what the command `evaluate` and the stage of a run share.
+- `methods`: the protocol of every kind of method, and its registry.
+- `models/`: float networks: opening, tracing, units.
+- `nn/`: quantizers, quantized layers and the quantized copy of a network.
+- `pipeline`: the whole flow of a run, stage after stage.
+- `quantize/`: post-training quantization: ranges, and reconstruction unit by unit.
+- `recipe`: the sections of a recipe, read and checked.
+- `report/`: one self-contained HTML page out of the files of run folders.
+- `resume`: what of a run is there and whole, and what is made again.
+- `run_stages`: the stages of every run, and their order.
+- `select/`: keeping what resembles the training data.
+- `stages`: what a stage of a run is, what stages hand on, and the registry of those that a recipe can add.
+- `synthesize/`: making images from a trained network alone, or of its classes.
 """
 
 from __future__ import annotations

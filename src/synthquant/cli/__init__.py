@@ -1,4 +1,18 @@
-"""The command line: parse, call, print. Every command is a function of the library with options around it."""
+"""The command line: parse, call, print. Every command is a function of the library with options around it.
+
+- `app`: the commands together, and the one place where errors become a line on standard error.
+- `command`: what all commands do beside their own work.
+- `endings`: what a command says when it ends early: what is kept, and what to lower where memory ran out.
+- `export`: `export` and `benchmark`: files for runtimes, and how fast they run.
+- `options`: options that several commands share; their help is the docstring of the setting they stand for.
+- `output`: results on standard output: a table for people, JSON for programs.
+- `run`: `run` and `demo`: the whole flow.
+- `select`: `select`: keep what resembles the training data.
+- `show`: `list`, `show` and `report`: what there is, and what came out.
+- `stages`: `synthesize`, `quantize` and `evaluate`: one stage at a time.
+- `stop`: Ctrl-C and SIGTERM, from a program's first moment to its last.
+- `tune_prompt`: `tune-prompt`: learn a token for a text-to-image generator from a few real images.
+"""
 
 from __future__ import annotations
 

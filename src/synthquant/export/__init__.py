@@ -1,4 +1,15 @@
-"""Write a quantized network to files and read it back."""
+"""Write a quantized network to files and read it back.
+
+- `checkpoint`: checkpoints: a folder with codes, scales and a config in JSON.
+- `compare`: compare a written network with the quantized network it was made from, on the same images.
+- `deploy`: a private copy of a quantized network that computes with integer weights, as a runtime will.
+- `grids`: codes and scales of a quantized network in the forms that files hold.
+- `onnx/`: the door to onnx, onnxscript and onnxruntime.
+- `packing`: bit packing: codes of b bits, stored next to each other in bytes.
+- `presets`: what a runtime takes: how numbers are stored for it, and which schemes it can express.
+- `torch_program`: a quantized network as a `torch.export` program.
+- `write`: from a run's folder to a verified file.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,23 @@
-"""Post-training quantization: ranges, and reconstruction unit by unit."""
+"""Post-training quantization: ranges, and reconstruction unit by unit.
+
+- `adaround`: AdaRound: roundings, layer by layer or block by block.
+- `bias_correction`: the mean error of rounded weights taken out of biases.
+- `brecq`: BRECQ: roundings first, activation steps after.
+- `cache`: where the inputs and outputs of units are kept: device, memory, files.
+- `calibrate`: ranges: where the grids of weights and activations lie before anything is learned.
+- `equalize`: finding the factors by which channels are scaled before quantization.
+- `fisher`: how much the network's answer depends on a unit's output.
+- `genie_m`: Genie-M: step sizes and roundings together.
+- `layout`: where the channels of a unit's output are: first, as in feature maps, or last, as in tokens.
+- `learn`: learning the roundings and step sizes of one unit.
+- `qdrop`: QDrop: roundings learned while activations are dropped at random.
+- `reconstruct`: unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
+- `replay`: running a network up to one unit, or from one on, without running the units before it.
+- `rounding`: what the methods that learn roundings have in common: settings, and the one way to apply them.
+- `rtn`: rounding to nearest, the baseline.
+- `unit_files`: finished units on disk, so that a killed reconstruction goes on where it stopped.
+- `unit_fit`: one unit while it is fitted: what it reads and gives, its error, learning it.
+"""
 
 from synthquant.quantize.adaround import AdaRound
 from synthquant.quantize.brecq import Brecq

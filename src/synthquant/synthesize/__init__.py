@@ -1,4 +1,20 @@
-"""Making images from a trained network alone, or of its classes; importing this registers the methods."""
+"""Making images from a trained network alone, or of its classes; importing this registers the methods.
+
+- `batches`: what all methods share: counts, parts, resuming, pixel space.
+- `class_names`: what the classes of a classifier are called: built in, from a file, or as the network says.
+- `drawing`: drawing batches of a prompt plan: bad images are found and drawn again with the next seed.
+- `flaws`: what is wrong with a drawn image: blank, of one colour, or nearly the same as an earlier one.
+- `generator`: the generator of Genie-D: from latents to normalised images.
+- `genie_d`: Genie-D: a generator and its latents, trained on batch-norm statistics.
+- `inversion`: the loop that optimises images until batch norms see what they remember.
+- `noise`: Gaussian noise, the baseline.
+- `pieces`: a large batch taken in pieces, to the same bytes.
+- `prompt_tuning`: prompt tuning of GenQ: one token, shared by all classes, learned from a few real images.
+- `prompts`: from classes to prompts: which class, template and seed each image of a text-to-image set has.
+- `swing`: swing convolution of Genie: strided layers that start at random offsets.
+- `text_to_image`: GenQ: images of the classes drawn by a text-to-image model.
+- `zeroq`: ZeroQ: pixels optimised until each image has the statistics that batch norms remember.
+"""
 
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.noise import Noise

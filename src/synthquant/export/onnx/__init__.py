@@ -11,6 +11,17 @@ and what it was made from.
 - `metadata`: what a file says about itself, and the hash that seals it
 - `runtime`: ONNX Runtime and OpenVINO as functions from images to logits
 - `layers`, `verify`, `speed`: which layers run on integers, whether a file computes the same, and how fast
+
+- `bias`: biases as 32-bit integers.
+- `build`: from a quantized network to an ONNX graph: torch's exporter and the passes behind it.
+- `exporter`: ONNX files as an exporter of the registry.
+- `graph`: passes over an exported ONNX graph: names, pooling, weights of 4 bits.
+- `layers`: what ONNX Runtime makes of a file: which layers end up in integer kernels.
+- `metadata`: what an ONNX file of ours says about itself, under keys that start with `synthquant.`.
+- `moves`: reshaping, transposing and slicing on codes instead of floats.
+- `runtime`: running ONNX files in ONNX Runtime and OpenVINO.
+- `speed`: how fast an exported network runs beside the float export of the same architecture.
+- `verify`: compare an ONNX file with the quantized network it was made from.
 """
 
 from __future__ import annotations

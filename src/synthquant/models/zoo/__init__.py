@@ -2,6 +2,11 @@
 
 `NETWORKS` are all architectures that `training/` knows how to train; `ZOO` holds those of them whose weights and card
 are installed, and only these are offered as `zoo/NAME`.
+
+- `mobilenet_cifar`: MobileNetV2 of width 0.5 for 32x32 images.
+- `pipelines`: where the bundled diffusion models lie: folders that diffusers opens.
+- `resnet_cifar`: ResNet for 32x32 images.
+- `vit_cifar`: vision transformer for 32x32 images.
 """
 
 from __future__ import annotations
