@@ -25,7 +25,7 @@ from synthquant.data.sources import open_images
 from synthquant.methods import MemoryBudget
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.genie_m import GenieM
 from synthquant.quantize.reconstruct import Reconstruction
 
@@ -43,7 +43,7 @@ def child(args: argparse.Namespace) -> None:
     images = images.subset(range(min(args.count, len(images))))
     quant_model = QuantModel.build(model, "W4A4")
     settings = GenieM(iterations=args.iterations, batch_size=args.batch_size)
-    calibration = CalibrationImages(quant_model, images)
+    calibration = CalibrationSet(quant_model, images)
     calibrate_weights(quant_model, settings.observer)
     count = settings.calibration_images
     calibrate_activations(quant_model, calibration, count, settings.observer, quantized_weights=False)

@@ -12,7 +12,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 
 CLASSES = 7
 
@@ -92,5 +92,5 @@ def calibrated_model(float_model: FloatModel, scheme: str | dict[str, Any] = "W4
     """Quantize by nearest rounding with min-max ranges."""
     model = QuantModel.build(float_model, QuantScheme.parse(scheme))
     calibrate_weights(model, "minmax")
-    calibrate_activations(model, CalibrationImages(model, small_images()), 12, "minmax", quantized_weights=False)
+    calibrate_activations(model, CalibrationSet(model, small_images()), 12, "minmax", quantized_weights=False)
     return model

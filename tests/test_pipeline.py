@@ -245,7 +245,7 @@ def test_loading_the_checkpoint_again_gives_the_same_logits(
     recipe: dict[str, Any], model: FloatModel, tmp_path: Path
 ) -> None:
     pipeline.run(Recipe.parse(recipe), tmp_path / "run")
-    inputs = model.example_input(5, seed=1)
+    inputs = model.example_images(5, seed=1)
     with torch.no_grad():
         first = load_checkpoint(tmp_path / "run" / "model", trust_code=True)(inputs)
         second = load_checkpoint(tmp_path / "run" / "model", float_model=model)(inputs)

@@ -40,6 +40,8 @@ from synthquant.methods import (
 )
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
+from synthquant.models.samples import Samples
+from synthquant.models.signature import Inputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantArgs, QuantScheme
 from synthquant.pipeline import run
@@ -70,6 +72,7 @@ __all__ = [
     "ImageSet",
     "ImageSetWriter",
     "InputError",
+    "Inputs",
     "MemoryBudget",
     "MissingExtraError",
     "ModelError",
@@ -92,6 +95,7 @@ __all__ = [
     "Rng",
     "Rtn",
     "RunRecord",
+    "Samples",
     "SchemeError",
     "Selection",
     "Selector",

@@ -167,7 +167,7 @@ def _measure(
         model.preprocess,
         data,
         reference_logits=reference_logits,
-        batch_size=model.images_at_once(batch_size),
+        batch_size=model.samples_at_once(batch_size),
         device=model.device,
         progress=progress,
         title=_title(network, model),
@@ -179,7 +179,7 @@ def _logits(network: nn.Module, model: FloatModel, images: ImageSet, batch_size:
     """Logits `[N, classes]` for images that need no labels."""
     parts = []
     with progress.bar(_title(network, model), len(images)) as bar:
-        for batch in input_batches(images, model.preprocess, model.images_at_once(batch_size)):
+        for batch in input_batches(images, model.preprocess, model.samples_at_once(batch_size)):
             parts.append(network(batch.inputs.to(model.device)).float().cpu())
             bar.advance(len(batch.inputs))
     if not parts:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from synthquant.data.preprocess import Preprocess
     from synthquant.data.store import ImageSetWriter
     from synthquant.models.float_model import FloatModel, RecordedSource
+    from synthquant.models.samples import Samples
     from synthquant.nn.quant_model import QuantModel
     from synthquant.nn.scheme import QuantScheme
 
@@ -230,14 +231,14 @@ class QuantStep(Protocol):
     def apply(
         self,
         quant_model: QuantModel,
-        images: ImageSet,
+        images: ImageSet | Samples,
         rng: Rng,
         *,
         progress: Progress = QUIET,
         workdir: Path | None = None,
         memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
     ) -> QuantReport:
-        """Quantize `quant_model` in place with `images`.
+        """Quantize `quant_model` in place with `images`, or with samples of what else the network takes.
 
         With a `workdir`, each finished unit is saved there and a killed run resumes after it.
         """
@@ -253,7 +254,7 @@ class GeneratingStep(QuantStep, Protocol):
     def apply(
         self,
         quant_model: QuantModel,
-        images: ImageSet | None,
+        images: ImageSet | Samples | None,
         rng: Rng,
         *,
         progress: Progress = QUIET,
@@ -290,7 +291,7 @@ class Exporter(Protocol):
         ...
 
     def verify(
-        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+        self, quant_model: QuantModel, path: Path, images: ImageSet | Samples, *, progress: Progress = QUIET
     ) -> dict[str, Any]:
         """Load what `export` wrote, compare it with `quant_model` on `images`, and return what was measured.
 

@@ -34,7 +34,7 @@ def test_what_is_written_is_opened(exporter, runtime: str, tmp_path: Path) -> No
     model = calibrated_model(small_float_model(tmp_path), scheme)
     path = exporter().export(model, tmp_path / f"net{exporter.suffix}")
     opened = exporter.open(path, runtime, threads=1)
-    images = model.float_model.example_input(3)
+    images = model.float_model.example_images(3)
     with torch.no_grad():
         assert (opened.run(images) - model(images)).abs().max() < 0.1 * model(images).std()
     assert opened.scheme == model.scheme and opened.preprocess == model.float_model.preprocess

@@ -28,7 +28,7 @@ from synthquant.export.checkpoint import load_checkpoint
 from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
 from synthquant.models.watched_batch_norms import WatchedBatchNorms
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.learn import learning
 from synthquant.recipe import QuantizeSection, Recipe
 from synthquant.stages import STAGES, Run, Stage
@@ -74,7 +74,7 @@ class Dreams(Settings):
                     found = self.dream(quant_model, teacher, norms, rng.child(f"round-{number}"), trained=number > 0)
                     if number == 0:
                         pixels = quant_model.float_model.preprocess.pixels(found).half()
-                        seen = CalibrationImages(quant_model, ImageSet.from_tensors(pixels, framing="cropped"))
+                        seen = CalibrationSet(quant_model, ImageSet.from_tensors(pixels, framing="cropped"))
                         calibrate_activations(quant_model, seen, len(found), "minmax", quantized_weights=True)
                     with learning(quant_model.quantizers.values(), scales):
                         loss = F.mse_loss(quant_model(found), teacher(found))
@@ -132,7 +132,7 @@ class Look(Settings, Stage):
 
     def do(self, run: Run) -> dict[str, Any]:
         assert run.quant_model is not None
-        return {"largest": float(run.quant_model(run.model.example_input(2)).abs().max())}
+        return {"largest": float(run.quant_model(run.model.example_images(2)).abs().max())}
 
 
 @pytest.fixture(autouse=True)

@@ -168,7 +168,7 @@ def test_it_is_calibrated_and_learned_for_each_head() -> None:
 def test_it_is_saved_and_loaded(quantized: QuantModel, tmp_path: Path) -> None:
     folder = save_checkpoint(quantized, tmp_path / "model")
     loaded = load_checkpoint(folder, float_model=quantized.float_model)
-    x = quantized.float_model.example_input(4)
+    x = quantized.float_model.example_images(4)
     assert torch.equal(loaded(x), quantized(x))
     assert json.loads((folder / CONFIG_NAME).read_text())["quantizers"]["blocks.0.softmax_0"]["kind"] == KIND
 

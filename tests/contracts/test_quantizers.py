@@ -53,7 +53,7 @@ def test_the_network_is_calibrated_and_finite(method: QuantStep, model: FloatMod
     quant_model, _ = quantized(method, model)
     assert quant_model.calibrated
     with torch.no_grad():
-        assert torch.isfinite(quant_model(model.example_input(3))).all()
+        assert torch.isfinite(quant_model(model.example_images(3))).all()
 
 
 def test_codes_stay_inside_their_bits(method: QuantStep, model: FloatModel) -> None:

@@ -48,7 +48,7 @@ def model(tmp_path: Path) -> QuantModel:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_logits_are_bit_identical(tmp_path: Path, scheme: str | dict[str, object]) -> None:
     model = calibrated_model(small_float_model(tmp_path), _fitting(scheme))
-    inputs = model.float_model.example_input(5)
+    inputs = model.float_model.example_images(5)
     folder = save_checkpoint(model, tmp_path / "model")
     loaded = load_checkpoint(folder, trust_code=True)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_weights_that_training_changed_do_not_matter(tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
     path = tmp_path / "small_network.py"
     path.write_text(path.read_text(encoding="utf-8").replace("* 0.3", "* 0.1"), encoding="utf-8")
-    inputs = model.float_model.example_input(3)
+    inputs = model.float_model.example_images(3)
     with torch.no_grad():
         assert torch.equal(load_checkpoint(folder, trust_code=True)(inputs), model(inputs))
 
@@ -107,7 +107,7 @@ def test_zero_points_outside_a_byte_survive(model: QuantModel, tmp_path: Path) -
     assert quantizer is not None
     quantizer.zero_point[0] = -300.0
     loaded = load_checkpoint(save_checkpoint(model, tmp_path / "model"), trust_code=True)
-    inputs = model.float_model.example_input(2)
+    inputs = model.float_model.example_images(2)
     with torch.no_grad():
         assert torch.equal(loaded(inputs), model(inputs))
 
@@ -178,7 +178,7 @@ def test_no_damage_to_a_checkpoint_changes_the_network(
     model: QuantModel, tmp_path: Path, name: str, least: int
 ) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
-    inputs = model.float_model.example_input(2)
+    inputs = model.float_model.example_images(2)
 
     def logits() -> list[float]:
         with torch.no_grad():
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_the_first_version_is_read(model: QuantModel, tmp_path: 
     folder = save_checkpoint(model, tmp_path / "model")
     fields = read_sealed_json(folder / CONFIG_NAME)
     write_json(folder / CONFIG_NAME, {**fields, "format_version": 1})
-    inputs = model.float_model.example_input(2)
+    inputs = model.float_model.example_images(2)
     with torch.no_grad():
         assert torch.equal(load_checkpoint(folder, float_model=model.float_model)(inputs), model(inputs))
     write_json(folder / CONFIG_NAME, fields)
@@ -286,7 +286,7 @@ def test_unclipped_codes_come_back_as_they_were(tmp_path: Path) -> None:
     folder = save_checkpoint(unclipped, tmp_path / "model")
     assert read_sealed_json(folder / CONFIG_NAME)["format_version"] == 4
     loaded = load_checkpoint(folder, float_model=float_model)
-    x = float_model.example_input(3)
+    x = float_model.example_images(3)
     with torch.no_grad():
         assert torch.equal(loaded(x), plain(x)) and torch.equal(unclipped(x), plain(x))
     for name, value in unclipped.state().items():

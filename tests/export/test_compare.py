@@ -31,21 +31,24 @@ def test_a_tie_is_no_error_and_another_class_is() -> None:
     assert (difference(tied, REFERENCE).differing, difference(tied, REFERENCE).ties) == (1, 1)
     found = difference(wrong, REFERENCE)
     assert (found.differing, found.ties) == (1, 0)
-    require_close(difference(tied, REFERENCE), "it", 3, min_agreement=1.0, max_mean_error=1.0)
+    require_close({"logits": difference(tied, REFERENCE)}, "it", 3, min_agreement=1.0, max_mean_error=1.0)
     with pytest.raises(VerificationError, match=r"it gives 3 of 3 images another top class .*0.00% agree"):
-        require_close(difference(-REFERENCE, REFERENCE), "it", 3, min_agreement=1.0, max_mean_error=9.0)
+        require_close({"logits": difference(-REFERENCE, REFERENCE)}, "it", 3, min_agreement=1.0, max_mean_error=9.0)
     with pytest.raises(VerificationError, match=r"it gives logits that differ .* \(1.00% is allowed\)"):
-        require_close(difference(REFERENCE + 0.5, REFERENCE), "it", 3, min_agreement=1.0, max_mean_error=0.01)
+        require_close(
+            {"logits": difference(REFERENCE + 0.5, REFERENCE)}, "it", 3, min_agreement=1.0, max_mean_error=0.01
+        )
 
 
 def test_not_a_number_fails() -> None:
     logits = REFERENCE.clone()
     logits[0, 1] = torch.nan
     with pytest.raises(VerificationError):
-        require_close(difference(logits, REFERENCE), "it", 3, min_agreement=0.0, max_mean_error=1.0)
+        require_close({"logits": difference(logits, REFERENCE)}, "it", 3, min_agreement=0.0, max_mean_error=1.0)
 
 
 def test_images_are_spread_over_the_set(tmp_path: Path) -> None:
     model = calibrated_model(small_float_model(tmp_path))
-    reference, logits = run_beside(model, {"same": model}, small_images(12), count=5)
-    assert reference.shape == (5, 7) and torch.equal(reference, logits["same"])
+    beside = run_beside(model, {"same": lambda tensors: [model(*tensors)]}, small_images(12), count=5)
+    assert beside.count == 5 and beside.reference["logits"].shape == (5, 7)
+    assert torch.equal(beside.reference["logits"], beside.outputs["same"]["logits"])

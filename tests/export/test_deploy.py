@@ -27,7 +27,7 @@ def test_integer_arithmetic_gives_the_same_logits(tmp_path: Path, scheme: str | 
     model = calibrated_model(small_float_model(tmp_path), scheme)
     before = {name: value.clone() for name, value in model.state().items()}
     copied = deploy(model, PRESETS["simulate"], Arithmetic())
-    x = model.float_model.example_input(4)
+    x = model.float_model.example_images(4)
     with torch.no_grad():
         assert torch.allclose(copied(x), model(x), rtol=1e-5, atol=1e-5)
     assert copied.float_model is model.float_model

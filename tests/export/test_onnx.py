@@ -41,7 +41,7 @@ def initializers(path: Path) -> dict[str, Any]:
 
 
 def error(path: Path, model: QuantModel, *, optimized: bool) -> float:
-    x = model.float_model.example_input(6)
+    x = model.float_model.example_images(6)
     with torch.no_grad():
         expected = model(x)
     return float((ort_network(session(path, optimized=optimized))(x) - expected).abs().mean() / expected.std())
@@ -70,7 +70,7 @@ def test_a_file_is_opset_21_with_any_batch_and_says_what_it_is(full_file: Path, 
     assert metadata.float_model.fingerprint == full_model.float_model.fingerprint
     network = Onnx.open(full_file).run
     for batch in (1, 3):
-        assert network(full_model.float_model.example_input(batch)).shape == (batch, 7)
+        assert network(full_model.float_model.example_images(batch)).shape == (batch, 7)
 
 
 def test_no_path_of_this_machine_is_in_a_file(full_file: Path) -> None:
@@ -109,8 +109,9 @@ def test_a_refusal_names_sums_that_overflow_on_cpus_without_vnni(
     plain = verify.run_beside
 
     def spoilt(*arguments: Any) -> Any:
-        reference, logits = plain(*arguments)
-        return reference, logits | {"optimized": logits["optimized"].roll(1, 1)}
+        beside = plain(*arguments)
+        beside.outputs["optimized"]["logits"] = beside.outputs["optimized"]["logits"].roll(1, 1)
+        return beside
 
     monkeypatch.setattr(verify, "run_beside", spoilt)
     with pytest.raises(VerificationError) as refusal:
@@ -155,7 +156,7 @@ def _without_small_rows(scheme: str | dict[str, Any]) -> str | dict[str, Any]:
 
 def test_openvino_and_onnxruntime_agree(full_file: Path, full_model: QuantModel) -> None:
     pytest.importorskip("openvino")
-    x = full_model.float_model.example_input(6)
+    x = full_model.float_model.example_images(6)
     with torch.no_grad():
         expected = full_model(x)
     for runtime in ("openvino", "onnxruntime"):
@@ -233,7 +234,7 @@ def test_a_file_that_a_runtime_cannot_load_is_named(full_file: Path, tmp_path: P
 def test_no_damage_to_a_file_changes_the_network(full_file: Path, full_model: QuantModel, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(full_file.read_bytes())
-    inputs = full_model.float_model.example_input(2)
+    inputs = full_model.float_model.example_images(2)
 
     def logits() -> list[float]:
         network = Onnx.open(path).run

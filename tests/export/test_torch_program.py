@@ -39,7 +39,7 @@ def test_a_program_is_the_network_with_integer_weights_and_any_batch(tmp_path: P
     model = calibrated_model(small_float_model(tmp_path), scheme)
     path = TorchProgram().export(model, tmp_path / "program.pt2", origin={"recipe_sha256": "0"})
     program = torch.export.load(path)
-    x = model.float_model.example_input(5)
+    x = model.float_model.example_images(5)
     with torch.no_grad():
         assert torch.allclose(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
     tensors = [*program.state_dict.values(), *program.constants.values()]

@@ -78,7 +78,7 @@ class Specialised(nn.Module):
 
 def rounded(network: nn.Module) -> QuantModel:
     model = QuantModel.build(float_model(network), FULL)  # type: ignore[arg-type]
-    inputs = model.float_model.preprocess.cut_off(model.float_model.example_input(8))
+    inputs = model.float_model.preprocess.cut_off(model.float_model.example_images(8))
     pictures = ImageSet.from_tensors(model.float_model.preprocess.pixels(inputs), dtype="float16")
     QUANTIZERS.get("rtn")().apply(model, pictures, Rng(0))
     return model
@@ -93,7 +93,7 @@ def test_layers_that_run_twice_and_are_looked_at(tmp_path: Path) -> None:
     found = integer_coverage(path)
     assert (found.integer, found.floating) == (6, 0)  # head and fc twice
     loaded = TorchProgram().export(model, tmp_path / "shared.pt2")
-    x = model.float_model.example_input(3)
+    x = model.float_model.example_images(3)
     with torch.no_grad():
         assert torch.allclose(torch.export.load(loaded).module()(x), model(x), atol=1e-4)
 
@@ -156,7 +156,7 @@ class OldView(View):
 
 def test_a_view_of_what_changes_in_place() -> None:
     model = rounded(View())
-    inputs = model.float_model.preprocess.cut_off(model.float_model.example_input(8))
+    inputs = model.float_model.preprocess.cut_off(model.float_model.example_images(8))
     with torch.no_grad():
         wanted = model.float_model.module(inputs)
         assert float((model(inputs) - wanted).norm() / wanted.norm()) < 0.1

@@ -60,14 +60,14 @@ NETWORKS = [
 def test_outputs_of_real_networks_stay_the_same(source: str, size: int, count: int, expected: int) -> None:
     model = open_model(source, pretrained=False, input_size=size)
     assert len(batch_norm_layers(model.module)) == count
-    result, pairs = folded(model.module, model.example_input())
+    result, pairs = folded(model.module, model.example_images())
     assert len(pairs) == expected
     assert len(batch_norm_layers(result)) == count - expected
 
 
 def test_only_what_normalises_a_layers_output_is_folded_in_densenet() -> None:
     model = open_model("torchvision/densenet121", pretrained=False, input_size=32)
-    result, pairs = folded(model.module, model.example_input())
+    result, pairs = folded(model.module, model.example_images())
     assert ("features.norm0", "features.conv0") in pairs
     assert ("features.denseblock1.denselayer1.norm2", "features.denseblock1.denselayer1.conv1") in pairs
     kept = {name.rpartition(".")[2] for name in batch_norm_layers(result)}

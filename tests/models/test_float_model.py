@@ -55,13 +55,13 @@ def test_fingerprint_sees_names_and_shapes() -> None:
 
 def test_example_input_is_standard_normal_of_the_input_size_and_repeatable() -> None:
     model = float_model(Pooled())
-    images = model.example_input(64)
+    images = model.example_images(64)
     assert images.shape == (64, 3, 8, 6)
     assert abs(images.mean().item()) < 0.05
     assert abs(images.std().item() - 1) < 0.05
     state = torch.get_rng_state()
-    assert torch.equal(images, model.example_input(64))
-    assert not torch.equal(images, model.example_input(64, seed=1))
+    assert torch.equal(images, model.example_images(64))
+    assert not torch.equal(images, model.example_images(64, seed=1))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -106,20 +106,20 @@ def test_fewer_images_go_through_at_once_where_activations_are_large(
 ) -> None:
     monkeypatch.setattr(module_under_test, "_LARGEST_ON_CPU", 64 * 10 * 48 * 4)
     model = float_model(Wide(channels))
-    assert model.images_at_once(64) == at_once
-    assert model.images_at_once(3) == min(3, at_once)
+    assert model.samples_at_once(64) == at_once
+    assert model.samples_at_once(3) == min(3, at_once)
     assert not any(part._forward_hooks for part in model.module.modules())
 
 
 @pytest.mark.parametrize("channels", [1, 16, 64])
 def test_networks_of_the_size_of_cifar_go_through_as_they_are_asked_to(channels: int) -> None:
     model = FloatModel(Wide(channels), preprocess((32, 32)), "net", ModelSource(source="net.py:net"))
-    assert model.images_at_once(128) == 128
+    assert model.samples_at_once(128) == 128
 
 
 def test_to_moves_the_model_and_its_example() -> None:
     model = float_model(Pooled()).to("cpu")
-    assert model.device == torch.device("cpu") == model.example_input().device
+    assert model.device == torch.device("cpu") == model.example_images().device
 
 
 def test_source_survives_json() -> None:

@@ -71,7 +71,7 @@ def test_timm_with_a_fixed_input_size_is_built_for_the_one_asked_for() -> None:
     assert model.preprocess.input_size == (32, 32)
     # 224 / 0.9 = 248, and 248 * 32 / 224 = 35: the same part of the image stays in view.
     assert model.preprocess.resize == 35
-    assert model.logits(model.example_input()).shape == (2, 5)
+    assert model.logits(model.example_images()).shape == (2, 5)
     assert model.class_names is None
 
 
@@ -144,7 +144,7 @@ def test_user_file_needs_flags_and_becomes_float32(file: Path) -> None:
         open_model(f"{file}:net", input_size=12)
     model = open_model(f"{file}:net", **FLAGS)
     assert (model.name, model.num_classes, model.class_names) == ("net", 6, None)
-    assert model.logits(model.example_input()).dtype == torch.float32
+    assert model.logits(model.example_images()).dtype == torch.float32
     assert (model.preprocess.input_size, model.preprocess.resize) == ((12, 10), 12)
     assert open_model(ModelSource.model_validate_json(model.source.model_dump_json())).fingerprint == model.fingerprint
 
@@ -159,7 +159,7 @@ def test_transformers_vit_from_a_folder(tmp_path: Path) -> None:
     network.save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
     model = open_model(f"transformers/{tmp_path}")
-    images = model.example_input()
+    images = model.example_images()
     torch.testing.assert_close(model.logits(images), network(images).logits)
     assert (model.num_classes, model.class_names, model.name) == (5, None, tmp_path.name)
     assert (model.preprocess.input_size, model.preprocess.resize) == ((16, 16), (16, 16))

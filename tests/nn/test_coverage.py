@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from synthquant.evaluate.cost import float_cost, quantized_cost
 from synthquant.models.products import find_products
+from synthquant.models.signature import Inputs
 from synthquant.nn.coverage import CoverageRow, summarize
 from synthquant.nn.quant_model import QuantModel
 
@@ -232,7 +233,7 @@ def test_counting_leaves_the_network_as_it_was() -> None:
     network = Attention().train()
     hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in network.modules()]
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    find_products(network, [torch.ones(2, 3, 8, 8), torch.ones(3, 3, 8, 8)], network)
+    find_products(network, [Inputs.of(torch.ones(count, 3, 8, 8)) for count in (2, 3)], network)
     assert all(part.training for part in network.modules())
     assert hooks == [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in network.modules()]
     assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())

@@ -17,7 +17,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 
 
 def ready(model: QuantModel, scale: float = 0.1) -> QuantModel:
@@ -189,7 +189,7 @@ def test_a_loaded_network_has_no_float_weights(tmp_path: Path) -> None:
     model = calibrated_model(float_, {"preset": "W4A4", "ignore": ["blocks.0.conv2"]})
     loaded = QuantModel.build(float_, model.scheme)
     loaded.load_state(copy.deepcopy(model.state()))
-    x = float_.example_input(3)
+    x = float_.example_images(3)
     assert torch.equal(loaded(x), model(x)) and loaded.calibrated
     assert "blocks.0.conv2.weight" in loaded.state() and "blocks.0.conv1.weight" not in loaded.state()
     with pytest.raises(ModelError, match="holds no float weights"), loaded.mode(weights=False, activations=True):
@@ -219,7 +219,7 @@ def test_the_image_keeps_its_range_whatever_the_calibration_images_reach(tmp_pat
     grey = ImageSet.from_tensors(torch.full((8, 3, *model.preprocess.input_size), 0.5))
     quant_model = QuantModel.build(model, "W8A8")
     calibrate_weights(quant_model, "minmax")
-    calibrate_activations(quant_model, CalibrationImages(quant_model, grey), 8, "genie", quantized_weights=True)
+    calibrate_activations(quant_model, CalibrationSet(quant_model, grey), 8, "genie", quantized_weights=True)
     quantizer = quant_model.quantizers["stem.input_quantizer"]
     low, high = model.preprocess.limits
     step = float(quantizer.scale)

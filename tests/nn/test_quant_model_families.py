@@ -16,7 +16,7 @@ from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 
 NETWORKS = (
     "torchvision/resnet18",
@@ -48,7 +48,7 @@ def with_statistics(float_model: FloatModel) -> FloatModel:
             part.momentum = 1.0
     torch.manual_seed(0)
     with torch.no_grad():
-        network.train()(float_model.example_input(8, seed=5))
+        network.train()(float_model.example_images(8, seed=5))
     network.eval()
     return float_model
 
@@ -64,9 +64,9 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     fingerprint = float_model.fingerprint
     model = QuantModel.build(float_model, "W8A8")
     calibrate_weights(model, "minmax")
-    inputs = float_model.preprocess.cut_off(float_model.example_input(4))
+    inputs = float_model.preprocess.cut_off(float_model.example_images(4))
     noise = float_model.preprocess.pixels(inputs)
-    calibration = CalibrationImages(model, ImageSet.from_tensors(noise, dtype="float16"))
+    calibration = CalibrationSet(model, ImageSet.from_tensors(noise, dtype="float16"))
     calibrate_activations(model, calibration, 4, "minmax", quantized_weights=True)
     yield Family(request.param, float_model, fingerprint, model, inputs)
 
@@ -87,7 +87,7 @@ def test_covers_every_layer_and_leaves_the_float_model_alone(family: Family) -> 
 
 @torch.no_grad()
 def test_folding_alone_changes_nothing(family: Family) -> None:
-    x = family.float_model.example_input(4)
+    x = family.float_model.example_images(4)
     wanted = family.float_model.logits(x)
     with family.model.mode(weights=False, activations=False):
         folded = family.model(x)
@@ -124,7 +124,7 @@ def test_units_partition_the_layers(family: Family) -> None:
 
 @torch.no_grad()
 def test_state_round_trip_and_deep_copies(family: Family) -> None:
-    x = family.float_model.example_input(4)
+    x = family.float_model.example_images(4)
     wanted = family.model(x)
     state = {name: tensor.clone() for name, tensor in family.model.state().items()}
     fresh = QuantModel.build(family.float_model, "W8A8")

@@ -112,6 +112,6 @@ def test_a_copy_of_torch_s_encoder_runs_in_layers() -> None:
     copied = folded_copy(network)[0]
     names = {name for name, part in copied.named_modules() if isinstance(part, nn.Linear)}
     assert {f"0.encoder.self_attn.{name}_proj" for name in ("q", "k", "v", "out")} <= names
-    x = network.example_input(4)
+    x = network.example_images(4)
     assert torch.allclose(copied(x), network.module(x), atol=1e-5)
     assert network.module[0].encoder.self_attn.in_proj_weight is not None, "the network itself is as it was"

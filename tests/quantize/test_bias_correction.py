@@ -17,9 +17,10 @@ from synthquant.core.errors import ModelError
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.models.signature import joined
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.bias_correction import correct_biases
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.rtn import Rtn
 
 
@@ -53,7 +54,7 @@ def test_rounded_weights_leave_no_mean_error(scheme: Any) -> None:
             found[name] = float(error.mean(dims).abs().max())
 
         handles = [layer.register_forward_hook(partial(hook, name=name)) for name, layer in model.layers.items()]
-        model(torch.cat(list(CalibrationImages(model, pictures()).batches())))
+        model(pictures_read(model))
         for handle in handles:
             handle.remove()
         return found
@@ -65,11 +66,16 @@ def test_rounded_weights_leave_no_mean_error(scheme: Any) -> None:
     assert max(errors().values()) < 1e-5
 
 
+def pictures_read(model: QuantModel) -> torch.Tensor:
+    """All pictures as the network reads them."""
+    return joined(list(CalibrationSet(model, pictures()).batches())).tensors[0]
+
+
 def test_one_layer_by_hand() -> None:
     """With float activations the correction is `(W - W_hat) E[x]` (DFQ, arXiv:1906.04721, equation 17)."""
     model = quantized(OneLayer(), "W2A16")
     (layer,) = model.layers.values()
-    x = torch.cat(list(CalibrationImages(model, pictures()).batches())).flatten(1)
+    x = pictures_read(model).flatten(1)
     wanted = layer.bias + (layer.float_weight - layer.weight) @ x.mean(0)
     correct_biases(model, pictures())
     assert torch.allclose(layer.bias, wanted, atol=1e-5)

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import MemoryBudget, QuantReport
+from synthquant.models.signature import joined
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize import calibrate
 from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.cache import RowCache
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.fisher import fisher_weights
 from synthquant.quantize.reconstruct import Reconstruction
 from synthquant.quantize.unit_fit import Stream, UnitFit
@@ -143,12 +144,12 @@ class Weights(NamedTuple):
 def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) -> Iterator[Weights]:
     """Go through the units as a phase does, without learning."""
     model = QuantModel.build(float_model(network), "W2A4")
-    calibration = CalibrationImages(model, images())
+    calibration = CalibrationSet(model, images())
     calibrate_weights(model, "minmax")
     calibrate_activations(model, calibration, 10, "minmax", quantized_weights=False)
     phase = a_phase(iterations=1, batch_size=5, rounding_lr=0.1, fisher="diagonal")
     engine = Reconstruction(model, calibration, "block", memory or MemoryBudget(host_gib=1), None)
-    x = torch.cat(list(calibration.batches()))
+    x = joined(list(calibration.batches())).tensors[0]
     teacher, student = Stream(), Stream()
     for index, unit in enumerate(engine.units):
         own = UnitFit(engine.fitted, index, phase)

@@ -16,7 +16,7 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import MemoryBudget
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.reconstruct import Reconstruction
 from synthquant.quantize.rtn import Rtn
 from synthquant.quantize.unit_fit import UnitFit
@@ -46,7 +46,7 @@ def test_cached_inputs_are_those_of_whole_forward_passes(
     pixels = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = ImageSet.from_tensors(pixels, dtype="float16")
     Rtn(observer="minmax").apply(model, data, Rng(0))
-    calibration = CalibrationImages(model, data)
+    calibration = CalibrationSet(model, data)
     engine = Reconstruction(model, calibration, "layer", MemoryBudget(host_gib=1), None)
     cached: list[tuple[Any, Any]] = []
     fit = UnitFit.fit
@@ -61,7 +61,7 @@ def test_cached_inputs_are_those_of_whole_forward_passes(
         a_phase(iterations=0, batch_size=5, inputs="mixed", activations=activations, rounding_lr=0.0), Rng(0), QUIET
     )
     names = [unit.name for unit in engine.units]
-    (x,) = calibration.batches()
+    (x,) = next(calibration.batches()).tensors
     for place, options in ((0, {"weights": True, "activations": activations}), (1, {"weights": False})):
         with model.mode(**{"activations": False, **options}):
             wanted = arguments(model, names, x)

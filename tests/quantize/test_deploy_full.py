@@ -22,6 +22,7 @@ from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.evaluate.cost import quantized_cost
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.methods import QUANTIZERS, QuantReport
+from synthquant.models.signature import Inputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize.replay import Replay
@@ -93,20 +94,22 @@ def test_units_alone_do_what_they_do_in_the_network(network: type[nn.Module], gr
     x = inputs(model)
     units = model.units(granularity)
     with model.mode(weights=False, activations=False):
-        replay = Replay(model.module, units, model.float_model.example_input(3))
+        replay = Replay(model.module, units, model.float_model.example_images(3))
     seen: dict[int, list[torch.Tensor]] = {}
 
     def keep(index: int) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            seen[index] = [leaf.clone() for leaf in replay.outputs[index].per_image(output)]
+            seen[index] = [leaf.clone() for leaf in replay.outputs[index].per_sample(output)]
 
         return hook
 
     with hooked([(get_module(model.module, unit.name), keep(index)) for index, unit in enumerate(units)]):
         model(x)
     for index in range(len(units)):
-        leaves, _ = replay.run_to(index, len(x), x.clone(), lambda unit: [leaf.clone() for leaf in seen[unit]])
-        output = replay.outputs[index].per_image(replay.run_unit(index, leaves))
+        leaves, _ = replay.run_to(
+            index, len(x), Inputs.of(x.clone()), lambda unit: [leaf.clone() for leaf in seen[unit]]
+        )
+        output = replay.outputs[index].per_sample(replay.run_unit(index, leaves))
         assert all(torch.equal(one, other) for one, other in zip(output, seen[index], strict=True)), units[index].name
 
 

@@ -24,7 +24,7 @@ from synthquant.nn.equalization import ChannelClip, Equalization
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize.bias_correction import correct_biases
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.rtn import Rtn
 
@@ -119,7 +119,7 @@ def test_the_equalised_network_computes_the_same(name: str, kind: Equalize) -> N
     fingerprint = lively(NETWORKS[name]()).fingerprint
     model, quant_model, found = made(NETWORKS[name](), kind)
     assert model.fingerprint == fingerprint
-    images = model.example_input(8, seed=1)
+    images = model.example_images(8, seed=1)
     expected = outputs(model.module, images)
     assert expected.std(0).min() > 0.01
     assert torch.allclose(outputs(quant_model, images), expected, rtol=1e-4, atol=1e-4)
@@ -266,7 +266,7 @@ def test_activations_follow_the_equation_of_smoothquant(strategy: str) -> None:
     model, _, found = made(Chain(), "activations", scheme)
     plain, seen = QuantModel.build(model, "W8A8"), []
     hook = plain.layers["two"].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
-    (images,) = CalibrationImages(plain, small_images()).batches()
+    (images,) = next(CalibrationSet(plain, small_images()).batches()).tensors
     outputs(plain, images)
     hook.remove()
     a, w = seen[0].abs().amax((0, 2, 3)), plain.layers["two"].float_weight.abs().flatten(1)
@@ -282,7 +282,7 @@ def test_a_checkpoint_brings_the_equalised_network_back(name: str, tmp_path: Pat
     correct_biases(quant_model, small_images())
     save_checkpoint(quant_model, tmp_path / "model")
     loaded = load_checkpoint(tmp_path / "model", float_model=model)
-    images = model.example_input(4, seed=1)
+    images = model.example_images(4, seed=1)
     assert torch.equal(loaded(images), quant_model(images))
     assert loaded.equalization is not None and loaded.equalization.fingerprint == found.fingerprint
     assert measure_sqnr(loaded, small_images(), float_model=model) == measure_sqnr(quant_model, small_images())

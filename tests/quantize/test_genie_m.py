@@ -10,7 +10,7 @@ from tests.nn.networks import Network, float_model
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.genie_m import GenieM
 from synthquant.quantize.qdrop import QDrop
 
@@ -57,7 +57,7 @@ def test_a_step_is_a_share_of_the_scale_and_smaller_on_finer_grids() -> None:
 def test_ranges_come_from_the_network_quantized_so_far() -> None:
     model = quantize(GenieM, iterations=0)
     plain = QuantModel.build(model.float_model, model.scheme)
-    calibration = CalibrationImages(plain, images())
+    calibration = CalibrationSet(plain, images())
     calibrate_weights(plain, "genie")
     calibrate_activations(plain, calibration, 16, "genie", quantized_weights=False)
     first = "stem.input_quantizer"

@@ -13,7 +13,7 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import MemoryBudget
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.genie_m import GenieM
 from synthquant.quantize.layout import channels_last
 from synthquant.quantize.reconstruct import Reconstruction
@@ -93,9 +93,9 @@ def test_a_block_that_ends_in_a_concatenation_puts_out_feature_maps() -> None:
     images = ImageSet.from_tensors(pixels, dtype="float16")
     model = QuantModel.build(float_model(DenseNetwork()), "W3A4")
     report = GenieM(iterations=0).apply(model, images, Rng(0))
-    engine = Reconstruction(model, CalibrationImages(model, images), "block", MemoryBudget(host_gib=1), None)
+    engine = Reconstruction(model, CalibrationSet(model, images), "block", MemoryBudget(host_gib=1), None)
     assert [unit.name for unit in engine.units] == ["stem", "blocks.0", "blocks.1", "fc"]
-    (x,) = CalibrationImages(model, images).batches()
+    (x,) = next(CalibrationSet(model, images).batches()).tensors
     found = {}
     for weights in (False, True):
         with model.mode(weights=weights, activations=weights), torch.no_grad():

@@ -21,7 +21,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.methods import QUANTIZERS, Equalize, MemoryBudget, QuantReport
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.reconstruct import Reconstruction
 
@@ -131,7 +131,7 @@ def test_leaves_a_finished_network(results: dict[str, tuple[QuantModel, QuantRep
         assert quantizer.enabled and not quantizer.learning and quantizer.watcher is None
         assert float(quantizer.scale) > 0
     with torch.no_grad():
-        x = model.float_model.example_input(4)
+        x = model.float_model.example_images(4)
         assert torch.equal(model(x), model(x)) and bool(model(x).isfinite().all())
 
 
@@ -223,7 +223,7 @@ def test_half_precision_caches_are_close() -> None:
 
 def test_the_budget_is_kept(tmp_path: Path) -> None:
     model = QuantModel.build(float_model(Network()), "W3A4")
-    data = CalibrationImages(model, images())
+    data = CalibrationSet(model, images())
     whole = Reconstruction(model, data, "block", MemoryBudget(host_gib=1), None)
     assert whole.store.used["host"] == 21 * 3 * 8 * 8 * 4 and whole.store.used["disk"] == 0
     budget = 10000
@@ -247,7 +247,7 @@ def test_a_diverging_unit_is_put_back_and_reported(name: str) -> None:
     assert report.diverged and all(unit.diverged == (unit.name in report.diverged) for unit in report.units)
     assert len(warned) == len(report.diverged) and "got worse" in warned[0]
     with torch.no_grad():
-        assert bool(model(model.float_model.example_input(4)).isfinite().all())
+        assert bool(model(model.float_model.example_images(4)).isfinite().all())
     untouched, _ = quantize(name, iterations=0)
     if len(report.diverged) == len(report.units):
         assert same(model, untouched)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.models.blocks import Unit, find_units
 from synthquant.models.operation_names import QUANTIZABLE
+from synthquant.models.signature import Inputs
 from synthquant.quantize.replay import NETWORK_INPUT, Replay
 
 
@@ -114,9 +115,9 @@ def test_rolling_forward_equals_hooks_on_the_whole_network(kind: type[nn.Module]
             asked.add(source)
             return [tensor.clone() for tensor in outputs[source]]
 
-        leaves, origins = replay.run_to(index, 5, x.clone() if needs_images else None, stored)
+        leaves, origins = replay.run_to(index, 5, Inputs.of(x.clone()) if needs_images else None, stored)
         assert asked <= replay.sources[index] <= replay.needed_after(index - 1)
-        for leaf, wanted in zip(leaves, replay.inputs[index].per_image(inputs[index]), strict=True):
+        for leaf, wanted in zip(leaves, replay.inputs[index].per_sample(inputs[index]), strict=True):
             assert torch.allclose(leaf, wanted, atol=1e-6), unit.name
         for leaf, origin in zip(leaves, origins, strict=True):
             assert origin is None or torch.equal(leaf, outputs[origin][0])
@@ -141,7 +142,7 @@ def test_an_output_that_is_read_as_it_is_is_told_from_a_changed_one() -> None:
     network, replay = replay_of(Network())
     _, outputs = watch(network, replay.units, torch.randn(4, 3, 8, 8))
     origins = [
-        replay.run_to(index, 4, torch.zeros(4, 3, 8, 8), lambda source: [outputs[source][0].clone()])[1]
+        replay.run_to(index, 4, Inputs.of(torch.zeros(4, 3, 8, 8)), lambda source: [outputs[source][0].clone()])[1]
         for index in range(len(replay.units))
     ]
     assert [unit.name for unit in replay.units] == ["stem", "blocks.0", "blocks.1", "fc"]
@@ -155,7 +156,7 @@ def test_a_way_without_gradient_makes_all_earlier_units_sources() -> None:
     assert [unit.name for unit in blocks.units] == ["stem", "blocks.0", "blocks.1", "fc"]
     assert blocks.sources[2] == {NETWORK_INPUT, 0, 1}, "its gate is a comparison with what the stem gave"
     kinds = blocks.inputs[1].kinds
-    assert [kind.per_image for kind in kinds] == [1, 1, 0, 0, 0] and kinds[4].per_count == 1
+    assert [kind.per_sample for kind in kinds] == [1, 1, 0, 0, 0] and kinds[4].per_count == 1
 
 
 def test_nothing_is_left_behind() -> None:
@@ -174,7 +175,7 @@ def test_run_from_takes_stored_outputs_and_runs_the_rest() -> None:
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     _, outputs = watch(network, replay.units, x)
     for index in range(len(replay.units)):
-        logits = replay.run_from(index, x, lambda source: [outputs[source][0].clone()])
+        logits = replay.run_from(index, Inputs.of(x), lambda source: [outputs[source][0].clone()])
         assert torch.allclose(logits, network(x), atol=1e-5)
 
 
@@ -228,8 +229,8 @@ def odd(what: str) -> nn.Module:
         (Twice(), ["stem", "again", "fc"], "module 'again' runs more than once"),
         (Random(), ["stem", "blocks.0"], "module 'stem' does not read the same twice"),
         (odd("set"), ["stem", "inner"], "takes or returns a set that changes with the batch"),
-        (odd("mean"), ["stem", "inner"], "depends on the images but has no row"),
-        (odd("last"), ["stem", "inner"], "only tensors with the images in their first dimension"),
+        (odd("mean"), ["stem", "inner"], "depends on the samples but has no row"),
+        (odd("last"), ["stem", "inner"], "only tensors with the samples in their first dimension"),
     ],
 )
 def test_what_cannot_be_replayed_is_said(network: nn.Module, names: list[str], said: str) -> None:

@@ -18,7 +18,7 @@ from synthquant.core.progress import QUIET
 from synthquant.core.rng import Rng
 from synthquant.methods import MemoryBudget
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.reconstruct import Reconstruction
 from synthquant.quantize.unit_fit import UNIT_ERRORS, ErrorOf, UnitFit
 
@@ -38,7 +38,7 @@ def prediction(unit: UnitFit, rng: Rng) -> ErrorOf:
             assert unit.weights is not None
             SEEN.append({"unit": unit.unit.name, "weights": unit.weights.read(0, 10).clone()})
         output = unit.output(batch, mixing)
-        distance = F.mse_loss(unit.rest(batch, output), unit.float_logits(batch))
+        distance = F.mse_loss(unit.rest(batch, output), unit.float_answer(batch))
         return unit.output_error(batch, output) + distance
 
     return error_of
@@ -54,7 +54,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def engine_of(network: nn.Module) -> Reconstruction:
     model = QuantModel.build(float_model(network), "W2A4")
-    calibration = CalibrationImages(model, images())
+    calibration = CalibrationSet(model, images())
     calibrate_weights(model, "minmax")
     calibrate_activations(model, calibration, 10, "minmax", quantized_weights=False)
     return Reconstruction(model, calibration, "block", MemoryBudget(host_gib=1), None)
@@ -96,7 +96,7 @@ def test_the_rest_is_the_float_network_behind_the_unit(network: type[nn.Module])
         found = self.rest(batch, output)
         main = output[self.gives.main]
         (gradient,) = torch.autograd.grad(found.square().sum(), main, allow_unused=True)
-        wanted = self.float_logits(batch)
+        wanted = self.float_answer(batch)
         seen.append((off(found.detach(), wanted), gradient is not None and bool(gradient.any())))
         return fit(self, rng, bar)
 

@@ -124,7 +124,7 @@ def test_attentions_of_a_pass_are_summed() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_watching_changes_nothing_that_the_network_returns(form: str) -> None:
     model = float_model(Tokens(form), form)
-    inputs = model.example_input(3)
+    inputs = model.example_images(3)
     with torch.no_grad():
         before = model.module(inputs)
         with PatchProbe(model, 128).watch(3):
@@ -192,7 +192,7 @@ def test_networks_of_timm(name: str, fused: bool) -> None:
             part.fused_attn = fused
     probe = PatchProbe(model, 128)
     with torch.no_grad(), probe.watch(2):
-        logits = model.module(model.example_input(2))
+        logits = model.module(model.example_images(2))
     assert probe.rows(logits).shape == (2, 1) and probe.rows(logits).isfinite().all()
 
 
@@ -231,6 +231,6 @@ def test_patches_that_do_not_show_are_an_error() -> None:
     model = float_model(Plain(), "plain")
     probe = PatchProbe(model, 128)
     with torch.no_grad(), probe.watch(2):
-        logits = model.module(model.example_input(2))
+        logits = model.module(model.example_images(2))
     with pytest.raises(UnsupportedModelError, match="plain has no attention between"):
         probe.rows(logits)

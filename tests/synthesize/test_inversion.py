@@ -61,7 +61,7 @@ def test_loss_and_gradient_equal_the_slow_way(
 ) -> None:
     network = inverted(tiny, statistics, channel_weights=channel_weights, epsilon=1e-6)
     for seed in (0, 1):
-        images = tiny.example_input(4, seed).requires_grad_()
+        images = tiny.example_images(4, seed).requires_grad_()
         loss = network.loss(images)
         expected = slow_loss(tiny.module, images, statistics == "image", channel_weights == "mean", 1e-6)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
@@ -74,7 +74,7 @@ def test_loss_of_timm_batch_norms_equals_the_slow_way(make_model: MakeModel) -> 
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = make_model(timm.create_model("efficientnet_lite0", pretrained=False), (64, 64))
-    images = model.example_input(2)
+    images = model.example_images(2)
     loss = inverted(model).loss(images)
     torch.testing.assert_close(loss, slow_loss(model.module, images, False, True, 0.0), rtol=1e-4, atol=1e-4)
 
@@ -85,7 +85,7 @@ def test_float_model_is_untouched(tiny: FloatModel) -> None:
     network = inverted(tiny, swing=True)
     assert network.swing is not None
     network.swing.draw(torch.Generator().manual_seed(0))
-    images = tiny.example_input().requires_grad_()
+    images = tiny.example_images().requires_grad_()
     network.loss(images).backward()
     assert tiny.fingerprint == before
     assert [type(part) for part in tiny.module.modules()] == kinds
@@ -96,7 +96,7 @@ def test_float_model_is_untouched(tiny: FloatModel) -> None:
 
 
 def test_swing_offset_changes_the_loss_and_the_middle_one_does_not(tiny: FloatModel) -> None:
-    images = tiny.example_input()
+    images = tiny.example_images()
     plain, swung = inverted(tiny), inverted(tiny, swing=True)
     torch.testing.assert_close(plain.loss(images), swung.loss(images))
     assert swung.swing is not None
@@ -105,7 +105,7 @@ def test_swing_offset_changes_the_loss_and_the_middle_one_does_not(tiny: FloatMo
 
 
 def test_bfloat16_loss_is_close(tiny: FloatModel) -> None:
-    images = tiny.example_input(8)
+    images = tiny.example_images(8)
     exact, rough = inverted(tiny).loss(images), inverted(tiny, compute_dtype="bfloat16").loss(images)
     assert rough.dtype == torch.float32
     assert float(rough) == pytest.approx(float(exact), rel=0.02)
@@ -140,7 +140,7 @@ def test_batch_norm_that_never_runs_is_no_batch_norm(make_model: MakeModel) -> N
 
     model = make_model(Unused())
     with pytest.raises(UnsupportedModelError, match="no batch norm"):
-        inverted(model).loss(model.example_input())
+        inverted(model).loss(model.example_images())
 
 
 @pytest.mark.parametrize("patience", [0, 2, 5])
@@ -195,27 +195,27 @@ def run(model: FloatModel, pixels: Tensor, iterations: int, rate: float, bar: Ba
 @pytest.mark.parametrize("iterations", [1, 30, 50, 130])
 def test_bar_counts_every_iteration_and_shows_the_loss(tiny: FloatModel, iterations: int) -> None:
     bar = Bar("test", iterations)
-    run(tiny, tiny.example_input().requires_grad_(), iterations, 0.1, bar)
+    run(tiny, tiny.example_images().requires_grad_(), iterations, 0.1, bar)
     assert bar.done == iterations
     assert math.isfinite(float(bar.fields["loss"]))
 
 
 def test_loss_falls(tiny: FloatModel) -> None:
-    pixels = tiny.example_input(4).requires_grad_()
+    pixels = tiny.example_images(4).requires_grad_()
     before = float(inverted(tiny).loss(pixels).detach())
     run(tiny, pixels, 100, 0.05, Bar("test", 100))
     assert float(inverted(tiny).loss(pixels).detach()) < 0.8 * before
 
 
 def test_loss_that_becomes_infinite_names_batch_and_setting(tiny: FloatModel) -> None:
-    pixels = tiny.example_input().requires_grad_()
+    pixels = tiny.example_images().requires_grad_()
     with pytest.raises(InputError, match=r"loss of batch 3 is .* at iteration 50; lower pixel_lr \(now 1e\+30\)"):
         run(tiny, pixels, 200, 1e30, Bar("test", 200))
 
 
 def test_loss_that_starts_infinite_points_at_the_network(tiny: FloatModel) -> None:
     tiny.module.get_submodule("bn2").get_buffer("running_mean").fill_(math.nan)
-    pixels = tiny.example_input().requires_grad_()
+    pixels = tiny.example_images().requires_grad_()
     with pytest.raises(InputError, match="loss of batch 3 is nan before the first step; check the network's weights"):
         run(tiny, pixels, 10, 0.1, Bar("test", 10))
 

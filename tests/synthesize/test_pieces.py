@@ -84,7 +84,7 @@ def inverted(model: FloatModel, statistics: Literal["batch", "image"]) -> Invert
 
 def backward(network: InvertedNetwork, model: FloatModel, how: Pieces) -> tuple[torch.Tensor, torch.Tensor]:
     network.pieces = how
-    made_from = model.example_input(7).requires_grad_()
+    made_from = model.example_images(7).requires_grad_()
     loss = network.backward(made_from * 1.5)
     assert not loss.requires_grad and made_from.grad is not None
     return loss, made_from.grad
@@ -104,7 +104,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(
     torch.testing.assert_close(of_pieces, gradient, rtol=1e-3, atol=1e-5)
     # The comparison would see it if pieces were judged one by one.
     if statistics == "batch":
-        assert float(network.loss(1.5 * tiny.example_input(7)[:size])) != pytest.approx(float(loss), rel=1e-3)
+        assert float(network.loss(1.5 * tiny.example_images(7)[:size])) != pytest.approx(float(loss), rel=1e-3)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
@@ -178,7 +178,7 @@ def method(**changes: Any) -> GenieD:
 
 
 def test_a_size_that_is_asked_for_is_obeyed(tiny: FloatModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    need = inverted(tiny, "batch").need(tiny.example_input(2)).per_image
+    need = inverted(tiny, "batch").need(tiny.example_images(2)).per_image
     whole = method(batch_size=10).synthesize(tiny, 20, Rng(0))
     limits(monkeypatch, whole=8 * need, piece=5 * need)
     told, large = Told(), method(batch_size=10)
@@ -193,7 +193,7 @@ def test_a_set_that_was_begun_goes_on_to_the_same_bytes(
     tiny: FloatModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On a machine with other free memory."""
-    need = inverted(tiny, "batch").need(tiny.example_input(2)).per_image
+    need = inverted(tiny, "batch").need(tiny.example_images(2)).per_image
     limits(monkeypatch, whole=4 * need, piece=4 * need)
     free(monkeypatch, 1)
     chosen = method(batch_size=8)
@@ -246,7 +246,7 @@ inverted = InvertedNetwork(
     model, method="genie_d", statistics="batch", channel_weights="mean", swing=False, untrained=True
 )
 inverted.pieces = Pieces(int(sys.argv[1]), 1)
-images = model.example_input(8).requires_grad_()
+images = model.example_images(8).requires_grad_()
 inverted.backward(images[:1] * 1)
 used = next(int(row.split()[1]) * 1024 for row in open("/proc/self/status") if row.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + 300 * 2**20, used + 300 * 2**20))

@@ -37,7 +37,7 @@ def test_shipped_weights_open_in_the_zoo(run_script: Callable[..., None], images
     model = open_model("zoo/cifar10-resnet20", weights=tmp_path / "cifar10-resnet20.safetensors")
     network = NETWORKS["cifar10-resnet20"].build(10)
     network.load_state_dict(load_file(tmp_path / "cifar10-resnet20.safetensors"))
-    inputs = model.example_input()
+    inputs = model.example_images()
     torch.testing.assert_close(model.logits(inputs), network.eval()(inputs).detach())
 
 

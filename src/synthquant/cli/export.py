@@ -115,13 +115,8 @@ def _print_export(result: dict[str, Any]) -> None:
         return
     for name in ("loaded", "as_written", "optimized"):
         if name in found:
-            row = found[name]
-            ties = f" ({row['ties']} others nearly tied)" if row["ties"] else ""
-            steps = "" if row["max_steps"] is None else f", at most {row['max_steps']:.1f} steps of the output's grid"
-            print(
-                f"{name.replace('_', ' '):<11} agreement {row['agreement']:.2%} on {found['images']} images{ties},"
-                f" mean difference {row['mean_error']:.2%} of the logits' spread{steps}"
-            )
+            for output, row in found[name].get("outputs", {"": found[name]}).items():
+                print(f"{name.replace('_', ' '):<11} {_difference(output, row, found['images'])}")
     if "layers" in found:
         layers = found["layers"]
         print(f"{layers['integer']} of {layers['integer'] + layers['floating']} layers run on integers")
@@ -131,6 +126,20 @@ def _print_export(result: dict[str, Any]) -> None:
         if products:
             print(f"{layers['products_integer']} of {products} products of two activations run on integers")
         print(", ".join(f"{name} {count}" for name, count in layers["operators"].items()))
+
+
+def _difference(output: str, row: dict[str, Any], count: int) -> str:
+    """How far one output is from the quantized network's, in a line; the name of a lone one is empty."""
+    steps = "" if row["max_steps"] is None else f", at most {row['max_steps']:.1f} steps of the output's grid"
+    if output or row["agreement"] is None:
+        alike = "" if row["agreement"] is None else f"agreement {row['agreement']:.2%}, "
+        what = f"output {output}: " if output else ""
+        return f"{what}{alike}mean difference {row['mean_error']:.2%} of its spread on {count} samples{steps}"
+    ties = f" ({row['ties']} others nearly tied)" if row["ties"] else ""
+    return (
+        f"agreement {row['agreement']:.2%} on {count} images{ties},"
+        f" mean difference {row['mean_error']:.2%} of the logits' spread{steps}"
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ class Looker(Worker):
     def open(self, task: LookerTask, device: str) -> None:
         """Open the network."""
         opened = open_model(task.source, device=device)
-        self._model: FloatModel = replace(opened, preprocess=task.preprocess)
+        self._model: FloatModel = replace(opened, takes=task.preprocess)
         probes = [filter_.probe(self._model) for filter_ in task.filters]
         if task.norms:
             probes.append(BatchNormProbe(self._model.module))

@@ -1,12 +1,13 @@
-"""Layer by layer: how much quantization error there is beside the signal.
+"""Layer by layer, and output by output: how much quantization error there is beside the signal.
 
 The signal-to-quantization-noise ratio of a tensor `x` and its quantized version `y` is
-`SQNR = 10 log10(sum(x^2) / sum((x - y)^2))` in dB, the sums running over all elements and images.
+`SQNR = 10 log10(sum(x^2) / sum((x - y)^2))` in dB, the sums running over all elements and samples.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,9 @@ from synthquant.core.errors import DataError, ModelError
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
-from synthquant.data.preprocess import input_batches
 from synthquant.models.float_model import FloatModel
+from synthquant.models.samples import Samples, samples_for, spread
+from synthquant.models.signature import Inputs, named_outputs
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
@@ -77,43 +79,37 @@ class _LayerSums:
 @torch.no_grad()
 def measure_sqnr(
     quant_model: QuantModel,
-    images: ImageSet,
+    samples: ImageSet | Samples,
     *,
     float_model: FloatModel | None = None,
     count: int = 64,
     batch_size: int = 8,
     progress: Progress = QUIET,
 ) -> list[SqnrRow]:
-    """Measure all four ratios of every quantized layer, in execution order, with two passes over the images.
+    """Measure all four ratios of every quantized layer, in execution order, with two passes over the samples.
 
     Args:
         quant_model: calibrated; left as it was.
-        images: labels are not needed.
+        samples: images, of which labels are not needed, or what else the network takes.
         float_model: the float network with its weights, needed for a `quant_model` that was loaded from a checkpoint
             (which holds codes only).
-        count: how many images to use, evenly spaced over the set.
-        batch_size: images per pass; the float outputs of all layers for one batch are held in memory.
+        count: how many to use, evenly spaced over the set.
+        batch_size: samples per pass; the float outputs of all layers for one batch are held in memory.
         progress: draws a bar.
 
     Raises:
-        DataError: no image could be read.
+        DataError: no sample could be read.
         ModelError: `quant_model` was loaded from a checkpoint and `float_model` is missing.
     """
     reference = _reference(quant_model, float_model)
     sums = {name: _LayerSums() for name in quant_model.layers}
-    indices = [index * len(images) // min(count, len(images)) for index in range(min(count, len(images)))]
-    measured = 0
-    with eval_mode(quant_model), eval_mode(reference), progress.bar("layer SQNR", len(indices)) as bar:
-        for batch in input_batches(images, quant_model.float_model.preprocess, batch_size, indices):
-            inputs = batch.inputs.to(quant_model.device)
+    with eval_mode(quant_model), eval_mode(reference), progress.bar("layer SQNR", min(count, len(samples))) as bar:
+        for inputs in _inputs(quant_model, samples, count, batch_size):
             with reference.mode(weights=False, activations=False), _float_hooks(reference, quant_model, sums):
-                reference(inputs)
+                inputs.clone().call(reference)
             with quant_model.mode(weights=True, activations=True), _quant_hooks(quant_model, sums):
-                quant_model(inputs)
-            measured += len(inputs)
+                inputs.call(quant_model)
             bar.advance(len(inputs))
-    if not measured:
-        raise DataError(f"no image to measure the layers with: {len(images)} in the set, none readable")
     return [
         SqnrRow(
             name,
@@ -124,6 +120,54 @@ def measure_sqnr(
         )
         for name, layer in quant_model.layers.items()
     ]
+
+
+@dataclass(frozen=True)
+class OutputSqnr:
+    """Ratios of what a network puts out [dB]; none where no error was made, or values are not finite."""
+
+    total: float | None
+    """Over all floating-point tensors of the output: signals and noises of all of them are added."""
+    outputs: dict[str, float | None]
+    """Of each by its way in the output's tree, for example `boxes.0`; the name of a lone tensor is empty."""
+
+
+@torch.no_grad()
+def measure_output_sqnr(
+    quant_model: QuantModel,
+    samples: ImageSet | Samples,
+    *,
+    float_model: FloatModel | None = None,
+    count: int = 64,
+    batch_size: int = 8,
+) -> OutputSqnr:
+    """Measure the outputs of the quantized network against those of the float network, whatever they are.
+
+    Arguments and errors are those of `measure_sqnr`.
+    """
+    reference = _reference(quant_model, float_model)
+    total, parts = _Ratio(), defaultdict[str, _Ratio](_Ratio)
+    with eval_mode(quant_model), eval_mode(reference):
+        for inputs in _inputs(quant_model, samples, count, batch_size):
+            with reference.mode(weights=False, activations=False):
+                wanted = {name: value.clone() for name, value in named_outputs(inputs.clone().call(reference)).items()}
+            with quant_model.mode(weights=True, activations=True):
+                found = named_outputs(inputs.call(quant_model))
+            for name, value in wanted.items():
+                parts[name].add(value, found[name])
+                total.add(value, found[name])
+    return OutputSqnr(total.decibels(), {name: ratio.decibels() for name, ratio in parts.items()})
+
+
+def _inputs(quant_model: QuantModel, source: ImageSet | Samples, count: int, batch_size: int) -> Iterator[Inputs]:
+    """Up to `count` samples, evenly spaced, on the network's device; raises `DataError` if none can be read."""
+    samples, found = samples_for(quant_model.float_model, source), False
+    for inputs in samples.batches(batch_size, spread(len(samples), count)):
+        found = True
+        yield inputs.to(quant_model.device)
+    if not found:
+        noun = "image" if isinstance(source, ImageSet) else "sample"
+        raise DataError(f"no {noun} to measure with: {len(samples)} in the set, none readable")
 
 
 def _reference(quant_model: QuantModel, float_model: FloatModel | None) -> QuantModel:

@@ -17,8 +17,8 @@ elsewhere. The same network gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,11 +36,13 @@ from synthquant.core.record import package_version
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
-from synthquant.export.compare import difference, run_beside
+from synthquant.export.compare import row, run_beside
+from synthquant.export.flat import flat_output
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.methods import EXPORTERS
-from synthquant.models.float_model import FloatModel, ModelSource, RecordedSource
+from synthquant.models.float_model import FloatModel, ModelSource, RecordedSource, Task
 from synthquant.models.open import open_model
+from synthquant.models.samples import Samples
 from synthquant.nn.equalization import Equalization
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
@@ -77,7 +79,7 @@ class FloatModelEntry(Settings):
     """How to build the architecture again."""
     fingerprint: str
     """Hash of its weights."""
-    task: str = "classify"
+    task: Task = "classify"
     """What the network does."""
     num_classes: int | None = None
     """Number of logits."""
@@ -105,8 +107,8 @@ class QuantConfig(Settings):
     """Activation quantizers by name, each once."""
     float_model: FloatModelEntry
     """What was quantized."""
-    preprocess: Preprocess
-    """How images become input."""
+    preprocess: Preprocess | None
+    """How images become input; none: the network takes something else."""
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Hash of `model.safetensors`."""
 
@@ -138,21 +140,26 @@ class Checkpoint(Settings):
         """Every scheme has a checkpoint."""
 
     def verify(
-        self, quant_model: QuantModel, path: Path, images: ImageSet, *, progress: Progress = QUIET
+        self, quant_model: QuantModel, path: Path, images: ImageSet | Samples, *, progress: Progress = QUIET
     ) -> dict[str, Any]:
-        """Load the checkpoint and compare on at most 128 images: every logit must be the same.
+        """Load the checkpoint and compare on at most 128 samples: every output must be the same.
 
         Raises:
-            VerificationError: a logit differs.
+            VerificationError: an output differs.
         """
         # What it names is where `quant_model` came from: that code has run, or the user has given its network.
         loaded = load_checkpoint(path, device=quant_model.device, trust_code=True)
-        with torch.no_grad():
-            networks = {"loaded": lambda inputs: loaded(inputs.to(loaded.device)).cpu()}
-            reference, logits = run_beside(quant_model, networks, images, 128, progress)
-        if not torch.equal(reference, logits["loaded"]):
-            raise VerificationError("the checkpoint gives other logits than the network it was made from")
-        return {"images": len(reference), "loaded": asdict(difference(logits["loaded"], reference))}
+        takes = loaded.float_model.example(1)
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            args, kwargs = takes.arguments([tensor.to(loaded.device) for tensor in tensors])
+            return flat_output(loaded(*args, **kwargs))
+
+        beside = run_beside(quant_model, {"loaded": run}, images, 128, progress)
+        if not all(torch.equal(beside.outputs["loaded"][name], value) for name, value in beside.reference.items()):
+            what = "logits" if quant_model.float_model.task == "classify" else "outputs"
+            raise VerificationError(f"the checkpoint gives other {what} than the network it was made from")
+        return {"images": beside.count, "loaded": row(beside.differences("loaded"))}
 
 
 def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
@@ -270,9 +277,10 @@ def _architecture(config: QuantConfig, source: ModelSource) -> FloatModel:
     built = open_model(source, pretrained=False)
     return ArchitectureOnly(
         module=built.module,
-        preprocess=config.preprocess,
+        takes=config.preprocess or built.takes,
         name=entry.name,
         source=source,
+        task=entry.task,
         num_classes=entry.num_classes,
         class_names=entry.class_names,
         recorded_fingerprint=entry.fingerprint,
@@ -289,7 +297,7 @@ def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
         layers=tuple(_layer_entries(quant_model)),
         quantizers={name: quantizer.args for name, quantizer in quant_model.quantizers.items()},
         float_model=float_model_entry(model),
-        preprocess=model.preprocess,
+        preprocess=model.takes if isinstance(model.takes, Preprocess) else None,
         weights_sha256=weights_sha256,
     )
 

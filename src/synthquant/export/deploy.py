@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from synthquant.core.errors import SchemeError, UnsupportedModelError
+from synthquant.core.errors import SchemeError
 from synthquant.export.grids import ActivationGrid, WeightGrid, activation_grid, require_expressible, weight_grid
 from synthquant.export.presets import Preset
 from synthquant.nn.activation_quantizers import ActivationQuantizer
@@ -182,27 +182,6 @@ class DeployLinear(DeployLayer):
         if self.output_quantizer is not None:
             result = self.output_quantizer(result)
         return result if x.ndim == 2 else result.reshape(-1, *x.shape[1:-1], result.shape[-1])
-
-
-class OneInput(nn.Module):
-    """A network as a map from images to logits, whatever the signature of its forward; what exporters are given."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, classes]` of normalised images `[B, 3, H, W]`."""
-        logits: Tensor = self.network(images)
-        return logits
-
-
-def constant_batch(name: str) -> UnsupportedModelError:
-    """The error for a network that can only be exported for one size of the batch."""
-    return UnsupportedModelError(
-        f"{name} cannot be exported: it computes the batch size as a plain number, which export makes a constant, most"
-        " often by int(x.shape[0] / n) in a forward; write x.shape[0] // n there, or reshape with -1"
-    )
 
 
 def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> QuantModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +15,12 @@ from synthquant.core.files import write_bytes
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.export.compare import difference, require_close, run_beside
-from synthquant.export.deploy import Arithmetic, OneInput, constant_batch, deploy
+from synthquant.export.compare import require_close, row, run_beside
+from synthquant.export.deploy import Arithmetic, deploy
+from synthquant.export.flat import FlatFunction, FlatNetwork, constant_batch, dynamic_shapes, flat_output
 from synthquant.export.presets import find_preset
 from synthquant.methods import EXPORTERS
+from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 
 # What tracing a foreign network may raise: its own code runs, and torch.export has no error class of its own.
@@ -52,7 +53,7 @@ class TorchProgram(Settings):
         """Every scheme has a program."""
 
     def verify(
-        self, quant_model: QuantModel, path: Path | str, images: ImageSet, *, progress: Progress = QUIET
+        self, quant_model: QuantModel, path: Path | str, images: ImageSet | Samples, *, progress: Progress = QUIET
     ) -> dict[str, Any]:
         """Load the program and compare it with the quantized network; only float rounding may differ.
 
@@ -60,18 +61,19 @@ class TorchProgram(Settings):
             VerificationError: it differs by more.
         """
         network = torch.export.load(path).module()
-        reference, logits = run_beside(quant_model, {"loaded": network}, images, self.images, progress)
-        found = difference(logits["loaded"], reference)
-        require_close(found, "the program", len(reference), min_agreement=0.99, max_mean_error=0.01)
-        return {"images": len(reference), "loaded": asdict(found)}
+        networks: dict[str, FlatFunction] = {"loaded": lambda tensors: flat_output(network(*tensors))}
+        beside = run_beside(quant_model, networks, images, self.images, progress)
+        found = beside.differences("loaded")
+        require_close(found, "the program", beside.count, min_agreement=0.99, max_mean_error=0.01)
+        return {"images": beside.count, "loaded": row(found)}
 
 
 def export_program(quant_model: QuantModel) -> torch.export.ExportedProgram:
     """Return the deployed network as a program with a dynamic batch; raises as `TorchProgram.export`."""
-    module = OneInput(deploy(quant_model, find_preset("simulate"), Arithmetic()).module)
-    example = quant_model.float_model.example_input(2).cpu()
+    takes = quant_model.float_model.example(2).to(torch.device("cpu"))
+    module = FlatNetwork(deploy(quant_model, find_preset("simulate"), Arithmetic()).module, takes)
     try:
-        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return torch.export.export(module, tuple(takes.tensors), dynamic_shapes=dynamic_shapes(takes))
     except _TRACING_ERRORS as error:
         if "specialized it to be a constant" in str(error):
             raise constant_batch(quant_model.float_model.name) from error

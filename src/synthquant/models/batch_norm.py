@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from synthquant.core.modules import get_module, replace_module
+from synthquant.models.signature import Inputs
 from synthquant.models.trace import ModuleCall, Operation, Trace, trace
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -81,10 +82,10 @@ def batch_norm_findings(module: nn.Module) -> list[str]:
     return findings
 
 
-def fold_batch_norms(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+def fold_batch_norms(module: nn.Module, example: Inputs | Tensor) -> list[tuple[str, str]]:
     """Fold batch norms into the layers whose output they normalise, in place, and return (batch norm, layer) names.
 
-    `example` is `[B, 3, H, W]`. A batch norm is folded where one forward pass shows that its input is exactly what a
+    A batch norm is folded where one forward pass of `example` shows that its input is exactly what a
     convolution, transposed convolution or linear layer returned, that nothing else reads it, and that both run once
     with weights of their own. It leaves `nn.Identity`, or the modules it ran after normalising (drop, activation).
     Others stay. Outputs are the same up to rounding: new weights are computed in float64.

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from synthquant.models.operation_names import QUANTIZABLE
+from synthquant.models.signature import Inputs
 from synthquant.models.trace import Trace, trace
 
 Granularity = Literal["block", "layer", "network"]
@@ -30,7 +31,11 @@ class Unit:
 
 
 def find_units(
-    module: nn.Module, example: Tensor, granularity: Granularity, layers: AbstractSet[str], seen: Trace | None = None
+    module: nn.Module,
+    example: Inputs | Tensor,
+    granularity: Granularity,
+    layers: AbstractSet[str],
+    seen: Trace | None = None,
 ) -> list[Unit]:
     """Split `layers` (names) into units, in execution order; each layer that is called lands in exactly one.
 
@@ -38,7 +43,7 @@ def find_units(
     forward pass and is not made of several such modules itself (a stage), or a module of two or more layers that stands
     at the same place as one (a block without a shortcut). Layers outside blocks are units of their own. No class names
     matter. With "layer" each layer is a unit, with "network" the root is the only one.
-    `example` is `[B, 3, H, W]`; `seen` saves the forward pass if there is a trace of `module` already.
+    `seen` saves the forward pass of `example` if there is a trace of `module` already.
     """
     seen = seen or trace(module, example)
     ordered = [name for name in seen.order if name in layers]

@@ -1,4 +1,4 @@
-"""The full-precision network as every stage sees it: a frozen classifier with its preprocessing and its origin."""
+"""The full-precision network as every stage sees it: frozen, with what it takes, what it is for and its origin."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from synthquant.core.modules import hooked
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
+from synthquant.models.signature import Inputs
 from synthquant.models.user_file import names_code, same_code
 
-# Bytes of the largest activation when images go through a network together.
+Task = Literal["classify", "other"]
+"""What a network is for: logits of classes, or something else."""
+
+# Bytes of the largest activation when samples go through a network together.
 _LARGEST_ON_CPU, _LARGEST = 2**27, 2**30
 
 
@@ -90,14 +94,15 @@ class RecordedSource(_Source):
 
 @dataclass(frozen=True)
 class FloatModel:
-    """A full-precision classifier: in eval mode, without gradients for its parameters, and never changed by anybody."""
+    """A full-precision network: in eval mode, without gradients for its parameters, and never changed by anybody."""
 
     module: nn.Module
-    """Maps normalised images `[B, 3, H, W]` to logits `[B, num_classes]`."""
-    preprocess: Preprocess
+    """Maps what it takes to logits `[B, num_classes]` if its task is to classify, else to any tree of tensors."""
+    takes: Preprocess | Inputs
+    """How images become its input, `[B, C, H, W]`, or an example of its inputs, for networks that take others."""
     name: str
     source: ModelSource
-    task: Literal["classify"] = "classify"
+    task: Task = "classify"
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -115,17 +120,47 @@ class FloatModel:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def example_input(self, batch: int = 2, seed: int = 0) -> Tensor:
-        """Normal noise `[batch, 3, H, W]` on the model's device; the same values for the same seed on every device."""
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images become input; raises `UnsupportedModelError` if the network takes something else."""
+        if not isinstance(self.takes, Preprocess):
+            names = ", ".join(name for name, _ in self.takes.named())
+            raise UnsupportedModelError(
+                f"{self.name} takes no images, but inputs {names}; what makes, reads or selects images cannot be used"
+            )
+        return self.takes
+
+    @property
+    def input_limits(self) -> tuple[float, float] | None:
+        """Smallest and largest value of its input, where they are known: black and white of images."""
+        return self.takes.limits if isinstance(self.takes, Preprocess) else None
+
+    def example(self, batch: int = 2) -> Inputs:
+        """Inputs of so many samples on the model's device, the same on every call: noise, or the example in turns."""
+        if isinstance(self.takes, Inputs):
+            return self.takes.cycled(batch).to(self.device)
+        return Inputs.of(self.example_images(batch))
+
+    def example_images(self, batch: int = 2, seed: int = 0) -> Tensor:
+        """Normal noise `[batch, C, H, W]` on the model's device; the same values for the same seed on every device."""
         height, width = self.preprocess.input_size
         generator = Rng(seed).generator("example_input")
         return torch.randn(batch, 3, height, width, generator=generator).to(self.device)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of normalised images `[B, 3, H, W]`; gradients flow to the images.
+    def require_logits(self) -> None:
+        """Raise `UnsupportedModelError` if the network's task is not to classify."""
+        if self.task != "classify":
+            raise UnsupportedModelError(
+                f"{self.name} is no classifier (its task is {self.task!r}), so it has no logits, no top class and no"
+                " accuracy; measure its outputs instead"
+            )
 
-        Raises `UnsupportedModelError` if the network does not return logits of that shape.
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of normalised images `[B, C, H, W]`; gradients flow to the images.
+
+        Raises `UnsupportedModelError` if the network is no classifier or does not return logits of that shape.
         """
+        self.require_logits()
         logits = self.module(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -136,8 +171,8 @@ class FloatModel:
         return logits
 
     @torch.no_grad()
-    def images_at_once(self, most: int) -> int:
-        """Return how many images, `most` or a power of two below it, go through the network together without gradients.
+    def samples_at_once(self, most: int) -> int:
+        """Return how many samples, `most` or a power of two below it, go through the network at once without gradients.
 
         The largest tensor that a module returns then takes up to 128 MiB on a CPU, where more at a time is no faster,
         and 1 GiB elsewhere; several of that size exist at a time.
@@ -150,7 +185,7 @@ class FloatModel:
             largest = max(largest, *found, 1)
 
         with hooked([(module, look) for module in self.module.modules()]):
-            self.module(self.example_input(1))
+            self.example(1).call(self.module)
         fitting = (_LARGEST_ON_CPU if self.device.type == "cpu" else _LARGEST) // largest
         return most if fitting >= most else 1 << max(0, fitting.bit_length() - 1)
 

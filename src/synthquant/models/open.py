@@ -191,7 +191,7 @@ def _count_classes(model: FloatModel) -> int:
     """Run the network once on noise and return the number of logits; raises `ModelError` if that goes wrong."""
     try:
         with torch.no_grad():
-            logits = model.logits(model.example_input())
+            logits = model.logits(model.example_images())
     except ModelError:
         raise
     except FOREIGN_ERRORS as error:
@@ -222,7 +222,7 @@ def _channels_taken(model: FloatModel, message: str) -> int | None:
     for channels in (1, 2, 4):
         try:
             with torch.no_grad():
-                model.logits(model.example_input()[:, :1].expand(-1, channels, -1, -1).contiguous())
+                model.logits(model.example_images()[:, :1].expand(-1, channels, -1, -1).contiguous())
         except FOREIGN_ERRORS:
             continue
         return channels

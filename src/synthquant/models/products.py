@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.models.operation_names import RunningCalls, operation_name
+from synthquant.models.signature import Inputs
 
 _aten = torch.ops.aten
 # Products for which the counter of torch has no formula.
@@ -49,7 +50,7 @@ class Product:
         function: name of the function.
         weights: names of the parameters and buffers that are a factor, as they are or as a view; of the second factor
             first, and all names of those that have several.
-        macs: multiply-adds for one image.
+        macs: multiply-adds for one sample.
     """
 
     layer: str | None
@@ -59,7 +60,7 @@ class Product:
     macs: int
 
 
-def find_products(module: nn.Module, examples: Sequence[Tensor], original: nn.Module) -> list[Product]:
+def find_products(module: nn.Module, examples: Sequence[Inputs], original: nn.Module) -> list[Product]:
     """Run `module` in eval mode without gradients and return its matrix products in execution order.
 
     The module and its modes are afterwards as before. Fused kernels of attention and recurrent layers are switched off
@@ -67,7 +68,7 @@ def find_products(module: nn.Module, examples: Sequence[Tensor], original: nn.Mo
 
     Args:
         module: the network.
-        examples: images `[2, 3, H, W]` and `[3, 3, H, W]`: what does not depend on the images does not grow with them.
+        examples: inputs of two and of three samples: what does not depend on the samples does not grow with them.
         original: the network that `module` is a copy of.
 
     Raises:
@@ -80,9 +81,9 @@ def find_products(module: nn.Module, examples: Sequence[Tensor], original: nn.Mo
 _Key = tuple[str | None, str, str, tuple[str, ...]]
 
 
-def _count(module: nn.Module, example: Tensor, original: nn.Module) -> dict[_Key, int]:
+def _count(module: nn.Module, example: Inputs, original: nn.Module) -> dict[_Key, int]:
     counter = _Counter(module, original)
-    parts, images = list(module.modules()), example.clone()
+    parts, inputs = list(module.modules()), example.clone()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -92,7 +93,7 @@ def _count(module: nn.Module, example: Tensor, original: nn.Module) -> dict[_Key
         stack.enter_context(hooked(after, pre=pre))
         stack.enter_context(_Functions(counter))
         stack.enter_context(_Operators(counter))
-        module(images)
+        inputs.call(module)
     return counter.macs
 
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.models.operation_names import RunningCalls, operation_name
+from synthquant.models.signature import Inputs
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -99,6 +100,11 @@ class Trace:
     counts: Mapping[str, Mapping[str, frozenset[int]]]
     """For each module that operations belong to, how often each function ran in a call of it."""
 
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What the network was given, constants left out."""
+        return tuple(value for value in self.module_calls[0].inputs if value.from_input)
+
     @cached_property
     def order(self) -> tuple[str, ...]:
         """Names of all modules that were called, in the order of their first call."""
@@ -137,8 +143,8 @@ class Trace:
         return {value.index: operation for operation in self.operations for value in operation.outputs}
 
 
-def trace(module: nn.Module, example: Tensor) -> Trace:
-    """Run `module` once on `example` (`[B, 3, H, W]`, copied first) in eval mode without gradients, and watch.
+def trace(module: nn.Module, example: Inputs | Tensor) -> Trace:
+    """Run `module` once on a copy of `example` in eval mode without gradients, and watch.
 
     The module, its modes and its hooks are afterwards as before. What the forward pass raises is passed on.
     """
@@ -146,11 +152,12 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     parts = list(module.modules())
     with torch.inference_mode(False), torch.no_grad(), eval_mode(module):
         # A copy: networks may change their input in place. Tensors made in inference mode carry no version.
-        images = example.clone()
-        tracer.mark_input(images)
+        inputs = Inputs.of(example).clone()
+        for tensor in inputs.tensors:
+            tracer.mark_input(tensor)
         before, after = ((part, tracer.before) for part in parts), ((part, tracer.after) for part in parts)
         with hooked(after, pre=before, with_kwargs=True), _Watch(tracer):
-            module(images)
+            inputs.call(module)
     return tracer.finish()
 
 

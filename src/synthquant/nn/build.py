@@ -15,6 +15,7 @@ from synthquant.models.blocks import Granularity, Unit, block_inputs, find_units
 from synthquant.models.float_model import FloatModel
 from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.products import Product, find_products
+from synthquant.models.signature import Inputs
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer, new_quantizer
 from synthquant.nn.equalization import Equalization
@@ -72,7 +73,7 @@ def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equa
         ModelError: the equalisation is one of another network.
     """
     parts = Parts(*folded_copy(float_model))
-    example = float_model.example_input(2)
+    example = float_model.example(2)
     if equalization is not None:
         equalization.apply(parts.module)
     with torch.no_grad():
@@ -82,12 +83,13 @@ def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equa
         raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
     for granularity in ("block", "layer", "network"):
         parts.units[granularity] = find_units(parts.module, example, granularity, set(order), seen)
-    of_image = _Insertion(float_model, scheme, parts).run(seen, order, example)
+    of_inputs = _Insertion(float_model, scheme, parts).run(seen, order, example)
     if not parts.layers:
         raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
     _count(float_model, parts, example)
-    for quantizer in of_image:  # calibration images may not reach black or white
-        quantizer.fix(*float_model.preprocess.limits)
+    if float_model.input_limits is not None:  # calibration images may not reach black or white
+        for quantizer in of_inputs:
+            quantizer.fix(*float_model.input_limits)
     return parts
 
 
@@ -97,12 +99,12 @@ def folded_copy(float_model: FloatModel) -> tuple[nn.Module, list[tuple[str, str
     Returns:
         The network, and the pairs (batch norm, layer it was folded into).
     """
-    module, example = copy_network(float_model.module).eval().requires_grad_(False), float_model.example_input(2)
+    module, example = copy_network(float_model.module).eval().requires_grad_(False), float_model.example(2)
     make_visible(module, example)
     return module, fold_batch_norms(module, example)
 
 
-def _count(float_model: FloatModel, parts: Parts, example: torch.Tensor) -> None:
+def _count(float_model: FloatModel, parts: Parts, example: Inputs) -> None:
     """Find all matrix products, show every quantizer what it reads, and require that every one runs."""
     ran: set[int] = set()
 
@@ -111,7 +113,7 @@ def _count(float_model: FloatModel, parts: Parts, example: torch.Tensor) -> None
         ran.add(id(quantizer))
 
     hooks = [(quantizer, show) for quantizer in parts.quantizers.values()]
-    examples = example, float_model.example_input(3)
+    examples = example, float_model.example(3)
     off = switched(parts.layers.values(), parts.quantizers.values(), weights=False, activations=False)
     with off, hooked(pre=hooks):
         parts.products = find_products(parts.module, examples, float_model.module)
@@ -131,14 +133,15 @@ class _Insertion:
         self._parts = parts
         self._module = parts.module
         self._device = float_model.device
+        self._gives_logits = float_model.task == "classify"
 
-    def run(self, seen: Trace, order: Sequence[str], example: torch.Tensor) -> list[ActivationQuantizer]:
-        """Put quantizers in and return those of the image.
+    def run(self, seen: Trace, order: Sequence[str], example: Inputs) -> list[ActivationQuantizer]:
+        """Put quantizers in and return those of the network's inputs.
 
         Args:
             seen: a forward pass of the network.
             order: its layers in execution order.
-            example: normalised images.
+            example: some samples.
         """
         groups = shared_inputs(seen, order)
         second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
@@ -147,11 +150,11 @@ class _Insertion:
         plan = self._scheme.resolve(order, tuple(second))
         entries = block_inputs(seen, self._parts.units["block"], order) if self._scheme.shortcuts else {}
         self._where_read(order, plan, groups, entries)
-        (image, *_) = seen.calls("")[0].inputs
+        given = set(seen.inputs)
         return [
             layer.input_quantizer
             for name, layer in self._parts.layers.items()
-            if layer.input_quantizer is not None and seen.calls(name)[0].inputs[:1] == (image,)
+            if layer.input_quantizer is not None and given.intersection(seen.calls(name)[0].inputs[:1])
         ]
 
     def _where_read(
@@ -186,11 +189,11 @@ class _Insertion:
             self._insert_layer(name, plan[name], readers[name], None)
 
     def _where_made(
-        self, seen: Trace, order: Sequence[str], second: Sequence[str], example: torch.Tensor
+        self, seen: Trace, order: Sequence[str], second: Sequence[str], example: Inputs
     ) -> list[ActivationQuantizer]:
         """Put quantizers in where tensors are made, for all that integer kernels read and put out.
 
-        Returns those of the image.
+        Returns those of the network's inputs.
         """
         scopes = watch_operations(self._module, seen, order)
         with torch.no_grad():  # once more, with attention made visible
@@ -198,14 +201,14 @@ class _Insertion:
         plan = self._scheme.resolve(order, second, flow.names)
         placement = Placement(flow, self._scheme, plan)
         self._parts.operations = placement.rows()
-        reads, puts_out, placed, of_image = {}, {}, {}, []
+        reads, puts_out, placed, of_inputs = {}, {}, {}, []
         for tensor in placement.tensors:
             name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name
             quantizer = self._add(name, tensor.args, tensor.layers)
-            if tensor.is_output:
+            if tensor.is_output and self._gives_logits:
                 quantizer.headroom = _LOGITS_HEADROOM
-            if tensor.is_image:
-                of_image.append(quantizer)
+            if tensor.is_input:
+                of_inputs.append(quantizer)
             if tensor.place is None:
                 reads.update(dict.fromkeys(tensor.layers, quantizer))
                 continue
@@ -226,7 +229,7 @@ class _Insertion:
         # what decodes a weight is no operation of the network
         with switched(self._parts.layers.values(), quantizers, weights=False, activations=True):
             check_placement(self._module, placement, placed, tuple(reads.values()), example)
-        return of_image
+        return of_inputs
 
     def _add(self, name: str, args: QuantArgs, layers: Iterable[str]) -> ActivationQuantizer:
         """A quantizer of what these layers read."""

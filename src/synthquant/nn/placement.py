@@ -48,11 +48,11 @@ class PlacedTensor:
     """A tensor that is quantized."""
 
     place: Place | None
-    """Where it is made; none: not by an operation that was seen (the image), so that layers quantize what they read."""
+    """Where it is made; none: not by an operation that was seen (an input), so that layers quantize what they read."""
     args: QuantArgs
     layers: tuple[str, ...]
     """Layers that read it, in execution order."""
-    is_image: bool = False
+    is_input: bool = False
     """It is what the network is given."""
     is_output: bool = False
     """The network returns it, or a view of it."""
@@ -119,9 +119,9 @@ class Flow:
         return tuple(dict.fromkeys(place.name for place in places if place is not None))
 
     @property
-    def image(self) -> Value:
-        """What the network is given."""
-        return self.seen.calls("")[0].inputs[0]
+    def inputs(self) -> tuple[Value, ...]:
+        """What the network is given, constants left out."""
+        return self.seen.inputs
 
     def place(self, value: Value) -> Place | None:
         """Where a value is made."""
@@ -294,7 +294,7 @@ class Placement:
         if is_output:
             # What a search that minimises the error cuts off is the logits that decide.
             args = args.at_least(8).model_copy(update={"observer": args.observer or "minmax"})
-        return PlacedTensor(place, args, layers, value == self.flow.image, is_output)
+        return PlacedTensor(place, args, layers, value in self.flow.inputs, is_output)
 
     def _default(self, value: Value, place: Place | None) -> QuantArgs | None:
         """For tensors that no layer reads."""
@@ -306,7 +306,7 @@ class Placement:
 def _merged(one: PlacedTensor, other: PlacedTensor) -> PlacedTensor:
     args = max(one.args, other.args, key=lambda args: args.num_bits)
     layers = tuple(dict.fromkeys((*one.layers, *other.layers)))
-    return PlacedTensor(one.place, args, layers, one.is_image, one.is_output or other.is_output)
+    return PlacedTensor(one.place, args, layers, one.is_input, one.is_output or other.is_output)
 
 
 def _is_pooling(operation: Operation) -> bool:

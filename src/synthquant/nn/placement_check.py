@@ -10,6 +10,7 @@ from torch import nn
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import forwards_replaced
+from synthquant.models.signature import Inputs
 from synthquant.models.trace import Value, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.moves import is_move
@@ -23,7 +24,7 @@ def check_placement(
     placement: Placement,
     quantizers: Mapping[str, ActivationQuantizer],
     others: Sequence[ActivationQuantizer],
-    example: torch.Tensor,
+    example: Inputs,
 ) -> None:
     """Run the network with its quantizers once more and compare, reader by reader, where what is read comes from.
 
@@ -32,7 +33,7 @@ def check_placement(
         placement: where quantizers should be.
         quantizers: those that stand where tensors are made, by name.
         others: those that stand where layers read.
-        example: normalised images.
+        example: some samples.
 
     Raises:
         UnsupportedModelError: something still reads a tensor that is to be quantized as it was before, or other
@@ -67,8 +68,8 @@ class _Holder(nn.Module):
         self.module = network
         self.quantizers = nn.ModuleList(quantizers)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.module(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def _pairs(before: Flow, after: Flow) -> Iterator[tuple[str, Value, Value]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +22,7 @@ from synthquant.nn.scheme import QuantScheme
 class QuantModel(nn.Module):
     """A copy of a float model in which layers hold integer codes and tensors are fake-quantized.
 
-    It keeps state, modes and coverage; `nn.build` makes its parts. Inputs are normalised images `[B, 3, H, W]`, outputs
-    logits `[B, num_classes]`.
+    It keeps state, modes and coverage; `nn.build` makes its parts. It takes and gives what the float network does.
 
     Attributes:
         float_model: what it was made from.
@@ -72,10 +72,9 @@ class QuantModel(nn.Module):
         scheme = QuantScheme.parse(scheme)
         return cls(float_model, scheme, build_parts(float_model, scheme, equalization), equalization).eval()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of normalised images."""
-        logits: torch.Tensor = self.module(x)
-        return logits
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives: logits `[B, classes]` of normalised images, or any tree of tensors."""
+        return self.module(*args, **kwargs)
 
     def units(self, granularity: Granularity = "block") -> list[Unit]:
         """Reconstruction units in execution order, those without a quantized layer left out."""

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from synthquant.models.signature import Inputs
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.attention import attention_weights
 from synthquant.nn.derived import derived_class
@@ -34,7 +35,7 @@ def rewrites(kind: type[nn.Module]) -> Callable[[Rewrite], Rewrite]:
     return enter
 
 
-def make_visible(network: nn.Module, example: Tensor) -> None:
+def make_visible(network: nn.Module, example: Inputs | Tensor) -> None:
     """Apply all rewrites to a network, in place.
 
     A module stays as it is if its class has a forward of its own, if it is not called, or if something outside of it
@@ -42,7 +43,7 @@ def make_visible(network: nn.Module, example: Tensor) -> None:
 
     Args:
         network: the network.
-        example: normalised images.
+        example: some samples.
     """
     for kind, rewrite in REWRITES.items():
         found = {name: part for name, part in network.named_modules() if _runs_forward_of(part, kind)}

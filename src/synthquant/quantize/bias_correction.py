@@ -11,21 +11,23 @@ from torch import Tensor, nn
 from synthquant.core.modules import hooked
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import BiasCorrectionReport
+from synthquant.models.samples import Samples
+from synthquant.models.signature import Inputs, joined
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 
-# All images go through the quantized network in one batch; this much for the largest output of a layer.
+# All samples go through the quantized network in one batch; this much for the largest output of a layer.
 _LARGEST_OUTPUT = 2**29
 _MOST_IMAGES = 256
 
 
 @torch.no_grad()
-def correct_biases(model: QuantModel, images: ImageSet) -> BiasCorrectionReport:
-    """Add to each layer's bias `E[(W - W_hat) x]`, the mean over images and positions for each output channel.
+def correct_biases(model: QuantModel, images: ImageSet | Samples) -> BiasCorrectionReport:
+    """Add to each layer's bias `E[(W - W_hat) x]`, the mean over samples and positions for each output channel.
 
     Empirical bias correction (DFQ, arXiv:1906.04721, section 4.2 and appendix D). `x` is what the layer reads in the
-    quantized network whose earlier layers are corrected already: the images run through it once, as one batch. As many
+    quantized network whose earlier layers are corrected already: the samples run through it once, as one batch. As many
     of them are used, up to 256, as keep the largest output of a layer under 0.5 GiB.
 
     DFQ's empirical variant compares with the float network's own outputs instead, which also takes out what earlier
@@ -36,30 +38,30 @@ def correct_biases(model: QuantModel, images: ImageSet) -> BiasCorrectionReport:
 
     Args:
         model: a quantized network with its float weights; its biases are changed in place.
-        images: the calibration images.
+        images: the calibration set.
 
     Raises:
         ModelError: it was loaded from a checkpoint, or its activation ranges are not set.
-        DataError: no image can be read.
+        DataError: no sample can be read.
     """
     model.require_calibrated()
-    calibration = CalibrationImages(model, images)
+    calibration = CalibrationSet(model, images)
     with model.mode(weights=False, activations=False):
         runs, largest = _look(model, next(calibration.batches(1)))
     count = max(1, min(_MOST_IMAGES, len(calibration), _LARGEST_OUTPUT // largest))
-    batch = torch.cat(list(calibration.batches(count)))
+    batch = joined(list(calibration.batches(count)))
     rounded = [name for name, layer in model.layers.items() if layer.weight_quantizer is not None]
     corrected = [name for name in rounded if runs.get(name) == 1 and model.layers[name].has_own_bias]
     hooks = [(model.layers[name], _correct) for name in corrected]
     with model.mode(weights=True, activations=True), hooked(hooks, with_kwargs=True):
-        model(batch)
+        batch.call(model)
     return BiasCorrectionReport(
         images=len(batch), layers=len(corrected), left_out=tuple(name for name in rounded if name not in corrected)
     )
 
 
-def _look(model: QuantModel, image: Tensor) -> tuple[dict[str, int], int]:
-    """How often each layer runs for one image, and the bytes of the largest output."""
+def _look(model: QuantModel, sample: Inputs) -> tuple[dict[str, int], int]:
+    """How often each layer runs for one sample, and the bytes of the largest output."""
     runs: dict[str, int] = {}
     sizes = [1]
 
@@ -68,7 +70,7 @@ def _look(model: QuantModel, image: Tensor) -> tuple[dict[str, int], int]:
         sizes.append(output.numel() * output.element_size())
 
     with hooked([(layer, partial(hook, name=name)) for name, layer in model.layers.items()]):
-        model(image)
+        sample.call(model)
     return runs, max(sizes)
 
 

@@ -8,17 +8,18 @@ from contextlib import contextmanager
 import torch
 
 from synthquant.core.errors import DataError
-from synthquant.core.files import sha256_bytes
 from synthquant.data.image_set import ImageSet
-from synthquant.data.preprocess import input_batches
+from synthquant.data.preprocess import Preprocess
+from synthquant.models.samples import Samples, samples_for
+from synthquant.models.signature import Inputs
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.quant_model import QuantModel
 
 _MOST_AT_ONCE = 64
 
 
-class CalibrationImages:
-    """The images a network is quantized with, as the network sees them.
+class CalibrationSet:
+    """The samples a network is quantized with, as the network sees them.
 
     Synthesis may leave the range of pixels; no picture does. Values beyond black and white are cut off, for the float
     network too: the grid of the image ends there, and what it cuts off would be learned as an error of the quantized
@@ -28,43 +29,51 @@ class CalibrationImages:
         at_once: how many go through the network together without gradients.
     """
 
-    def __init__(self, model: QuantModel, images: ImageSet) -> None:
-        """Take a set in pixel space.
+    def __init__(self, model: QuantModel, source: ImageSet | Samples) -> None:
+        """Take images in pixel space, or samples of what else the network takes.
 
         Raises:
             DataError: the set is empty.
+            UnsupportedModelError: they are images, and the network takes none.
         """
-        if len(images) == 0:
-            raise DataError("0 images to quantize with; synthesize some or give a folder that holds some")
-        self.at_once = model.float_model.images_at_once(_MOST_AT_ONCE)
-        self._images = images
-        self._preprocess = model.float_model.preprocess
+        self._noun = "image" if isinstance(source, ImageSet) else "sample"
+        if len(source) == 0:
+            raise DataError(f"0 {self._noun}s to quantize with; synthesize some or give a folder that holds some")
+        self._samples = samples_for(model.float_model, source)
+        self._takes = model.float_model.takes
+        self._signature = model.float_model.example(1).signature
         self._device = model.device
+        self.at_once = model.float_model.samples_at_once(_MOST_AT_ONCE)
 
     @property
     def fingerprint(self) -> str:
-        """Hash that changes when the images or their preprocessing change."""
-        return sha256_bytes(f"{self._images.fingerprint} {self._preprocess.model_dump_json()}".encode())
+        """Hash that changes when what the network is given changes."""
+        return self._samples.fingerprint
 
     def __len__(self) -> int:
-        """Number of images, broken ones included."""
-        return len(self._images)
+        """Number of samples, ones that cannot be read included."""
+        return len(self._samples)
 
-    def batches(self, limit: int | None = None, size: int | None = None) -> Iterator[torch.Tensor]:
-        """Normalised images `[B, 3, H, W]` on the model's device, the first `limit` of them, in batches of `size`.
+    def batches(self, limit: int | None = None, size: int | None = None) -> Iterator[Inputs]:
+        """Inputs on the model's device, of the first `limit` samples, in batches of `size`.
 
         Raises:
-            DataError: not one image can be read, or one has values that are not finite.
+            DataError: not one sample can be read, or one has values that are not finite or is no input of the network.
         """
         chosen = range(len(self) if limit is None else min(limit, len(self)))
         found = False
-        for batch in input_batches(self._images, self._preprocess, size or self.at_once, chosen):
+        for batch in self._samples.batches(size or self.at_once, chosen):
             found = True
-            if not torch.isfinite(batch.inputs).all():
-                raise DataError("an image to quantize with has values that are not finite; make the images anew")
-            yield self._preprocess.cut_off(batch.inputs.to(self._device))
+            if not batch.finite:
+                some = "an image" if self._noun == "image" else "a sample"
+                raise DataError(f"{some} to quantize with has values that are not finite; make the {self._noun}s anew")
+            batch.require(self._signature)
+            given = batch.to(self._device)
+            if isinstance(self._takes, Preprocess):
+                given = given.filled([self._takes.cut_off(tensor) for tensor in given.tensors])
+            yield given
         if not found:
-            raise DataError(f"none of the {len(chosen)} images to quantize with can be read")
+            raise DataError(f"none of the {len(chosen)} {self._noun}s to quantize with can be read")
 
 
 def calibrate_weights(model: QuantModel, observer: str) -> None:
@@ -80,13 +89,13 @@ def calibrate_weights(model: QuantModel, observer: str) -> None:
 
 
 def calibrate_activations(
-    model: QuantModel, images: CalibrationImages, count: int, observer: str, *, quantized_weights: bool
+    model: QuantModel, samples: CalibrationSet, count: int, observer: str, *, quantized_weights: bool
 ) -> None:
     """Set the range of every activation quantizer from what it sees, with no activation quantized.
 
     Args:
         model: the network.
-        images: the calibration images.
+        samples: the calibration set.
         count: how many of them to look at; they are gone through twice.
         observer: how ranges are searched where the scheme does not say.
         quantized_weights: watch the network with quantized weights instead of float ones.
@@ -95,7 +104,7 @@ def calibrate_activations(
         ModelError: a quantizer saw nothing; names it.
     """
     with model.mode(weights=quantized_weights, activations=False), torch.no_grad():
-        observe(model.quantizers.values(), lambda: _run(model, images.batches(count)), observer)
+        observe(model.quantizers.values(), lambda: _run(model, samples.batches(count)), observer)
     model.require_calibrated()
 
 
@@ -129,6 +138,6 @@ def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
             quantizer.watching_range = False
 
 
-def _run(model: QuantModel, batches: Iterator[torch.Tensor]) -> None:
+def _run(model: QuantModel, batches: Iterator[Inputs]) -> None:
     for batch in batches:
-        model(batch)
+        batch.call(model)

@@ -33,12 +33,14 @@ from synthquant.data.image_set import ImageSet
 from synthquant.methods import Equalize
 from synthquant.models.channels import Channels
 from synthquant.models.float_model import FloatModel
+from synthquant.models.samples import Samples
+from synthquant.models.signature import named_outputs
 from synthquant.models.trace import trace
 from synthquant.nn.build import folded_copy
 from synthquant.nn.equalization import Equalization, weight_by_group
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 
 _IMAGES = 64
 """Images from which the ranges of channels are taken."""
@@ -49,11 +51,11 @@ _DEVIATIONS = 3
 _MOST_STRETCHED = 8
 """How much wider than a channel the widest of its tensor may be taken to be: other images may move it more."""
 _TOLERANCE = 1e-3
-"""Largest difference of logits, as a share of the largest logit, that rounding may make."""
+"""Largest difference of an output, as a share of its largest value, that rounding may make."""
 
 
 def equalized(
-    quant_model: QuantModel, kind: Equalize, images: ImageSet | None, progress: Progress = QUIET
+    quant_model: QuantModel, kind: Equalize, images: ImageSet | Samples | None, progress: Progress = QUIET
 ) -> QuantModel:
     """Return a quantized network built anew from the equalised float network; warn if nothing could be equalised.
 
@@ -71,7 +73,7 @@ def equalized(
         return quant_model
     float_model = quant_model.float_model
     module, folded = folded_copy(float_model)
-    example = float_model.example_input(2)
+    example = float_model.example(2)
     # Runtimes fuse a clip with one bound into the integer kernel before it, and one with many not. And a clip has made
     # ranges of activations even: those of channels that are seldom active are not to be had from a few images.
     through_clips = kind == "weights" and quant_model.scheme.deploy != "full"
@@ -80,7 +82,7 @@ def equalized(
         progress.warn(f"{float_model.name}: no channels can be scaled; quantize.equalize changes nothing")
         return quant_model
     with torch.no_grad():
-        before = module(example)
+        before = named_outputs(example.clone().call(module))
         if kind == "weights":
             scales = weight_scales(module, channels)
         elif images is None:
@@ -89,7 +91,7 @@ def equalized(
             scales = activation_scales(quant_model, channels, channel_ranges(quant_model, channels, images))
         found = _as_factors(channels, scales)
         found.apply(module)
-        _require_same(float_model, before, module(example))
+        _require_same(float_model, before, named_outputs(example.clone().call(module)))
     if kind == "weights":
         found = _absorbed(float_model.module, folded, module, channels, found)
     return QuantModel.build(float_model, quant_model.scheme, found)
@@ -143,7 +145,7 @@ def _column_shares(layer: QuantLayer | None, count: int) -> Tensor:
     return torch.where(grids > 0, largest / grids, 0.0).amax(1).flatten()
 
 
-def channel_ranges(quant_model: QuantModel, channels: Channels, images: ImageSet) -> Tensor:
+def channel_ranges(quant_model: QuantModel, channels: Channels, images: ImageSet | Samples) -> Tensor:
     """`[count]`: the largest absolute value that layers read of each channel on the first images, in float."""
     ranges = torch.zeros(channels.count, dtype=torch.float64)
 
@@ -156,8 +158,8 @@ def channel_ranges(quant_model: QuantModel, channels: Channels, images: ImageSet
 
     watched = [(get_module(quant_model.module, name), watch(numbers)) for name, numbers in channels.read.items()]
     with quant_model.mode(weights=False, activations=False), hooked(pre=watched):
-        for batch in CalibrationImages(quant_model, images).batches(_IMAGES, size=16):
-            quant_model(batch)
+        for batch in CalibrationSet(quant_model, images).batches(_IMAGES, size=16):
+            batch.call(quant_model)
     return ranges
 
 
@@ -259,10 +261,12 @@ def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return gamma, 0 * ones if norm.bias is None else norm.bias.detach().cpu()
 
 
-def _require_same(float_model: FloatModel, before: Tensor, after: Tensor) -> None:
-    error, largest = float((after - before).abs().max()), float(before.abs().max())
-    if not error <= _TOLERANCE * largest:
-        raise UnsupportedModelError(
-            f"{float_model.name}: equalised it computes something else (logits of {largest:.3g} differ by {error:.2g});"
-            " leave quantize.equalize out"
-        )
+def _require_same(float_model: FloatModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    for name, wanted in before.items():
+        error, largest = float((after[name] - wanted).abs().max()), float(wanted.abs().max())
+        if not error <= _TOLERANCE * largest:
+            what = "logits" if float_model.task == "classify" else f"output {name}".rstrip()
+            raise UnsupportedModelError(
+                f"{float_model.name}: equalised it computes something else ({what} of {largest:.3g} differ by"
+                f" {error:.2g}); leave quantize.equalize out"
+            )

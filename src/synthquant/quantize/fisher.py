@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from synthquant.core.modules import hooked
+from synthquant.models.float_model import Task
+from synthquant.models.signature import Inputs, named_outputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.unit_files import Parts
 
@@ -39,22 +41,22 @@ def output_gradient(
     unit: nn.Module,
     position: int,
     later: Sequence[Parts],
-    images: torch.Tensor,
-    run_from_unit: Callable[[], torch.Tensor],
+    inputs: Inputs,
+    run_from_unit: Callable[[], Any],
 ) -> torch.Tensor:
     """Absolute gradient of the output error with respect to a unit's output (BRECQ, arXiv:2102.05426, eq. 10).
 
-    The error is `KL(float softmax || quantized softmax)` of each image, with the network quantized up to and including
-    the unit: no image's gradient depends on the others. This is the one place that runs the rest of the network for
-    every unit.
+    The error is the Kullback-Leibler divergence of what the float network says of each sample to what it says with
+    everything up to and including the unit quantized (`divergence`): no sample's gradient depends on the others. This
+    is the one place that runs the rest of the network for every unit.
 
     Args:
         model: the network.
         unit: the unit's module.
         position: which of the leaves that the unit returns.
         later: layers and quantizers of the units behind it, which stay in floating point.
-        images: `[B, 3, H, W]`, as the network reads them.
-        run_from_unit: runs the network on `images` from the unit on and returns logits `[B, classes]`.
+        inputs: what the network is given.
+        run_from_unit: runs the network on `inputs` from the unit on and returns what it gives.
 
     Returns:
         Of the shape of that leaf.
@@ -68,16 +70,29 @@ def output_gradient(
         return pytree.tree_unflatten(leaves, spec)
 
     with torch.no_grad(), model.mode(weights=False, activations=False):
-        wanted = F.log_softmax(model(images).double(), 1)
+        wanted = inputs.call(model)
     with hooked([(unit, catch)]), in_float(later), torch.enable_grad():
-        # In double precision: the gradient is the difference of two probabilities that are nearly the same.
-        found = F.log_softmax(run_from_unit().double(), 1)
-        error = F.kl_div(found, wanted, reduction="sum", log_target=True)
+        error = divergence(wanted, run_from_unit(), model.float_model.task)
         leaf = caught.pop()
         # A leaf that nothing behind the unit reads has no gradient: its error does not matter.
         error = error + 0 * leaf.sum()
         (gradient,) = torch.autograd.grad(error, leaf)
     return gradient.abs()
+
+
+def divergence(wanted: Any, found: Any, task: Task) -> torch.Tensor:
+    """`KL(wanted || found)` of two answers of a network, summed over samples, float64; differentiable in `found`.
+
+    Logits `[B, classes]` of a classifier stand for the distribution of their softmax. The values of any other network
+    stand for means of normal distributions of variance 1, whose divergence is half the squared distance, summed over
+    all floating-point tensors of the answer.
+    """
+    # In double precision: the gradient is the difference of two answers that are nearly the same.
+    if task == "classify":
+        one, other = F.log_softmax(found.double(), 1), F.log_softmax(wanted.double(), 1)
+        return F.kl_div(one, other, reduction="sum", log_target=True)
+    tensors, others = named_outputs(wanted), named_outputs(found)
+    return torch.stack([(others[name] - tensor).double().square().sum() / 2 for name, tensor in tensors.items()]).sum()
 
 
 @contextmanager

@@ -16,11 +16,12 @@ from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.methods import MemoryBudget, UnitReport
 from synthquant.models.blocks import Granularity, Unit
+from synthquant.models.signature import Signature
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.operations import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.cache import CacheStore, RowCache
-from synthquant.quantize.calibrate import CalibrationImages
+from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.learn import Phase
 from synthquant.quantize.replay import Replay
 from synthquant.quantize.unit_files import Parts, UnitFiles
@@ -39,16 +40,16 @@ class Reconstruction:
     def __init__(
         self,
         model: QuantModel,
-        images: CalibrationImages,
+        samples: CalibrationSet,
         granularity: Granularity,
         memory: MemoryBudget,
         workdir: Path | None,
     ) -> None:
-        """Cache the images.
+        """Cache what the network is given.
 
         Args:
             model: a calibrated network with float weights.
-            images: the calibration images.
+            samples: the calibration set.
             granularity: what a unit is: `block`, `layer` or `network`.
             memory: budget of the caches.
             workdir: where finished units are kept, for resuming, and caches that fit in no memory; none: neither.
@@ -56,11 +57,13 @@ class Reconstruction:
         self.units = model.units(granularity)
         self.store = CacheStore(memory, model.device, workdir)
         with model.mode(weights=False, activations=False):
-            replay = Replay(model.module, self.units, model.float_model.example_input(3))
-        cached, count = self._cache_images(model, images)
-        self.fitted = Fitted(model, replay, _parts(model, self.units), self.store, cached, count, images.at_once)
+            replay = Replay(model.module, self.units, model.float_model.example(3))
+        takes = model.float_model.example(1)
+        caches, count = self._cache_inputs(takes.signature, samples)
+        parts = _parts(model, self.units)
+        self.fitted = Fitted(model, replay, parts, self.store, takes, caches, count, samples.at_once)
         self._workdir = workdir
-        self._calibration = images
+        self._calibration = samples
         self._learned = ""  # what the phases so far led to
 
     def run(self, phase: Phase, rng: Rng, progress: Progress) -> list[UnitReport]:
@@ -104,14 +107,14 @@ class Reconstruction:
                 student.drop_all_but(needed)
         return reports
 
-    def _cache_images(self, model: QuantModel, images: CalibrationImages) -> tuple[RowCache, int]:
-        height, width = model.float_model.preprocess.input_size
-        cache = self.store.allocate((len(images), 3, height, width))
+    def _cache_inputs(self, takes: Signature, samples: CalibrationSet) -> tuple[list[RowCache], int]:
+        caches = [self.store.allocate(spec.rows(len(samples)), spec.dtype) for spec in takes.varying]
         count = 0
-        for batch in images.batches():
-            cache.write(count, batch)
+        for batch in samples.batches():
+            for cache, tensor in zip(caches, batch.tensors, strict=True):
+                cache.write(count, tensor)
             count += len(batch)
-        return cache, count
+        return caches, count
 
     def _made_from(self, *more: object) -> tuple[object, ...]:
         model = self.fitted.model

@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import forwards_replaced, get_module
 from synthquant.models.blocks import Unit
+from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
 
-Leaves = list[Any]
 NETWORK_INPUT = -1
 _AS_ONE = "set granularity=network, which learns the network as one unit"
 _PLAIN = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, torch.Size)
@@ -31,83 +31,6 @@ _PLAIN = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype,
 
 class _Reached(BaseException):
     """The unit was reached; not an `Exception`, so that no handler in a user's forward swallows it."""
-
-
-@dataclass(frozen=True)
-class LeafKind:
-    """What a value passed between units is.
-
-    Attributes:
-        per_image: rows per image if it is a tensor with one or more rows for each image, else 0.
-        per_count: its value for one image if it is a whole number that grows with the batch, else 0.
-        shape: shape after the first dimension, if it is such a tensor.
-        dtype: its dtype, if it is such a tensor.
-    """
-
-    per_image: int
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.float32
-    per_count: int = 0
-
-    def rows(self, count: int) -> tuple[int, ...]:
-        """Shape of a cache of this leaf for `count` images, one image a row."""
-        return (count, *self.shape) if self.per_image == 1 else (count, self.per_image, *self.shape)
-
-    def to_rows(self, leaf: torch.Tensor) -> torch.Tensor:
-        """A leaf as rows of one image."""
-        return leaf if self.per_image == 1 else leaf.reshape(-1, self.per_image, *self.shape)
-
-    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The inverse of `to_rows`."""
-        return rows if self.per_image == 1 else rows.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Port:
-    """The arguments or the output of a unit, as a flat list of leaves.
-
-    Attributes:
-        spec: how the leaves make up the value.
-        kinds: what each leaf is.
-        constants: the leaves that do not depend on the images, None elsewhere.
-    """
-
-    spec: pytree.TreeSpec
-    kinds: tuple[LeafKind, ...]
-    constants: tuple[Any, ...]
-
-    def rebuild(self, leaves: Leaves) -> Any:
-        """The value made of per-image leaves (in order) and the constants."""
-        rest = iter(leaves)
-        count = len(leaves[0]) // self.varying[0].per_image if leaves else 0
-        full = [
-            next(rest) if kind.per_image else kind.per_count * count if kind.per_count else constant
-            for kind, constant in zip(self.kinds, self.constants, strict=True)
-        ]
-        return pytree.tree_unflatten(full, self.spec)
-
-    def per_image(self, value: Any) -> Leaves:
-        """The leaves of `value` that have rows for each image."""
-        leaves = pytree.tree_leaves(value)
-        return [leaf for leaf, kind in zip(leaves, self.kinds, strict=True) if kind.per_image]
-
-    @property
-    def main(self) -> int:
-        """Which of the varying leaves is the first that holds floating-point numbers."""
-        return next(index for index, kind in enumerate(self.varying) if kind.dtype.is_floating_point)
-
-    def first(self, rows: torch.Tensor) -> torch.Tensor:
-        """The main leaf from rows of one image."""
-        return self.varying[self.main].from_rows(rows)
-
-    def leaf(self, varying: int) -> int:
-        """Which of all leaves a varying one is."""
-        return [index for index, kind in enumerate(self.kinds) if kind.per_image][varying]
-
-    @property
-    def varying(self) -> tuple[LeafKind, ...]:
-        """Kinds of the leaves with rows for each image."""
-        return tuple(kind for kind in self.kinds if kind.per_image)
 
 
 class Replay:
@@ -118,57 +41,57 @@ class Replay:
         inputs: arguments of each unit: `(args, kwargs)`.
         outputs: what each unit returns.
         sources: for each unit the indices of earlier units whose output its input is computed from without passing
-            through another unit; `NETWORK_INPUT` stands for the images.
+            through another unit; `NETWORK_INPUT` stands for what the network is given.
     """
 
-    def __init__(self, network: nn.Module, units: Sequence[Unit], example: torch.Tensor) -> None:
+    def __init__(self, network: nn.Module, units: Sequence[Unit], example: Inputs | torch.Tensor) -> None:
         """Watch two small forward passes.
 
         Args:
             network: the network.
             units: its units in execution order.
-            example: normalised images, at least 3.
+            example: at least 3 samples.
 
         Raises:
-            UnsupportedModelError: what passes between units cannot be cached for each image.
+            UnsupportedModelError: what passes between units cannot be cached for each sample.
         """
         self.network = network
         self.units = list(units)
         self._modules = [get_module(network, unit.name) for unit in units]
-        self._images = LeafKind(1, tuple(example.shape[1:]), example.dtype)
-        two, three = self._observe(example[:2]), self._observe(example[:3])
+        self._example = example = Inputs.of(example)
+        two, three = self._observe(example.rows(0, 2)), self._observe(example.rows(0, 3))
         names = [unit.name for unit in units]
-        self.inputs = [_port(name, a, b) for name, a, b in zip(names, two.inputs, three.inputs, strict=True)]
-        self.outputs = [_port(name, a, b) for name, a, b in zip(names, two.outputs, three.outputs, strict=True)]
+        self.inputs = [_signature(name, a, b) for name, a, b in zip(names, two.inputs, three.inputs, strict=True)]
+        self.outputs = [_signature(name, a, b) for name, a, b in zip(names, two.outputs, three.outputs, strict=True)]
         self.sources = three.sources
         self._output_sources = three.output_sources
-        self._verify(example[:3], three)
+        self._verify(example.rows(0, 3), three)
 
     def needed_after(self, index: int) -> set[int]:
-        """Units up to `index` (and the images) whose output a later unit still reads."""
+        """Units up to `index` (and the network's inputs) whose output a later unit still reads."""
         later = self._output_sources.union(*self.sources[index + 1 :])
         return {source for source in later if source <= index}
 
     def run_to(
-        self, index: int, count: int, images: torch.Tensor | None, stored: Callable[[int], Leaves]
+        self, index: int, count: int, inputs: Inputs | None, stored: Callable[[int], Leaves]
     ) -> tuple[Leaves, list[int | None]]:
         """Input of unit `index` for one batch.
 
         Args:
             index: the unit.
-            count: images in the batch.
-            images: the batch, `[count, 3, H, W]`; may be left out if the unit does not read it.
-            stored: gives the per-image output leaves of an earlier unit for this batch, as fresh tensors.
+            count: samples in the batch.
+            inputs: what the network is given; may be left out if the unit does not read it.
+            stored: gives the per-sample output leaves of an earlier unit for this batch, as fresh tensors.
 
         Returns:
-            The per-image leaves of the unit's arguments, and for each the earlier unit of which it is the first
+            The per-sample leaves of the unit's arguments, and for each the earlier unit of which it is the first
             output leaf itself, untouched, or None.
         """
         given: dict[int, tuple[int, int]] = {}
         caught: list[Leaves] = []
 
         def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-            caught.append(self.inputs[index].per_image((args, kwargs)))
+            caught.append(self.inputs[index].per_sample((args, kwargs)))
             raise _Reached
 
         with ExitStack() as stack, torch.no_grad():
@@ -176,7 +99,7 @@ class Replay:
             handle = self._modules[index].register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
             with suppress(_Reached):
-                self.network(self._zeros(self._images, count) if images is None else images)
+                (self._nothing(count) if inputs is None else inputs).call(self.network)
         (leaves,) = caught
         origins: list[int | None] = []
         for leaf in leaves:
@@ -184,27 +107,26 @@ class Replay:
             origins.append(source if source is not None and leaf._version == version else None)
         return leaves, origins
 
-    def run_from(self, index: int, images: torch.Tensor, stored: Callable[[int], Leaves]) -> torch.Tensor:
-        """Logits of one batch, with units before `index` looked up and the rest run; gradients are recorded."""
-        read = self.needed_after(index - 1)
-        with self._replaced(index, len(images), read, stored, {}):
-            logits: torch.Tensor = self.network(images)
-        return logits
+    def run_from(self, index: int, inputs: Inputs, stored: Callable[[int], Leaves]) -> Any:
+        """What the network gives for a batch, with units before `index` looked up and the rest run.
 
-    def run_behind(
-        self, index: int, images: torch.Tensor, output: Leaves, stored: Callable[[int], Leaves]
-    ) -> torch.Tensor:
-        """Logits of one batch, with `output` for what unit `index` puts out and earlier units looked up."""
+        Gradients are recorded.
+        """
+        read = self.needed_after(index - 1)
+        with self._replaced(index, len(inputs), read, stored, {}):
+            return inputs.call(self.network)
+
+    def run_behind(self, index: int, inputs: Inputs, output: Leaves, stored: Callable[[int], Leaves]) -> Any:
+        """What the network gives for a batch, with `output` for what unit `index` puts out; earlier ones are looked up."""
 
         def known(unit: int) -> Leaves:
             return output if unit == index else stored(unit)
 
-        with self._replaced(index + 1, len(images), self.needed_after(index), known, {}):
-            logits: torch.Tensor = self.network(images)
-        return logits
+        with self._replaced(index + 1, len(inputs), self.needed_after(index), known, {}):
+            return inputs.call(self.network)
 
     def run_unit(self, index: int, leaves: Leaves) -> Any:
-        """What unit `index` returns for the per-image leaves of its arguments."""
+        """What unit `index` returns for the per-sample leaves of its arguments."""
         args, kwargs = self.inputs[index].rebuild(leaves)
         return self._modules[index](*args, **kwargs)
 
@@ -216,12 +138,12 @@ class Replay:
 
         def lookup(unit: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                port = self.outputs[unit]
-                leaves = stored(unit) if unit in read else [self._zeros(kind, count) for kind in port.varying]
+                gives = self.outputs[unit]
+                leaves = stored(unit) if unit in read else [spec.zeros(count, self.device) for spec in gives.varying]
                 if len(leaves) == 1 and unit in read:
                     given[id(leaves[0])] = (unit, leaves[0]._version)
                     kept.append(leaves[0])
-                return port.rebuild(leaves)
+                return gives.rebuild(leaves)
 
             return forward
 
@@ -229,18 +151,19 @@ class Replay:
         with forwards_replaced((module, lookup(unit)) for unit, module in enumerate(self._modules[:index])):
             yield
 
-    def _verify(self, images: torch.Tensor, seen: _Observation) -> None:
+    def _verify(self, inputs: Inputs, seen: _Observation) -> None:
         """Reach every unit once and compare; one that reads something else takes all earlier outputs as sources.
 
-        That is the case where the way from one unit to the next has no gradient: a comparison, a rounding, a detach.
+        That is the case where the way from one unit to the next has no gradient: whole numbers, a rounding, a detach.
         """
 
         def stored(unit: int) -> Leaves:
-            return [leaf.clone() for leaf in self.outputs[unit].per_image(seen.outputs[unit])]
+            return [leaf.clone() for leaf in self.outputs[unit].per_sample(seen.outputs[unit])]
 
         def reached(index: int) -> bool:
-            leaves, _ = self.run_to(index, len(images), images.clone(), stored)
-            wanted = self.inputs[index].per_image(seen.inputs[index])
+            given = inputs.clone() if NETWORK_INPUT in self.sources[index] else None
+            leaves, _ = self.run_to(index, len(inputs), given, stored)
+            wanted = self.inputs[index].per_sample(seen.inputs[index])
             return all(_close(leaf, other) for leaf, other in zip(leaves, wanted, strict=True))
 
         for index, unit in enumerate(self.units):
@@ -248,7 +171,7 @@ class Replay:
                 self.sources[index] = {NETWORK_INPUT, *range(index)}
                 if not reached(index):
                     raise UnsupportedModelError(
-                        f"module {unit.name!r} does not read the same twice for the same images and cannot be"
+                        f"module {unit.name!r} does not read the same twice for the same samples and cannot be"
                         " reconstructed; is something in the network random?"
                     )
 
@@ -257,10 +180,11 @@ class Replay:
         """Where the network is."""
         return next(tensor.device for tensor in chain(self.network.parameters(), self.network.buffers()))
 
-    def _zeros(self, kind: LeafKind, count: int) -> torch.Tensor:
-        return torch.zeros(kind.per_image * count, *kind.shape, dtype=kind.dtype, device=self.device)
+    def _nothing(self, count: int) -> Inputs:
+        """Zeros in place of samples."""
+        return self._example.filled([spec.zeros(count, self.device) for spec in self._example.signature.varying])
 
-    def _observe(self, images: torch.Tensor) -> _Observation:
+    def _observe(self, inputs: Inputs) -> _Observation:
         """One forward pass in which every unit's output starts a new autograd graph.
 
         The graph behind a unit's arguments then ends in exactly those outputs that reach it.
@@ -304,8 +228,9 @@ class Replay:
                 handle = module.register_forward_pre_hook(before(index), with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
                 stack.callback(module.register_forward_hook(after(index)).remove)
-            logits = self.network(start(images, NETWORK_INPUT))
-            seen.output_sources |= sources_of(logits)
+            given = inputs.clone()
+            output = given.filled([start(tensor, NETWORK_INPUT) for tensor in given.tensors]).call(self.network)
+            seen.output_sources |= sources_of(output)
         return seen
 
 
@@ -347,45 +272,45 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-3, atol=1e-4 * size, equal_nan=True)
 
 
-def _port(unit: str, two: Any, three: Any) -> Port:
-    """What a value is, from what it was for two and for three images."""
-    leaves, spec = pytree.tree_flatten(two)
-    others, other_spec = pytree.tree_flatten(three)
-    if spec != other_spec:
+def _signature(unit: str, two: Any, three: Any) -> Signature:
+    """What a value is, from what it was for two and for three samples."""
+    leaves, tree = pytree.tree_flatten(two)
+    others, other_tree = pytree.tree_flatten(three)
+    if tree != other_tree:
         raise UnsupportedModelError(
             f"module {unit!r} takes or returns another structure for each size of the batch; {_AS_ONE}"
         )
-    kinds = [_kind(unit, leaf, other) for leaf, other in zip(leaves, others, strict=True)]
-    constants = [None if kind.per_image or kind.per_count else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
-    return Port(spec, tuple(kinds), tuple(constants))
+    specs = [_spec(unit, leaf, other) for leaf, other in zip(leaves, others, strict=True)]
+    constants = [None if spec.per_sample or spec.per_count else leaf for leaf, spec in zip(leaves, specs, strict=True)]
+    return Signature(tree, tuple(specs), tuple(constants))
 
 
-def _kind(unit: str, two: Any, three: Any) -> LeafKind:
+def _spec(unit: str, two: Any, three: Any) -> TensorSpec:
     if not isinstance(two, torch.Tensor):
-        return _plain_kind(unit, two, three)
+        return _plain_spec(unit, two, three)
     if two.shape == three.shape:
         if not _close(two, three):
             raise UnsupportedModelError(
-                f"module {unit!r} takes or returns a tensor {list(two.shape)} that depends on the images but has no row"
-                f" for each of them, and cannot be cached; {_AS_ONE}"
+                f"module {unit!r} takes or returns a tensor {list(two.shape)} that depends on the samples but has no"
+                f" row for each of them, and cannot be cached; {_AS_ONE}"
             )
-        return LeafKind(0)
+        return TensorSpec(0)
     rows, rest = divmod(two.shape[0], 2)
     if rest or three.shape[0] != 3 * rows or two.shape[1:] != three.shape[1:]:
         raise UnsupportedModelError(
             f"module {unit!r} takes or returns a tensor that grows from {list(two.shape)} to {list(three.shape)} when"
-            " the batch grows from 2 to 3; only tensors with the images in their first dimension can be cached:"
+            " the batch grows from 2 to 3; only tensors with the samples in their first dimension can be cached:"
             f" {_AS_ONE}"
         )
-    return LeafKind(rows, tuple(two.shape[1:]), two.dtype)
+    return TensorSpec(rows, tuple(two.shape[1:]), two.dtype)
 
 
-def _plain_kind(unit: str, two: Any, three: Any) -> LeafKind:
+def _plain_spec(unit: str, two: Any, three: Any) -> TensorSpec:
     """What a leaf that is no tensor is: the same for every batch, or the size of the batch."""
     if two is three or (isinstance(two, _PLAIN) and type(two) is type(three) and two == three):
-        return LeafKind(0)
+        return TensorSpec(0)
     if type(two) is int and type(three) is int and two % 2 == 0 and two * 3 == three * 2:
-        return LeafKind(0, per_count=two // 2)
+        return TensorSpec(0, per_count=two // 2)
     raise UnsupportedModelError(
         f"module {unit!r} takes or returns a {type(two).__name__} that changes with the batch and cannot be cached;"
         f" {_AS_ONE}, or put the module's layers on the scheme's ignore list"

@@ -14,8 +14,9 @@ from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport, UnitReport
+from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.learn import Phase
 from synthquant.quantize.reconstruct import Reconstruction
 
@@ -98,7 +99,7 @@ class LearnedRounding(Settings, ABC):
     def apply(
         self,
         quant_model: QuantModel,
-        images: ImageSet,
+        images: ImageSet | Samples,
         rng: Rng,
         *,
         progress: Progress = QUIET,
@@ -109,7 +110,7 @@ class LearnedRounding(Settings, ABC):
 
         Weights that were learned with activations in floating point change these: their ranges are set anew.
         """
-        method, calibration = QUANTIZERS.name_of(type(self)), CalibrationImages(quant_model, images)
+        method, calibration = QUANTIZERS.name_of(type(self)), CalibrationSet(quant_model, images)
 
         def set_ranges(*, quantized_weights: bool) -> None:
             count = self.calibration_images

@@ -11,8 +11,9 @@ from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.calibrate import CalibrationImages, calibrate_activations, calibrate_weights
+from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 
 
 @QUANTIZERS.register("rtn")
@@ -32,7 +33,7 @@ class Rtn(Settings):
     def apply(
         self,
         quant_model: QuantModel,
-        images: ImageSet,
+        images: ImageSet | Samples,
         rng: Rng,
         *,
         progress: Progress = QUIET,
@@ -40,7 +41,7 @@ class Rtn(Settings):
         memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
     ) -> QuantReport:
         """Set ranges and round; draws nothing at random and keeps no files."""
-        calibration = CalibrationImages(quant_model, images)
+        calibration = CalibrationSet(quant_model, images)
         with progress.bar("calibrate", 2) as bar:
             calibrate_weights(quant_model, self.observer)
             bar.advance(1)

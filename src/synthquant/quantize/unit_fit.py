@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from synthquant.core.registry import Registry
 from synthquant.core.rng import Rng
 from synthquant.methods import UnitReport
 from synthquant.models.blocks import Unit
+from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
 from synthquant.nn.functional import random_keep
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
@@ -25,7 +27,7 @@ from synthquant.quantize.calibrate import observe
 from synthquant.quantize.fisher import fisher_weights, in_float, output_gradient
 from synthquant.quantize.layout import channels_last
 from synthquant.quantize.learn import Learnable, Learned, Phase, learn_unit, reconstruction_error, undropped
-from synthquant.quantize.replay import NETWORK_INPUT, LeafKind, Leaves, Port, Replay
+from synthquant.quantize.replay import NETWORK_INPUT, Replay
 from synthquant.quantize.unit_files import Parts, finite, snapshot
 
 
@@ -50,8 +52,9 @@ class Fitted:
         replay: how its units are reached.
         parts: layers and quantizers of each unit, in order.
         store: where caches come from.
-        images: normalised images, `[count, 3, H, W]`.
-        count: how many.
+        takes: an example of what the network is given.
+        given: caches of the tensors in it that vary.
+        count: how many samples.
         at_once: how many run together without gradients.
     """
 
@@ -59,14 +62,23 @@ class Fitted:
     replay: Replay
     parts: Sequence[Parts]
     store: CacheStore
-    images: RowCache
+    takes: Inputs
+    given: Sequence[RowCache]
     count: int
     at_once: int
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """First and last image (exclusive) of what runs at a time."""
+        """First and last sample (exclusive) of what runs at a time."""
         for start in range(0, self.count, self.at_once):
             yield start, min(start + self.at_once, self.count)
+
+    def inputs(self, start: int, stop: int) -> Inputs:
+        """What the network is given, of the samples from `start` to `stop` (exclusive)."""
+        return self.takes.filled([cache.read(start, stop) for cache in self.given])
+
+    def gathered(self, batch: torch.Tensor) -> Inputs:
+        """What the network is given, of samples of these indices `[B]`."""
+        return self.takes.filled([cache.gather(batch) for cache in self.given])
 
 
 class UnitFit:
@@ -91,8 +103,8 @@ class UnitFit:
         self._model, self._replay = fitted.model, fitted.replay
         self.unit: Unit = fitted.replay.units[index]
         self.layers, self.quantizers = fitted.parts[index]
-        self.reads: Port = fitted.replay.inputs[index]
-        self.gives: Port = fitted.replay.outputs[index]
+        self.reads: Signature = fitted.replay.inputs[index]
+        self.gives: Signature = fitted.replay.outputs[index]
         self.student: list[RowCache] = []
         self.teacher: list[RowCache] = []
         self.targets: list[RowCache] = []
@@ -111,7 +123,7 @@ class UnitFit:
         return self.teacher if self._phase.inputs == "teacher" else self.student
 
     def gather(self, teacher: Stream, student: Stream) -> None:
-        """Cache targets and arguments, one chunk of images at a time, from what earlier units put out."""
+        """Cache targets and arguments, one chunk of samples at a time, from what earlier units put out."""
         self.targets = self._caches(self.gives)
         self._before = teacher if self._phase.inputs == "teacher" else student
         for start, stop in self._fitted.chunks():
@@ -184,7 +196,7 @@ class UnitFit:
             observe(self.quantizers, run, self._phase.observer)
 
     def loss(self, outputs: Sequence[RowCache] = ()) -> float:
-        """Squared reconstruction error over all images, with hard rounding and no dropping; weighted if learning is.
+        """Squared reconstruction error over all samples, with hard rounding and no dropping; weighted if learning is.
 
         What the unit puts out is kept in `outputs`, if there are any, so that it need not run again.
         """
@@ -203,13 +215,13 @@ class UnitFit:
         return total / self._fitted.count
 
     def output(self, batch: torch.Tensor, mixing: torch.Generator) -> Leaves:
-        """What the unit puts out for images of these indices, from the inputs of the phase; `mixing` mixes them."""
+        """What the unit puts out for samples of these indices, from the inputs of the phase; `mixing` mixes them."""
         phase = self._phase
         student = [cache.gather(batch) for cache in self.student]
         rows = [cache.gather(batch) for cache in self.teacher] if phase.inputs != "student" else student
         if phase.inputs == "mixed":
             rows = [_mix(s, t, phase.quantize_probability, mixing) for s, t in zip(student, rows, strict=True)]
-        return self._run([kind.from_rows(row) for kind, row in zip(self.reads.varying, rows, strict=True)])
+        return self._run([spec.from_rows(row) for spec, row in zip(self.reads.varying, rows, strict=True)])
 
     def output_error(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
         """How far `output` is from what the float unit puts out, in the norm and with the weights of the phase."""
@@ -218,41 +230,40 @@ class UnitFit:
         full = self._phase.fisher == "full"
         return reconstruction_error(output, wanted, self._channels_last, self._phase.norm, weights, full)
 
-    def rest(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
-        """What the float network behind the unit makes of its `output` for images of these indices: logits.
+    def rest(self, batch: torch.Tensor, output: Leaves) -> Any:
+        """What the float network behind the unit makes of its `output` for samples of these indices.
 
         Gradients reach `output`, which stays as it is. It can be asked for at any step.
         """
         copies = [leaf.clone() for leaf in output]  # what follows may work in place
         stored = partial(self._gathered, self._before, batch)
         with in_float(self._fitted.parts[self._index + 1 :]):
-            return self._replay.run_behind(self._index, self._fitted.images.gather(batch), copies, stored)
+            return self._replay.run_behind(self._index, self._fitted.gathered(batch), copies, stored)
 
     @torch.no_grad()
-    def float_logits(self, batch: torch.Tensor) -> torch.Tensor:
-        """What the float network makes of images of these indices."""
+    def float_answer(self, batch: torch.Tensor) -> Any:
+        """What the float network makes of samples of these indices."""
         with self._model.mode(weights=False, activations=False):
-            logits: torch.Tensor = self._model(self._fitted.images.gather(batch))
-        return logits
+            return self._fitted.gathered(batch).call(self._model)
 
     def update_fisher(self) -> None:
         """Weigh the error of the unit's first output by what the network's answer depends on as the unit now is.
 
         It can be asked for again while the unit learns; nothing is dropped meanwhile.
         """
-        fitted, port = self._fitted, self.gives
-        kind, module = port.varying[port.main], get_module(self._model.module, self.unit.name)
+        fitted, gives = self._fitted, self.gives
+        spec, module = gives.varying[gives.main], get_module(self._model.module, self.unit.name)
         later = fitted.parts[self._index + 1 :]
         if self.weights is None:
-            self.weights = self._allocate(kind)
+            self.weights = self._allocate(spec)
         with undropped(self.quantizers):
             for start, stop in fitted.chunks():
-                images = fitted.images.read(start, stop)
+                inputs = fitted.inputs(start, stop)
                 run = partial(
-                    self._replay.run_from, self._index, images, partial(self._stored, self._before, start, stop)
+                    self._replay.run_from, self._index, inputs, partial(self._stored, self._before, start, stop)
                 )
-                gradient = output_gradient(self._model, module, port.leaf(port.main), later, images, run)
-                self.weights.write(start, fisher_weights(kind.to_rows(gradient)))
+                gradient = output_gradient(self._model, module, gives.leaf(gives.main), later, inputs, run)
+                self.weights.write(start, fisher_weights(spec.to_rows(gradient)))
 
     def _quantized(self) -> AbstractContextManager[None]:
         """The network as it is quantized in this phase."""
@@ -266,66 +277,66 @@ class UnitFit:
         return [layer for layer in self.layers if layer.weight_quantizer is not None and layer is not first]
 
     def _arguments(self, start: int, stop: int, stream: Stream) -> tuple[Leaves, list[int | None]]:
-        """The unit's arguments for some images, and which earlier unit's output each of them is as it is."""
-        reads_images = NETWORK_INPUT in self._replay.sources[self._index]
-        images = self._fitted.images.read(start, stop) if reads_images else None
-        return self._replay.run_to(self._index, stop - start, images, partial(self._stored, stream, start, stop))
+        """The unit's arguments for some samples, and which earlier unit's output each of them is as it is."""
+        reads_inputs = NETWORK_INPUT in self._replay.sources[self._index]
+        inputs = self._fitted.inputs(start, stop) if reads_inputs else None
+        return self._replay.run_to(self._index, stop - start, inputs, partial(self._stored, stream, start, stop))
 
     def _gathered(self, stream: Stream, batch: torch.Tensor, unit: int) -> Leaves:
-        kinds = self._replay.outputs[unit].varying
-        return [kind.from_rows(cache.gather(batch)) for kind, cache in zip(kinds, stream.outputs[unit], strict=True)]
+        specs = self._replay.outputs[unit].varying
+        return [spec.from_rows(cache.gather(batch)) for spec, cache in zip(specs, stream.outputs[unit], strict=True)]
 
     def _stored(self, stream: Stream, start: int, stop: int, unit: int) -> Leaves:
-        kinds = self._replay.outputs[unit].varying
+        specs = self._replay.outputs[unit].varying
         return [
-            kind.from_rows(cache.read(start, stop)) for kind, cache in zip(kinds, stream.outputs[unit], strict=True)
+            spec.from_rows(cache.read(start, stop)) for spec, cache in zip(specs, stream.outputs[unit], strict=True)
         ]
 
     def _keep(
         self, caches: list[RowCache], start: int, leaves: Leaves, origins: list[int | None], stream: Stream
     ) -> list[RowCache]:
         """Cache the leaves of a chunk; those that are another unit's output as it is share that unit's cache."""
-        kinds = self.reads.varying
+        specs = self.reads.varying
         if not caches:
             caches = [
-                self._allocate(kind) if origin is None else stream.outputs[origin][0]
-                for kind, origin in zip(kinds, origins, strict=True)
+                self._allocate(spec) if origin is None else stream.outputs[origin][0]
+                for spec, origin in zip(specs, origins, strict=True)
             ]
-        for cache, kind, leaf, origin in zip(caches, kinds, leaves, origins, strict=True):
+        for cache, spec, leaf, origin in zip(caches, specs, leaves, origins, strict=True):
             if origin is None:
-                cache.write(start, kind.to_rows(leaf))
+                cache.write(start, spec.to_rows(leaf))
         return caches
 
-    def _caches(self, port: Port) -> list[RowCache]:
-        """Empty caches for the leaves of a port."""
-        return [self._allocate(kind) for kind in port.varying]
+    def _caches(self, signature: Signature) -> list[RowCache]:
+        """Empty caches for the leaves of a signature."""
+        return [self._allocate(spec) for spec in signature.varying]
 
-    def _allocate(self, kind: LeafKind) -> RowCache:
-        return self._fitted.store.allocate(kind.rows(self._fitted.count), kind.dtype)
+    def _allocate(self, spec: TensorSpec) -> RowCache:
+        return self._fitted.store.allocate(spec.rows(self._fitted.count), spec.dtype)
 
     def _run(self, leaves: Leaves) -> Leaves:
-        return self.gives.per_image(self._replay.run_unit(self._index, leaves))
+        return self.gives.per_sample(self._replay.run_unit(self._index, leaves))
 
     def _write(self, caches: Sequence[RowCache], start: int, leaves: Leaves) -> None:
-        for cache, kind, leaf in zip(caches, self.gives.varying, leaves, strict=True):
-            cache.write(start, kind.to_rows(leaf))
+        for cache, spec, leaf in zip(caches, self.gives.varying, leaves, strict=True):
+            cache.write(start, spec.to_rows(leaf))
 
     def _read(self, caches: list[RowCache], start: int, stop: int) -> Leaves:
-        return [kind.from_rows(cache.read(start, stop)) for kind, cache in zip(self.reads.varying, caches, strict=True)]
+        return [spec.from_rows(cache.read(start, stop)) for spec, cache in zip(self.reads.varying, caches, strict=True)]
 
     def _wanted(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [kind.from_rows(row) for kind, row in zip(self.gives.varying, rows, strict=True)]
+        return [spec.from_rows(row) for spec, row in zip(self.gives.varying, rows, strict=True)]
 
     @cached_property
     def _channels_last(self) -> bool:
-        """Whether the unit puts out tokens rather than feature maps; tried out on one image."""
+        """Whether the unit puts out tokens rather than feature maps; tried out on one sample."""
         layer, leaf = get_module(self._model.module, self.unit.layers[-1]), self.gives.main
         with self._model.mode(weights=False, activations=False):
             return channels_last(layer, lambda: self._run(self._read(self.source, 0, 1))[leaf])
 
 
 ErrorOf = Callable[[torch.Tensor], torch.Tensor]
-"""The differentiable error of a unit for a batch of image indices."""
+"""The differentiable error of a unit for a batch of indices of samples."""
 UNIT_ERRORS: Registry[Callable[[UnitFit, Rng], ErrorOf]] = Registry("error of a unit")
 
 

@@ -75,7 +75,7 @@ class PatchSimilarity(Filter):
         """Whether patches meet in an attention; runs the network on 2 images of noise."""
         probe = PatchProbe(model, self.points)
         with torch.no_grad(), eval_mode(model.module), probe.watch(2):
-            model.logits(model.example_input(2))
+            model.logits(model.example_images(2))
         return probe.found
 
     def probe(self, model: FloatModel) -> PatchProbe:

@@ -131,7 +131,7 @@ def _introduce(model: FloatModel, probes: Sequence[Probe]) -> None:
     with eval_mode(model.module), ExitStack() as watching:
         for probe in probes:
             watching.enter_context(probe.watch(2))
-        logits = model.logits(model.example_input(2))
+        logits = model.logits(model.example_images(2))
         for probe in probes:
             probe.rows(logits)
 

@@ -129,7 +129,7 @@ class GenieD(Settings):
             untrained=self.untrained,
         )
         generator = make_generator(self.generator, self.latent_size, model.preprocess.input_size, model.device)
-        need = network.need(model.example_input(2))
+        need = network.need(model.example_images(2))
         network.pieces = divided(sizes[0], need, self._need(generator), model.device, progress)
         order = Order(model, rng, writer, progress)
         make_batch = partial(self._make_batch, network, generator)

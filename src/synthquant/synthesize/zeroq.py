@@ -107,7 +107,7 @@ class ZeroQ(Settings):
         height, width = model.preprocess.input_size
         # Pixels, their gradients and Adam's two moments.
         pixels_need = Need(0, 4 * 3 * height * width * 4)
-        network.pieces = divided(sizes[0], network.need(model.example_input(2)), pixels_need, model.device, progress)
+        network.pieces = divided(sizes[0], network.need(model.example_images(2)), pixels_need, model.device, progress)
 
         def make_batch(batch: Batch) -> Tensor:
             start = torch.randn(batch.size, 3, height, width, generator=batch.rng.generator("pixels")) * self.start_std

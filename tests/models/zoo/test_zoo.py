@@ -39,7 +39,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installed:
 def test_bundled_weights_are_loaded(installed: Installed) -> None:
     model = open_model("zoo/cifar10-resnet20")
     expected = installed.network.eval().half().float()
-    images = model.example_input()
+    images = model.example_images()
     torch.testing.assert_close(model.logits(images), expected(images).detach())
     assert ZOO.get("cifar10-resnet20").card == {"top1": 0.9}
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from synthquant.core.errors import UnsupportedModelError
-from synthquant.export.deploy import OPSET, OneInput, Symbols, constant_batch, deploy, packed_layers
+from synthquant.export.deploy import OPSET, Symbols, deploy, packed_layers
+from synthquant.export.flat import FlatNetwork, constant_batch, dynamic_shapes, input_names, output_names
 from synthquant.export.presets import Preset
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel
@@ -29,9 +30,11 @@ def build_graph(quant_model: QuantModel, preset: Preset) -> tuple[ir.Model, tupl
     from synthquant.export.onnx import bias, graph, moves
 
     packed = packed_layers(quant_model, preset)
-    model = export_module(deploy(quant_model, preset, Symbols()).module, quant_model.float_model)
+    float_model = quant_model.float_model
+    model = export_module(deploy(quant_model, preset, Symbols()).module, float_model)
     graph.merge_duplicates(model)
     graph.name_nodes(model)
+    graph.name_ends(model, input_names(float_model), output_names(float_model))
     if preset.runs_integers:
         graph.pool_by_name(model)
     if preset.moves_codes:
@@ -45,19 +48,21 @@ def build_graph(quant_model: QuantModel, preset: Preset) -> tuple[ir.Model, tupl
 
 
 def export_module(module: torch.nn.Module, float_model: FloatModel) -> ir.Model:
-    """Run torch's exporter on a module that takes the images of `float_model`, with a dynamic batch.
+    """Run torch's exporter on a module that takes what `float_model` does, with a dynamic batch.
+
+    Inputs of the graph are the tensors that vary with the samples, outputs all tensors that the module gives.
 
     Raises:
         UnsupportedModelError: an operation has no ONNX form; names it, and the module where it stands. Or the network
             works for one size of the batch only.
     """
-    network, example = OneInput(module), float_model.example_input(2).cpu()
-    shapes = ({0: torch.export.Dim("batch")},)
+    takes = float_model.example(2).to(torch.device("cpu"))
+    network, example, shapes = FlatNetwork(module, takes), tuple(takes.tensors), dynamic_shapes(takes)
     with _quiet_exporter():
         try:
             program = torch.onnx.export(
                 network,
-                (example,),
+                example,
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=True,
@@ -70,8 +75,7 @@ def export_module(module: torch.nn.Module, float_model: FloatModel) -> ir.Model:
             raise UnsupportedModelError(f"{float_model.name} cannot be written as ONNX: {where}{reason}") from error
     if program is None:
         raise UnsupportedModelError(f"{float_model.name} cannot be written as ONNX: the exporter returned no graph")
-    shape = program.model.graph.inputs[0].shape
-    if shape is None or isinstance(shape[0], int):
+    if any(value.shape is None or isinstance(value.shape[0], int) for value in program.model.graph.inputs):
         raise constant_batch(float_model.name)
     return program.model
 
@@ -85,12 +89,12 @@ def _innermost(error: BaseException) -> str:
 
 
 def _modules_with(
-    operator: re.Match[str] | None, network: torch.nn.Module, example: torch.Tensor, shapes: tuple[dict[int, Any], ...]
+    operator: re.Match[str] | None, network: torch.nn.Module, example: tuple[torch.Tensor, ...], shapes: Any
 ) -> str:
     """Say in which modules an operator stands, as the start of a message; empty where it is not found."""
     if operator is None:
         return ""
-    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+    program = torch.export.export(network, example, dynamic_shapes=shapes)
     missing = operator[1].rpartition(".")[2]
     # The exporter breaks operators down, more than torch does by itself: what it names as prims.bessel_j0 was called as
     # aten.special_bessel_j0, and what it names as aten._linalg_svd was aten.linalg_svdvals.

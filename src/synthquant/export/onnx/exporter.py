@@ -9,17 +9,19 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from synthquant.core.errors import MissingExtraError, UnknownNameError
+from synthquant.core.errors import MissingExtraError, ModelError, UnknownNameError
 from synthquant.core.files import write_bytes
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import package_version
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
 from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
 from synthquant.export.deploy import require_takes
 from synthquant.export.onnx.metadata import OnnxMetadata, seal
 from synthquant.export.presets import find_preset
 from synthquant.methods import EXPORTERS, ExportedNetwork, SpeedTest
+from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
@@ -66,7 +68,7 @@ class Onnx(Settings):
         from synthquant.export.onnx import graph
         from synthquant.export.onnx.build import build_graph
 
-        path = Path(path)
+        path, takes = Path(path), quant_model.float_model.takes
         model, notes = build_graph(quant_model, find_preset(self.preset))
         metadata = OnnxMetadata(
             synthquant_version=package_version(),
@@ -74,7 +76,7 @@ class Onnx(Settings):
             scheme=quant_model.scheme,
             scheme_summary=quant_model.scheme.describe(),
             quantized_layers=sum(layer.weight_quantizer is not None for layer in quant_model.layers.values()),
-            preprocess=quant_model.float_model.preprocess,
+            preprocess=takes if isinstance(takes, Preprocess) else None,
             float_model=float_model_entry(quant_model.float_model),
             checkpoint_sha256=checkpoint_hash(quant_model),
             notes=notes,
@@ -94,7 +96,7 @@ class Onnx(Settings):
         require_takes(quant_model, find_preset(self.preset))
 
     def verify(
-        self, quant_model: QuantModel, path: Path | str, images: ImageSet, *, progress: Progress = QUIET
+        self, quant_model: QuantModel, path: Path | str, images: ImageSet | Samples, *, progress: Progress = QUIET
     ) -> dict[str, Any]:
         """Load the file in ONNX Runtime and compare it with the quantized network on `images`.
 
@@ -131,6 +133,10 @@ class Onnx(Settings):
 
         found = read_metadata(path)
         entry = found.float_model
+        if found.preprocess is None or entry.task != "classify":
+            raise ModelError(
+                f"{path} holds {entry.name}, which is no classifier of images; run it in the runtime itself"
+            )
         return ExportedNetwork(
             run=open_network(path, runtime, threads),
             preprocess=found.preprocess,

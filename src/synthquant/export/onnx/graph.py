@@ -6,7 +6,7 @@ Imports onnx_ir, so it is only imported where `onnx.require_onnx` has been asked
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,8 +14,7 @@ from onnx_ir.passes import common
 
 from synthquant.export.deploy import LAYER_KEY, PACKED_KEY
 
-INPUT_NAME, OUTPUT_NAME = "images", "logits"
-# Where `deploy.OneInput` holds the network.
+# Where `flat.FlatNetwork` holds the network.
 _ROOT = "network."
 _SPATIAL = {2, 3}
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
@@ -28,15 +27,34 @@ def merge_duplicates(model: ir.Model) -> None:
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Name every node after the module it was made in, and the graph's ends `images` and `logits`."""
+    """Name every node after the module it was made in."""
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES_KEY, "['']"))
         layer = node.metadata_props.get(LAYER_KEY)
         module = layer or next((scope for scope in reversed(scopes[:-1]) if scope), "").removeprefix(_ROOT)
         node.name = f"{module}/{node.op_type}" if module else node.op_type
     _number_names(model)
-    (image,), (logits,) = model.graph.inputs, model.graph.outputs
-    image.name, logits.name = INPUT_NAME, OUTPUT_NAME
+
+
+def name_ends(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Name what the graph takes and gives; each output becomes a value of its own, and others give their names up."""
+    graph = model.graph
+    seen: set[ir.Value] = set(graph.inputs)
+    for index, value in enumerate(list(graph.outputs)):
+        if value in seen or value.is_initializer():  # given as it was taken, or twice
+            node = ir.node("Identity", [value], name=f"{outputs[index]}/Identity")
+            copy_type(value, node.outputs[0])
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+        seen.add(graph.outputs[index])
+    ends = [*graph.inputs, *graph.outputs]
+    taken = {*inputs, *outputs}
+    inner = [value for node in graph for value in node.outputs if value not in seen]
+    for value in [*inner, *graph.initializers.values()]:
+        if value.name in taken:
+            value.name = f"{value.name}_inner"
+    for value, name in zip(ends, (*inputs, *outputs), strict=True):
+        value.name = name
 
 
 def _number_names(model: ir.Model) -> None:

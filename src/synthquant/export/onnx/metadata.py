@@ -40,8 +40,8 @@ class OnnxMetadata(Settings):
     """The scheme in one line, with its rule for the first and last layer."""
     quantized_layers: int
     """Layers with integer weights."""
-    preprocess: Preprocess
-    """How images become input."""
+    preprocess: Preprocess | None
+    """How images become input; none: the network takes something else."""
     float_model: FloatModelEntry
     """What was quantized."""
     checkpoint_sha256: str = Field(pattern="^[0-9a-f]{64}$")

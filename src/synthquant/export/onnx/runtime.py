@@ -1,11 +1,11 @@
-"""Run ONNX files: ONNX Runtime and, where it is installed, OpenVINO, both as functions from images to logits.
+"""Run ONNX files: ONNX Runtime and, where it is installed, OpenVINO, both as functions from tensors to tensors.
 
 Imports onnx and onnxruntime, so it is only imported where `require_onnx` has been asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from torch import Tensor
 
 from synthquant.core.errors import MissingExtraError, ModelError
-from synthquant.export.compare import Network
+from synthquant.export.flat import FlatFunction
 from synthquant.export.onnx.metadata import OnnxMetadata, require_seal
 
 _ERRORS_ONLY = 3
@@ -99,36 +99,46 @@ def session(
         raise ModelError(f"ONNX Runtime cannot load {path.name}: {error}") from error
 
 
-def ort_network(loaded: onnxruntime.InferenceSession) -> Network:
-    """Return a session as a function from images `[B, 3, H, W]` to logits `[B, classes]`, on the CPU.
+def ort_function(loaded: onnxruntime.InferenceSession) -> FlatFunction:
+    """Return a session as a function from the tensors that it takes, in order, to those that it gives.
 
-    The function raises `ModelError` where the runtime cannot run the file on the images, and says why.
+    The function raises `ModelError` where the runtime cannot run the file on them, and says why.
     """
-    image = loaded.get_inputs()[0].name
+    names = [value.name for value in loaded.get_inputs()]
 
-    def run(inputs: Tensor) -> Tensor:
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        given = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
         try:
-            (logits, *_) = loaded.run(None, {image: inputs.detach().cpu().numpy()})
+            return [torch.from_numpy(array) for array in loaded.run(None, given)]
         except _RUNTIME_ERRORS as error:
-            raise ModelError(f"ONNX Runtime cannot run the file on images {list(inputs.shape)}: {error}") from error
-        return torch.from_numpy(logits)
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in given.items())
+            raise ModelError(f"ONNX Runtime cannot run the file on {shapes}: {error}") from error
 
     return run
 
 
-def open_network(path: Path, runtime: str, threads: int | None = None) -> Network:
-    """Load a file into one of `Onnx.runtimes`.
+def ort_network(loaded: onnxruntime.InferenceSession) -> Callable[[Tensor], Tensor]:
+    """Return a session as a function from images `[B, C, H, W]` to logits `[B, classes]`; raises as `ort_function`."""
+    return _one_to_one(ort_function(loaded))
+
+
+def _one_to_one(function: FlatFunction) -> Callable[[Tensor], Tensor]:
+    return lambda images: function([images])[0]
+
+
+def open_network(path: Path, runtime: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Load a file of a classifier of images into one of `Onnx.runtimes`.
 
     Raises:
         ModelError: it cannot load the file.
         MissingExtraError: openvino is not installed.
     """
     if runtime == "openvino":
-        return _openvino_network(path, threads)
+        return _one_to_one(_openvino_function(path, threads))
     return ort_network(session(path, threads=threads))
 
 
-def _openvino_network(path: Path, threads: int | None) -> Network:
+def _openvino_function(path: Path, threads: int | None) -> FlatFunction:
     try:
         import openvino
     except ImportError as error:
@@ -142,8 +152,8 @@ def _openvino_network(path: Path, threads: int | None) -> Network:
     except RuntimeError as error:
         raise ModelError(f"OpenVINO cannot load {path.name}: {error}") from error
 
-    def run(inputs: Tensor) -> Tensor:
-        outputs = compiled([inputs.detach().cpu().numpy()])
-        return torch.from_numpy(outputs[0].copy())
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        outputs = compiled([tensor.detach().cpu().numpy() for tensor in tensors])
+        return [torch.from_numpy(array.copy()) for array in outputs.values()]
 
     return run

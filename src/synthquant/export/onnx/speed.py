@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import environment
-from synthquant.export.compare import Network
 from synthquant.export.onnx.build import export_module
-from synthquant.export.onnx.runtime import has_vnni, ort_network, read_metadata, session
+from synthquant.export.onnx.runtime import has_vnni, ort_function, read_metadata, session
 from synthquant.methods import SpeedTest
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
+
+T = TypeVar("T")
 
 _WARM_UP = 3
 # Seconds of a turn.
@@ -60,9 +59,11 @@ def measure_speed(
         progress.say(f"export float {float_model.name}")
         export_float(float_model, reference)
         files = {"float": reference, "quantized": path}
-        networks = {name: ort_network(session(file, threads=test.threads, exact=False)) for name, file in files.items()}
+        networks = {
+            name: ort_function(session(file, threads=test.threads, exact=False)) for name, file in files.items()
+        }
         progress.say(f"measure for {2 * test.seconds:.0f} seconds")
-        times = in_turns(networks, float_model.example_input(test.batch), test.seconds)
+        times = in_turns(networks, float_model.example(test.batch).tensors, test.seconds)
         rows = {name: _row(times[name], test.batch, file.stat().st_size) for name, file in files.items()}
     return {
         **rows,
@@ -88,8 +89,8 @@ def export_float(model: FloatModel, path: Path) -> Path:
 
 
 def in_turns(
-    networks: dict[str, Network],
-    inputs: torch.Tensor,
+    networks: Mapping[str, Callable[[T], object]],
+    inputs: T,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:

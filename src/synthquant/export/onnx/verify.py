@@ -15,9 +15,11 @@ import onnx
 from synthquant.core.errors import VerificationError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
-from synthquant.export.compare import Network, difference, require_close, run_beside
+from synthquant.export.compare import require_close, row, run_beside
+from synthquant.export.flat import FlatFunction
 from synthquant.export.onnx.layers import integer_coverage
-from synthquant.export.onnx.runtime import has_vnni, ort_network, session
+from synthquant.export.onnx.runtime import has_vnni, ort_function, session
+from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 
 _NO_VNNI = (
@@ -30,7 +32,7 @@ _TITLES = {"as_written": "ONNX Runtime without optimisation", "optimized": "ONNX
 def verify_onnx(
     quant_model: QuantModel,
     path: Path,
-    images: ImageSet,
+    images: ImageSet | Samples,
     *,
     count: int,
     min_agreement: float,
@@ -42,46 +44,50 @@ def verify_onnx(
     Args:
         quant_model: what the file was made from.
         path: the file.
-        images: labels are not needed.
-        count: how many images to use, evenly spaced over the set.
-        min_agreement: share of images that must keep their top class; one image may always differ.
-        max_mean_error: mean difference of the logits that is allowed, as a share of their standard deviation.
+        images: labels are not needed; or samples of what else the network takes.
+        count: how many to use, evenly spaced over the set.
+        min_agreement: share of images that must keep their top class, of which one may always differ; and of whole
+            numbers that must be the same.
+        max_mean_error: mean difference of an output that is allowed, as a share of its standard deviation.
         progress: draws a bar.
 
     Returns:
-        `images`, `as_written` and `optimized` (fields of `Difference`) and `layers` (fields of `IntegerCoverage`).
+        `images`, `as_written` and `optimized` (fields of `Difference`, for several outputs by name under `outputs`) and
+        `layers` (fields of `IntegerCoverage`).
 
     Raises:
         VerificationError: ONNX's checker refuses the file, or a difference is larger than allowed.
-        DataError: no image could be read.
+        DataError: no sample could be read.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise VerificationError(f"the file is not valid ONNX: {error}") from error
-    networks: dict[str, Network] = {
-        "as_written": ort_network(session(path, optimized=False)),
-        "optimized": ort_network(session(path)),
+    networks: dict[str, FlatFunction] = {
+        "as_written": ort_function(session(path, optimized=False)),
+        "optimized": ort_function(session(path)),
     }
-    reference, logits = run_beside(quant_model, networks, images, count, progress)
-    step = _output_step(quant_model, path)
-    differences = {name: difference(values, reference, step) for name, values in logits.items()}
+    beside = run_beside(quant_model, networks, images, count, progress)
+    steps = _output_steps(path)
+    differences = {name: beside.differences(name, steps) for name in networks}
     for name, found in differences.items():
         advice = _NO_VNNI if name == "optimized" and not has_vnni() else ""
-        require_close(found, _TITLES[name], len(reference), min_agreement, max_mean_error, advice)
+        require_close(found, _TITLES[name], beside.count, min_agreement, max_mean_error, advice)
     coverage = integer_coverage(path)
     return {
-        "images": len(reference),
-        **{name: asdict(found) for name, found in differences.items()},
+        "images": beside.count,
+        **{name: row(found) for name, found in differences.items()},
         "layers": {**asdict(coverage), "share": coverage.share},
     }
 
 
-def _output_step(quant_model: QuantModel, path: Path) -> float | None:
-    """The scale of the grid of the output, if the file's last node decodes one."""
-    graph = onnx.load(str(path)).graph
-    last = next((node for node in graph.node if graph.output[0].name in node.output), None)
-    if last is None or last.op_type != "DequantizeLinear":
-        return None
-    scale = next((tensor for tensor in graph.initializer if tensor.name == last.input[1]), None)
-    return None if scale is None else float(onnx.numpy_helper.to_array(scale))
+def _output_steps(path: Path) -> dict[str, float]:
+    """The scales of the grids of outputs, of those whose last node decodes one."""
+    graph, steps = onnx.load(str(path)).graph, {}
+    scales = {tensor.name: tensor for tensor in graph.initializer}
+    decoded = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for output in graph.output:
+        scale = scales.get(decoded.get(output.name, ""))
+        if scale is not None:
+            steps[output.name] = float(onnx.numpy_helper.to_array(scale))
+    return steps

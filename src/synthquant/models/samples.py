@@ -1,0 +1,68 @@
+"""What a network is calibrated and measured with: batches of inputs, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from synthquant.core.files import sha256_bytes
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess, input_batches
+from synthquant.models.float_model import FloatModel
+from synthquant.models.signature import Inputs
+
+
+class Samples(Protocol):
+    """A finite number of samples, always the same ones in the same order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that changes when what the network is given changes."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples, ones that cannot be read included."""
+        ...
+
+    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[Inputs]:
+        """Yield inputs of the samples at these positions (all, if none are given) in order, `size` at a time.
+
+        Samples that cannot be read are left out: batches may be smaller, and fewer.
+        """
+        ...
+
+
+class PreparedImages:
+    """Images as a network sees them."""
+
+    def __init__(self, images: ImageSet, preprocess: Preprocess) -> None:
+        """Take images in pixel space."""
+        self._images, self._preprocess = images, preprocess
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash that changes when the images or their preprocessing change."""
+        return sha256_bytes(f"{self._images.fingerprint} {self._preprocess.model_dump_json()}".encode())
+
+    def __len__(self) -> int:
+        """Number of images, broken ones included."""
+        return len(self._images)
+
+    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[Inputs]:
+        """Yield normalised images, float32 `[B, C, H, W]`."""
+        for batch in input_batches(self._images, self._preprocess, size, indices):
+            yield Inputs.of(batch.inputs)
+
+
+def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:
+    """Return what a network reads of a source: images are prepared, other samples are what they are.
+
+    Raises `UnsupportedModelError` if there are images and the network takes none.
+    """
+    return PreparedImages(source, model.preprocess) if isinstance(source, ImageSet) else source
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return positions of up to `most` of `count` samples, evenly spaced."""
+    wanted = min(count, most)
+    return [index * count // wanted for index in range(wanted)]

@@ -1,0 +1,149 @@
+"""Networks that are no classifiers of images pass every stage that they can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from tests.toy_networks import TOYS, InMemory, Toy, toy
+
+from synthquant.core.errors import DataError, ModelError, UnsupportedModelError, VerificationError
+from synthquant.core.rng import Rng
+from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
+from synthquant.export import Onnx, TorchProgram
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.methods import QuantReport
+from synthquant.models.signature import Inputs, named_outputs
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize import Brecq, GenieM, Rtn
+from synthquant.quantize.bias_correction import correct_biases
+from synthquant.quantize.calibrate import CalibrationSet
+from synthquant.quantize.equalize import equalized
+from synthquant.quantize.fisher import divergence
+
+
+def reconstructed(one: Toy, scheme: str = "W4A8", iterations: int = 40) -> tuple[QuantModel, QuantReport]:
+    model = QuantModel.build(one.model, scheme)
+    method = GenieM(iterations=iterations, batch_size=8, calibration_images=16)
+    return model, method.apply(model, one.samples, Rng(0))
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_reconstruction_is_better_than_rounding(name: str, tmp_path: Path) -> None:
+    one = toy(name)
+    rounded = QuantModel.build(one.model, "W4A8")
+    Rtn(calibration_images=16).apply(rounded, one.samples, Rng(0))
+    model, report = reconstructed(one)
+    assert {layer for unit in report.units for layer in unit.layers} == set(model.layers)
+    before, after = (measure_output_sqnr(each, one.samples) for each in (rounded, model))
+    assert before.total is not None and after.total is not None and after.total > before.total + 0.5
+    assert all(row.alone is not None and row.alone > 5 for row in measure_sqnr(model, one.samples) if row.weights)
+    names = named_outputs(one.samples.inputs.call(one.model.module))
+    assert after.outputs.keys() == names.keys()
+    if name == "detector":
+        assert set(names) == {"boxes.0", "boxes.1", "scores"}
+    save_checkpoint(model, tmp_path / "model")
+    loaded = load_checkpoint(tmp_path / "model", float_model=one.model)
+    wanted, found = (named_outputs(one.samples.inputs.clone().call(each)) for each in (model, loaded))
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert measure_output_sqnr(loaded, one.samples, float_model=one.model) == after
+
+
+@pytest.mark.parametrize("name", ["conditioned", "detector", "unet"])
+def test_errors_are_weighted_by_what_the_answer_depends_on(name: str) -> None:
+    """The Fisher of a classifier is that of its softmax, that of others the one of a normal distribution."""
+    one = toy(name)
+    model = QuantModel.build(one.model, "W4A8")
+    method = Brecq(iterations=4, activation_iterations=2, batch_size=8, calibration_images=16, fisher="diagonal")
+    report = method.apply(model, one.samples, Rng(0))
+    assert report.units and all(unit.loss_end is not None for unit in report.units)
+
+
+def test_divergence_of_two_answers() -> None:
+    one, other = torch.randn(4, 3), torch.randn(4, 3)
+    shares = one.softmax(1)
+    wanted = (shares * (shares / other.softmax(1)).log()).sum()
+    assert float(divergence(one, other, "classify")) == pytest.approx(float(wanted), rel=1e-5)
+    answer = {"a": one, "count": torch.ones(4, dtype=torch.int64), "b": [other]}
+    moved = {"a": one + 2, "count": torch.zeros(4, dtype=torch.int64), "b": [other - 1]}
+    assert float(divergence(answer, moved, "other")) == pytest.approx((12 * 4 + 12) / 2)
+    answer["a"].requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence(moved, answer, "other"), answer["a"])
+    assert torch.allclose(gradient, torch.full((4, 3), -2.0))
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_quantized_where_tensors_are_made(name: str) -> None:
+    """Inputs have ranges of their own: only those of images are known beforehand."""
+    one = toy(name)
+    model = QuantModel.build(one.model, {"preset": "W8A8", "deploy": "full"})
+    assert not any(quantizer.fixed for quantizer in model.quantizers.values())
+    Rtn(calibration_images=16).apply(model, one.samples, Rng(0))
+    found = measure_output_sqnr(model, one.samples)
+    assert found.total is not None and found.total > 20
+    if name == "unet":
+        given, grid = one.samples.inputs.tensors[0][:16], model.quantizers["stem.input_quantizer"].grid()
+        assert float(grid["scale"]) * 255 == pytest.approx(float(given.max() - given.min()), rel=0.3)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_written_files_give_the_same_outputs(name: str, tmp_path: Path) -> None:
+    one = toy(name)
+    model = QuantModel.build(one.model, {"preset": "W7A8", "ends": "same", "weights": {"symmetric": True}})
+    Rtn(calibration_images=16).apply(model, one.samples, Rng(0))
+    path = Onnx().export(model, tmp_path / "x.onnx")
+    found = Onnx().verify(model, path, one.samples)
+    names = {output.name for output in onnx.load(str(path)).graph.output}
+    given = [(value.name, value.type.tensor_type) for value in onnx.load(str(path)).graph.input]
+    assert all(kind.shape.dim[0].dim_param for _, kind in given)
+    wanted = {
+        "conditioned": (["x", "number", "extra.mask"], {"logits"}),
+        "detector": (["image"], {"boxes.0", "boxes.1", "scores", "best"}),
+        "tokens": (["tokens"], {"output"}),
+        "unet": (["sample", "step"], {"output"}),
+    }[name]
+    assert ([given_name for given_name, _ in given], names) == wanted
+    rows = found["as_written"].get("outputs", {"": found["as_written"]})
+    assert all(row["mean_error"] < 0.02 for row in rows.values()) and len(rows) == len(names)
+    if name in ("conditioned", "detector"):
+        program = TorchProgram().export(model, tmp_path / "x.pt2")
+        TorchProgram().verify(model, program, one.samples)
+    with pytest.raises(ModelError, match="is no classifier of images"):
+        Onnx.open(path)
+
+
+def test_an_output_that_differs_is_named(tmp_path: Path) -> None:
+    one = toy("detector")
+    model = QuantModel.build(one.model, "W8A8")
+    Rtn(calibration_images=16).apply(model, one.samples, Rng(0))
+    path = Onnx(preset="simulate").export(model, tmp_path / "x.onnx")
+    model.layers["far"].correct_bias(torch.full((4,), 3.0))
+    with pytest.raises(VerificationError, match=r"gives values of output boxes.1 that differ"):
+        Onnx().verify(model, path, one.samples)
+
+
+def test_weights_equalised_and_biases_corrected() -> None:
+    one = toy("detector")
+    model = equalized(QuantModel.build(one.model, "W4A8"), "activations", one.samples)
+    Rtn(calibration_images=16).apply(model, one.samples, Rng(0))
+    report = correct_biases(model, one.samples)
+    assert report.images == 24 and report.layers == 4
+
+
+def test_what_is_given_must_be_what_the_network_takes() -> None:
+    conditioned, unet, tokens = toy("conditioned"), toy("unet"), toy("tokens")
+    with pytest.raises(DataError, match="a sample has other arguments"):
+        list(CalibrationSet(QuantModel.build(unet.model, "W8A8"), tokens.samples).batches())
+    wrong = InMemory(Inputs((torch.randn(6, 1, 8, 8), torch.rand(6))))
+    with pytest.raises(DataError, match=r"input 1 of a sample is torch.float32 \[\], and the network takes"):
+        list(CalibrationSet(QuantModel.build(unet.model, "W8A8"), wrong).batches())
+    broken = conditioned.samples.inputs
+    broken.tensors[0][3, 2] = torch.nan
+    with pytest.raises(DataError, match="a sample to quantize with has values that are not finite"):
+        list(CalibrationSet(QuantModel.build(conditioned.model, "W8A8"), InMemory(broken)).batches())
+    with pytest.raises(UnsupportedModelError, match="takes no images, but inputs 0, 1"):
+        conditioned.model.example_images(2)
+    with pytest.raises(UnsupportedModelError, match="is no classifier"):
+        unet.model.logits(torch.zeros(2, 1, 8, 8))
