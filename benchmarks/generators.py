@@ -83,7 +83,7 @@ def main() -> None:
     images = method.synthesize(model, args.batch_size, Rng(args.seed))
     hook.remove()
     path.parent.mkdir(parents=True, exist_ok=True)
-    generator = make_generator(args.kind, method.latent_size, model.preprocess.input_size, torch.device("meta"))
+    generator = make_generator(args.kind, method.latent_size, (3, *model.preprocess.input_size), torch.device("meta"))
     weights = sum(parameter.numel() for parameter in generator.parameters())
     write_json(path, {
         "network": args.network, "kind": args.kind, "latent_shape": generator.latent_shape, "weights": weights,

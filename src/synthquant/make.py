@@ -138,4 +138,4 @@ def image_bytes(section: SynthesizeSection, model: FloatModel) -> int:
     if not form.sized_by_network or form.dtype != "float16":
         return 0
     height, width = model.preprocess.input_size
-    return section.count * 3 * height * width * torch.float16.itemsize
+    return section.count * model.preprocess.channels * height * width * torch.float16.itemsize

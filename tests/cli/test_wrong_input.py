@@ -197,7 +197,7 @@ def test_wrong_command_line(synthquant: Command, arguments: list[str], message: 
     [
         (["--input-size", "a"], "--input-size 'a': give 1 or 2 numbers"),
         (["--input-size", "0"], "input_size.0 = 0: input should be greater than or equal to 1"),
-        (["--mean", "0.5"], "--mean '0.5': give 3 numbers"),
+        (["--mean", "half"], "--mean 'half': give a number for each channel"),
         (["--std", "0,0,0"], "std"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--device", "toaster"], "device 'toaster' cannot be used"),

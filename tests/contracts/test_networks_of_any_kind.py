@@ -8,13 +8,16 @@ import onnx
 import pytest
 import torch
 from tests.toy_networks import TOYS, InMemory, Toy, toy
+from torch import nn
 
 from synthquant.core.errors import DataError, ModelError, UnsupportedModelError, VerificationError
 from synthquant.core.rng import Rng
+from synthquant.data.preprocess import Preprocess
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.methods import QuantReport
+from synthquant.methods import QuantReport, Synthesizer
+from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.signature import Inputs, named_outputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize import Brecq, GenieM, Rtn
@@ -22,6 +25,7 @@ from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.fisher import divergence
+from synthquant.synthesize import GenieD, Noise, ZeroQ
 
 
 def reconstructed(one: Toy, scheme: str = "W4A8", iterations: int = 40) -> tuple[QuantModel, QuantReport]:
@@ -147,3 +151,35 @@ def test_what_is_given_must_be_what_the_network_takes() -> None:
         conditioned.model.example_images(2)
     with pytest.raises(UnsupportedModelError, match="is no classifier"):
         unet.model.logits(torch.zeros(2, 1, 8, 8))
+
+
+def seen_by_batch_norms(channels: int) -> FloatModel:
+    """A classifier of images of so many channels, whose batch norms have seen noise."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Conv2d(channels, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+        )  # fmt: skip
+        module.train()(torch.randn(16, channels, 8, 8))
+    preprocess = Preprocess(input_size=(8, 8), mean=(0.5,) * channels, std=(0.25,) * channels)
+    module.eval().requires_grad_(False)
+    return FloatModel(module, preprocess, "channels", ModelSource(source="test"), num_classes=3)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("method", [GenieD(iterations=3, batch_size=8), ZeroQ(iterations=3, batch_size=8), Noise()])
+def test_images_of_any_channels_are_made_and_quantized_with(channels: int, method: Synthesizer, tmp_path: Path) -> None:
+    model = seen_by_batch_norms(channels)
+    images = method.synthesize(model, 12, Rng(0)).save(tmp_path / "images")
+    assert images[0].image.shape == (channels, 8, 8)
+    quant_model = QuantModel.build(model, "W4A8")
+    assert quant_model.quantizers["0.input_quantizer"].fixed
+    report = GenieM(iterations=3, batch_size=8, calibration_images=8).apply(quant_model, images, Rng(0))
+    assert len(report.units) == 3
+    if channels == 4 and isinstance(method, Noise):
+        path = Onnx(preset="simulate").export(quant_model, tmp_path / "x.onnx")
+        found = Onnx(preset="simulate").verify(quant_model, path, images)
+        assert found["as_written"]["mean_error"] < 0.02 and found["images"] == 12
+        opened = Onnx.open(path)
+        assert opened.preprocess.channels == 4 and opened.run(torch.randn(2, 4, 8, 8)).shape == (2, 3)

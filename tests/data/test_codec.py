@@ -156,10 +156,10 @@ def test_npy_of_another_kind_is_refused(noise: torch.Tensor) -> None:
         np.save(stream, array)
         return stream.getvalue()
 
-    with pytest.raises(DataError, match=r"\.npy array is float64 \(3, 2, 2\), not float16 \[3, height, width\]"):
+    with pytest.raises(DataError, match=r"\.npy array is float64 \(3, 2, 2\), not float16 or uint8 \[channels, "):
         decode(npy(np.zeros((3, 2, 2))))
-    with pytest.raises(DataError, match=r"float16 \(2, 2, 3\)"):
-        decode(npy(np.zeros((2, 2, 3), np.float16)))
+    with pytest.raises(DataError, match=r"float16 \(2, 2\)"):
+        decode(npy(np.zeros((2, 2), np.float16)))
     with pytest.raises(DataError, match=r"truncated: \d+ bytes where the header promises \d+"):
         decode(encode(noise.half())[:-1])
 

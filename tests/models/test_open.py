@@ -237,7 +237,12 @@ def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
         ("zoo/cifar10-resnet20", {"num_classes": 3}, ModelError, "give --weights FILE"),
         ("zoo/cifar10-resnet20", {"num_classes": 0}, InputError, "num_classes = 0: .*allowed: >= 1"),
         ("zoo/cifar10-resnet20", {"weights": "no.pth"}, ModelError, "weights file no.pth does not exist"),
-        ("zoo/cifar10-resnet20", {"mean": (0.5,)}, ModelError, "must have three values"),
+        (
+            "zoo/cifar10-resnet20",
+            {"mean": (0.5,)},
+            ModelError,
+            "mean has 1 values and std 3",
+        ),
         (
             "zoo/cifar10-resnet20",
             {"std": (1, 1, 0)},
@@ -316,7 +321,7 @@ def test_networks_of_other_channels_weights_alone_and_odd_batch_norms_are_said(
     path = tmp_path / "unusual.py"
     path.write_text(UNUSUAL, encoding="utf-8")
     for name, taken in (("grey", "1 channel"), ("normed", "1 channel"), ("flat", "4 channels")):
-        with pytest.raises(ModelError, match=f"the network takes {taken}, synthquant makes images of 3; wrap it"):
+        with pytest.raises(ModelError, match=f"the network takes {taken}, and mean and std are of 3; give"):
             open_model(f"{path}:{name}", **FLAGS)
     with pytest.raises(ModelError, match=r"script ends the program when it is imported or called \(exit 3\)"):
         open_model(f"{path}:script", **FLAGS)

@@ -63,7 +63,7 @@ def test_upsampled_convolution_equals_upsampling_and_convolution(size: tuple[int
 @pytest.mark.parametrize("size", [(32, 32), (9, 14), (1, 1)])
 @pytest.mark.parametrize("kind", ["genie", "light"])
 def test_generator_makes_any_size_in_normalised_space(size: tuple[int, int], kind: GeneratorKind) -> None:
-    generator = make_generator(kind, 8, size, torch.device("cpu"))
+    generator = make_generator(kind, 8, (3, *size), torch.device("cpu"))
     generator.reset(torch.Generator().manual_seed(0))
     images = generator(torch.randn(6, *generator.latent_shape, generator=torch.Generator().manual_seed(1)))
     assert images.shape == (6, 3, *size)
@@ -75,7 +75,7 @@ def test_generator_makes_any_size_in_normalised_space(size: tuple[int, int], kin
 @pytest.mark.parametrize(("size", "kind"), [((32, 64), "genie"), ((32, 65), "light")])
 def test_generator_is_the_paper_s_for_images_of_the_paper_s_size(size: tuple[int, int], kind: GeneratorKind) -> None:
     def shapes(kind: GeneratorKind) -> list[torch.Size]:
-        return [parameter.shape for parameter in make_generator(kind, 8, size, torch.device("cpu")).parameters()]
+        return [parameter.shape for parameter in make_generator(kind, 8, (3, *size), torch.device("cpu")).parameters()]
 
     others: dict[str, GeneratorKind] = {"genie": "light", "light": "genie"}
     assert shapes("auto") == shapes(kind) != shapes(others[kind])
@@ -85,7 +85,7 @@ def test_light_generator_does_a_fraction_of_the_work_at_224_pixels() -> None:
     work = []
     kinds: tuple[GeneratorKind, ...] = ("genie", "light")
     for kind in kinds:
-        generator = make_generator(kind, 256, (224, 224), torch.device("meta"))
+        generator = make_generator(kind, 256, (3, 224, 224), torch.device("meta"))
         with FlopCounterMode(display=False) as counter:
             generator(torch.zeros(1, *generator.latent_shape, device="meta"))
         work.append(counter.get_total_flops())
@@ -101,7 +101,7 @@ def test_setting_chooses_the_generator(tiny: FloatModel) -> None:
 
 
 def test_generator_starts_from_the_same_distributions_as_torch() -> None:
-    generator = make_generator("genie", 256, (8, 8), torch.device("cpu"))
+    generator = make_generator("genie", 256, (3, 8, 8), torch.device("cpu"))
     generator.reset(torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     for mine, torchs in (

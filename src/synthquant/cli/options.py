@@ -112,8 +112,8 @@ def model_section(
         "source": source,
         "weights": weights,
         "input_size": size * 2 if size is not None and len(size) == 1 else size,
-        "mean": None if mean is None else _numbers("--mean", mean, (3,), float),
-        "std": None if std is None else _numbers("--std", std, (3,), float),
+        "mean": None if mean is None else _numbers("--mean", mean, (), float),
+        "std": None if std is None else _numbers("--std", std, (), float),
         "num_classes": num_classes,
     }
     return {name: value for name, value in values.items() if value is not None}
@@ -132,7 +132,7 @@ def _numbers(option: str, text: str, counts: tuple[int, ...], kind: type[int] | 
         values = [kind(part) for part in text.replace("x", ",").split(",")]
     except ValueError:
         values = []
-    if len(values) not in counts:
-        wanted = " or ".join(str(count) for count in counts)
-        raise RecipeError(f"{option} {text!r}: give {wanted} numbers separated by commas")
+    if not values or (counts and len(values) not in counts):
+        wanted = f"{' or '.join(map(str, counts))} numbers" if counts else "a number for each channel,"
+        raise RecipeError(f"{option} {text!r}: give {wanted} separated by commas")
     return list(values)

@@ -1,4 +1,4 @@
-"""One image to bytes and back: PNG for 8-bit pixels, `.npy` for 16-bit floats, any common format when reading."""
+"""One image to bytes and back: PNG for 8-bit colours, `.npy` for others, any common format when reading."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tokenize
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ MAX_PIXELS = 50_000_000
 """Larger images are set aside: no photograph for a classifier has more, but mistakes, scans and attacks do."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# A limit of pixels means little without one of channels; multispectral images have up to some hundreds.
+_MOST_CHANNELS = 1024
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 # What Pillow's readers raise on files of another kind; `Image.open` goes on to the next reader at these.
 _OTHER_KIND = (SyntaxError, IndexError, TypeError, struct.error)
@@ -70,20 +72,23 @@ class Picture(NamedTuple):
     """A decoded image."""
 
     image: Tensor
-    """`[3,H,W]`, uint8 RGB or float16."""
+    """`[C,H,W]`, uint8 or float16; RGB if it is a picture."""
     changes: tuple[str, ...]
     """What was done to it beside decoding and writing grey as RGB."""
 
 
 def encode(image: Tensor) -> bytes:
-    """Return the bytes of an image `[3,H,W]`: PNG for uint8, `.npy` for float16. Equal images give equal bytes."""
+    """Return the bytes of an image `[C,H,W]`: PNG for uint8 of three channels, else `.npy`.
+
+    Equal images give equal bytes.
+    """
     array = image.numpy()
     stream = io.BytesIO()
-    if image.dtype == torch.uint8:
+    if image.dtype == torch.uint8 and len(image) == 3:
         # Level 1: the stores are read far more often than they are moved, and noise hardly compresses.
         Image.fromarray(array.transpose(1, 2, 0).copy()).save(stream, "PNG", compress_level=1)
     else:
-        np.lib.format.write_array(stream, np.ascontiguousarray(array, np.float16), version=(1, 0), allow_pickle=False)
+        np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return stream.getvalue()
 
 
@@ -228,25 +233,25 @@ def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
 def _decode_npy(stream: IO[bytes], size: int, max_pixels: int) -> Tensor:
     prefix = stream.read(len(_NPY_MAGIC) + 2)
     (length,) = struct.unpack_from("<H", prefix, len(_NPY_MAGIC)) if len(prefix) == len(_NPY_MAGIC) + 2 else (0,)
-    shape = _npy_shape(_NPY_MAGIC + prefix[len(_NPY_MAGIC) :] + stream.read(length))
+    shape, dtype = _npy_form(_NPY_MAGIC + prefix[len(_NPY_MAGIC) :] + stream.read(length))
     _check_size(shape[2], shape[1], max_pixels)
-    expected = len(prefix) + length + 2 * shape[0] * shape[1] * shape[2]
+    expected = len(prefix) + length + dtype.itemsize * shape[0] * shape[1] * shape[2]
     content = stream.read()
     if size != expected or len(prefix) + length + len(content) != expected:
         raise DataError(f"truncated: {size} bytes where the header promises {expected}")
     # A copy: the tensor must be writable and must not keep the file's bytes alive.
-    return torch.from_numpy(np.frombuffer(content, np.float16).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())
 
 
 @lru_cache(maxsize=64)  # nearly all images of a set share one header
-def _npy_shape(start: bytes) -> tuple[int, int, int]:
+def _npy_form(start: bytes) -> tuple[tuple[int, int, int], np.dtype[Any]]:
     try:
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(start[len(_NPY_MAGIC) :]))
     except (*_DAMAGED, tokenize.TokenError, RecursionError, MemoryError) as error:  # it is read as a Python literal
         raise DataError(f"damaged .npy header: {error}") from error
-    if fortran_order or dtype != np.float16 or len(shape) != 3 or shape[0] != 3:
-        raise DataError(f".npy array is {dtype} {shape}, not float16 [3, height, width]")
-    return shape[0], shape[1], shape[2]
+    if fortran_order or dtype not in (np.float16, np.uint8) or len(shape) != 3 or not 1 <= shape[0] <= _MOST_CHANNELS:
+        raise DataError(f".npy array is {dtype} {shape}, not float16 or uint8 [channels, height, width]")
+    return (shape[0], shape[1], shape[2]), dtype
 
 
 def _millions(pixels: int) -> str:

@@ -32,7 +32,7 @@ class ImageRecord:
     """One image with all that is known of it."""
 
     image: Tensor
-    """`[3,h,w]`, uint8, or float16 in pixel space."""
+    """`[C,h,w]`, uint8, or float16 in pixel space."""
     label: int | None
     """Class index."""
     columns: dict[str, Any]
@@ -44,7 +44,7 @@ class Batch:
     """Some images of a set."""
 
     images: list[Tensor]
-    """Each `[3,h,w]`, uint8, or float16 in pixel space."""
+    """Each `[C,h,w]`, uint8, or float16 in pixel space."""
     labels: Tensor | None
     """int64 `[B]`, -1 where an image has no label; none if no image of the set has one."""
     indices: list[int]
@@ -52,7 +52,9 @@ class Batch:
 
 
 class ImageSet:
-    """Images (RGB, 0..1 nominal; uint8, or float16 where values leave that range), labels and columns.
+    """Images of any number of channels (RGB if they are pictures), labels and columns.
+
+    Values are in 0..1 nominally: uint8, or float16 where they leave that range.
 
     Images are read when asked for; only an index is kept in memory. A set is never changed: `subset` and
     `with_columns` return new ones over the same images.
@@ -94,7 +96,7 @@ class ImageSet:
         seed: int | None = None,
         model_fingerprint: str | None = None,
     ) -> ImageSet:
-        """Return a set of images `[N,3,H,W]` in memory: uint8, or floats in pixel space (0..1 nominal).
+        """Return a set of images `[N,C,H,W]` in memory: uint8, or floats in pixel space (0..1 nominal).
 
         Floats become float16 if any value leaves 0..1, else uint8, unless `dtype` decides.
         Raises `DataError` on other shapes or types.

@@ -43,9 +43,9 @@ class SetAside(Settings):
 class Statistics(Settings):
     """Pixel statistics over all finite images, in pixel space (0..1 nominal)."""
 
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """Mean of each channel."""
-    std: tuple[float, float, float]
+    std: tuple[float, ...]
     """Standard deviation of each channel."""
     min: float
     """Smallest value."""

@@ -46,7 +46,7 @@ class PartsWriter:
         encoded: Sequence[bytes] | None = None,
         names: Sequence[str] | None = None,
     ) -> Part:
-        """Write images `[3,h,w]`, uint8 or float16, as one part, atomically, and return its entry in the manifest.
+        """Write images `[C,h,w]`, uint8 or float16, as one part, atomically, and return its entry in the manifest.
 
         `encoded` are the images' own bytes, if they have some. Raises `DataError` if a column cannot be stored or has
         another type than in the parts before, `OutputError` if the file cannot be written.

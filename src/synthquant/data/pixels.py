@@ -16,13 +16,13 @@ LABEL_COLUMN = "label"
 
 
 def stored_pixels(images: Tensor, dtype: ImageDtype | None = None) -> Tensor:
-    """Return images `[N,3,H,W]` in the pixel type they are stored in, on the CPU.
+    """Return images `[N,C,H,W]` in the pixel type they are stored in, on the CPU.
 
     uint8 stays (or becomes float16 in 0..1); floats become float16 if any value leaves 0..1, else uint8, unless `dtype`
     decides (uint8 clamps). Raises `DataError` on other shapes or types.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-        raise DataError(f"images must have shape [N, 3, height, width], got {list(images.shape)}")
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise DataError(f"images must have shape [N, channels, height, width], got {list(images.shape)}")
     images = images.detach().cpu()
     if images.dtype == torch.uint8:
         return (images.float() / 255).half() if dtype == "float16" else images

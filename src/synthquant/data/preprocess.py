@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +27,9 @@ ChannelMean = Annotated[float, Field(ge=-1e4, le=1e4)]
 ChannelStd = Annotated[float, Field(ge=1e-4, le=1e4)]
 """As `ChannelMean`; what is beyond leaves nothing of an image in float32, or makes it infinite."""
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+# Of red, green and blue; what Pillow makes grey with.
+_BRIGHTNESS = (0.299, 0.587, 0.114)
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -47,17 +50,28 @@ class Preprocess(Settings):
     """Height and width the network sees."""
     resize: Side | tuple[Side, Side] | None = None
     """Short side, or exact height and width, that a raw image is resized to before the crop; none: no resize."""
-    mean: tuple[ChannelMean, ChannelMean, ChannelMean]
-    """Mean of each channel, in pixel space."""
-    std: tuple[ChannelStd, ChannelStd, ChannelStd]
+    mean: Annotated[tuple[ChannelMean, ...], Field(min_length=1)]
+    """Mean of each channel, in pixel space; as many as the network takes channels."""
+    std: Annotated[tuple[ChannelStd, ...], Field(min_length=1)]
     """Standard deviation of each channel, in pixel space."""
     interpolation: Interpolation = "bilinear"
     """Resampling filter, with antialiasing as in Pillow."""
     crop: bool = Field(default=True)
     """Crop a raw image in the centre (padding a smaller one with black); without it, resize to `input_size`."""
 
+    @model_validator(mode="after")
+    def _check_channels(self) -> Preprocess:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}; give one for each channel")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """How many channels the network sees."""
+        return len(self.mean)
+
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Return network input of pixel-space values `[B,3,H,W]` (or `[3,H,W]`); differentiable."""
+        """Return network input of pixel-space values `[B,C,H,W]` (or `[C,H,W]`); differentiable."""
         mean, std = _channel_constants(self.mean, self.std, pixels.dtype, pixels.device)
         return (pixels - mean) / std
 
@@ -68,21 +82,24 @@ class Preprocess(Settings):
         return min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
 
     def pixels(self, normalized: Tensor) -> Tensor:
-        """Return pixel-space values of network input `[B,3,H,W]` (or `[3,H,W]`); inverse of `normalize`."""
+        """Return pixel-space values of network input `[B,C,H,W]` (or `[C,H,W]`); inverse of `normalize`."""
         mean, std = _channel_constants(self.mean, self.std, normalized.dtype, normalized.device)
         return normalized * std + mean
 
     def cut_off(self, normalized: Tensor) -> Tensor:
-        """Return network input `[B,3,H,W]` with what is darker than black and brighter than white cut off."""
-        ends = torch.stack((torch.zeros(3, 1, 1), torch.ones(3, 1, 1))).to(normalized)
+        """Return network input `[B,C,H,W]` with what is darker than black and brighter than white cut off."""
+        ends = torch.stack([torch.full((self.channels, 1, 1), end) for end in (0.0, 1.0)]).to(normalized)
         black, white = self.normalize(ends)
         return torch.clamp(normalized, black, white)
 
     def fit(self, image: Tensor, framing: Framing) -> Tensor:
-        """Return one image `[3,h,w]` in the size the network sees, `[3,H,W]`, same pixel type; no normalisation.
+        """Return one image `[c,h,w]` as the network sees it, `[C,H,W]`, same pixel type; no normalisation.
 
-        Raises `DataError` if it is so long and narrow that resizing its short side would make a giant of it.
+        Of colours a network of one channel sees the brightness (ITU-R BT.601), and grey is the same in all three.
+        Raises `DataError` if an image has another number of channels, or is so long and narrow that resizing its short
+        side would make a giant of it.
         """
+        image = _in_channels(image, self.channels)
         if framing == "cropped":
             return _resized(image, self.input_size, self.interpolation)
         if isinstance(self.resize, int):
@@ -98,9 +115,9 @@ class Preprocess(Settings):
         return _resized(image, self.input_size, self.interpolation)
 
     def __call__(self, images: Sequence[Tensor] | Tensor, framing: Framing) -> Tensor:
-        """Return network input, float32 `[B,3,H,W]`, of images `[3,h,w]` (uint8, or floats in pixel space)."""
+        """Return network input, float32 `[B,C,H,W]`, of images `[c,h,w]` (uint8, or floats in pixel space)."""
         if len(images) == 0:
-            return torch.zeros(0, 3, *self.input_size)
+            return torch.zeros(0, self.channels, *self.input_size)
         batch = torch.stack([self.fit(image, framing) for image in images])
         pixels = batch.float().div_(255) if batch.dtype == torch.uint8 else batch.float()
         return self.normalize(pixels)
@@ -111,7 +128,7 @@ class InputBatch:
     """Images as a network sees them."""
 
     inputs: Tensor
-    """float32 `[B,3,H,W]`, normalised."""
+    """float32 `[B,C,H,W]`, normalised."""
     labels: Tensor | None
     """int64 `[B]`, -1 where an image has no label."""
     indices: list[int]
@@ -133,7 +150,7 @@ def input_batches(
 def model_inputs(
     image_set: ImageSet, preprocess: Preprocess, indices: Sequence[int] | None = None, batch_size: int = 64
 ) -> Tensor:
-    """Return network input of a whole set, float32 `[N,3,H,W]`, in one tensor; for sets that fit into memory.
+    """Return network input of a whole set, float32 `[N,C,H,W]`, in one tensor; for sets that fit into memory.
 
     Broken images are left out and noted in `image_set.set_aside`. Raises `DataError` if no image is left.
     """
@@ -149,8 +166,8 @@ def _channel_constants(
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # a cached inference tensor could never take part in a backward pass
         return (
-            torch.tensor(mean, dtype=dtype, device=device).view(3, 1, 1),
-            torch.tensor(std, dtype=dtype, device=device).view(3, 1, 1),
+            torch.tensor(mean, dtype=dtype, device=device).view(-1, 1, 1),
+            torch.tensor(std, dtype=dtype, device=device).view(-1, 1, 1),
         )
 
 
@@ -166,13 +183,28 @@ def _resized(image: Tensor, size: tuple[int, int], interpolation: Interpolation)
     if tuple(image.shape[-2:]) == size:
         return image
     height_width, filter_ = (size[1], size[0]), _FILTERS[interpolation]
-    if image.dtype == torch.uint8:
+    if image.dtype == torch.uint8 and len(image) == 3:
         picture = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
         array = np.asarray(picture.resize(height_width, filter_))
         return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-    # Pillow resizes floats one channel at a time; the filters are the same ones.
-    channels = [Image.fromarray(channel).resize(height_width, filter_) for channel in image.float().numpy()]
+    # Pillow resizes floats, and whole numbers of other than three channels, one channel at a time, by the same filters.
+    values = image if image.dtype == torch.uint8 else image.float()
+    channels = [Image.fromarray(channel).resize(height_width, filter_) for channel in values.contiguous().numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])).to(image.dtype)
+
+
+def _in_channels(image: Tensor, channels: int) -> Tensor:
+    """Colours as grey or grey as colours, where a network asks for it."""
+    if len(image) == channels:
+        return image
+    if len(image) == 1 and channels == 3:
+        return image.expand(3, -1, -1)
+    if len(image) == 3 and channels == 1:
+        if image.dtype != torch.uint8:
+            return (image.float() * torch.tensor(_BRIGHTNESS).view(3, 1, 1)).sum(0, keepdim=True).to(image.dtype)
+        picture = Image.fromarray(np.ascontiguousarray(image.numpy().transpose(1, 2, 0)))
+        return torch.from_numpy(np.array(picture.convert("L")))[None]
+    raise DataError(f"it has {len(image)} channels, and the network takes {channels}")
 
 
 def _center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,7 +30,7 @@ class Decoded:
     stored: list[Stored]
     """The images as they are stored."""
     images: list[Tensor]
-    """Each `[3,h,w]`."""
+    """Each `[C,h,w]`."""
 
     def extend(self, other: Decoded) -> None:
         """Add the images of another batch."""
@@ -58,7 +58,7 @@ class ReadingNotes:
 
 
 def pixels(stored: Stored, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Return the image `[3,h,w]` of a stored one; raises `DataError` with the reason if it is broken."""
+    """Return the image `[C,h,w]` of a stored one; raises `DataError` with the reason if it is broken."""
     return _picture(stored, max_pixels).image
 
 

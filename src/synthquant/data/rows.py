@@ -50,7 +50,7 @@ class Rows(Protocol):
 
 
 class MemoryRows:
-    """Images in one tensor `[N,3,H,W]`, uint8 or float16."""
+    """Images in one tensor `[N,C,H,W]`, uint8 or float16."""
 
     def __init__(self, images: Tensor, labels: Tensor | None, columns: Mapping[str, list[Any]]) -> None:
         self._images = images

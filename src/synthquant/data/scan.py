@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
+from synthquant.core.errors import DataError
 from synthquant.core.settings import Settings
 from synthquant.data.manifest import ImageDtype, Statistics
 
@@ -71,8 +72,7 @@ class ImageScan:
         self._digests = array("Q")  # 8 bytes an image: a million images stay small
         self._positions = array("Q")
         self._pixels = 0
-        self._sum = np.zeros(3)
-        self._sum_of_squares = np.zeros(3)
+        self._sum = self._sum_of_squares = np.zeros(0)  # of each channel
         self._min = np.inf
         self._max = -np.inf
 
@@ -87,7 +87,7 @@ class ImageScan:
         return "float16" if "float16" in self._dtypes else "uint8"
 
     def add(self, images: Iterable[Tensor], positions: Iterable[int] | None = None) -> None:
-        """Look at images `[3,h,w]`, uint8 or float16; without `positions` they count on from the last call."""
+        """Look at images `[C,h,w]`, uint8 or float16; without `positions` they count on from the last call."""
         numbers = itertools.count(self.count) if positions is None else positions
         for image, position in zip(images, numbers, strict=False):
             self._add(image.numpy(), position)
@@ -116,10 +116,7 @@ class ImageScan:
         mean = self._sum / self._pixels
         std = np.sqrt(np.maximum(self._sum_of_squares / self._pixels - mean**2, 0))
         return Statistics(
-            mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-            std=(float(std[0]), float(std[1]), float(std[2])),
-            min=float(self._min),
-            max=float(self._max),
+            mean=tuple(mean.tolist()), std=tuple(std.tolist()), min=float(self._min), max=float(self._max)
         )
 
     def _add(self, image: np.ndarray, position: int) -> None:
@@ -131,7 +128,7 @@ class ImageScan:
         digest.update(np.ascontiguousarray(image).data)
         self._digests.append(int.from_bytes(digest.digest(), "big"))
         # float32 holds both pixel types exactly; sums are taken in float64.
-        values = image.reshape(3, -1).astype(np.float32)
+        values = image.reshape(len(image), -1).astype(np.float32)
         scale = 255.0 if image.dtype == np.uint8 else 1.0
         low, high = values.min(axis=1).astype(np.float64) / scale, values.max(axis=1).astype(np.float64) / scale
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -145,6 +142,10 @@ class ImageScan:
             self._found["constant"].append(position)
         elif np.count_nonzero((values <= 0) | (values >= scale)) >= SATURATED_SHARE * values.size:
             self._found["saturated"].append(position)
+        if not self._pixels:
+            self._sum, self._sum_of_squares = np.zeros(len(image)), np.zeros(len(image))
+        if len(self._sum) != len(image):
+            raise DataError(f"images of {len(self._sum)} and of {len(image)} channels are in one set; make them alike")
         self._pixels += values.shape[1]
         self._sum += values.sum(axis=1, dtype=np.float64) / scale
         self._sum_of_squares += np.square(values, dtype=np.float64).sum(axis=1) / scale**2

@@ -117,7 +117,7 @@ class ImageSetWriter:
         labels: Tensor | None = None,
         columns: Mapping[str, Sequence[Any] | Tensor] | None = None,
     ) -> None:
-        """Write images `[n,3,H,W]` (uint8, or floats in pixel space) as exactly one part.
+        """Write images `[n,C,H,W]` (uint8, or floats in pixel space) as exactly one part.
 
         Raises `DataError` on a wrong shape, or on more images than were promised.
         """

@@ -41,10 +41,10 @@ class _Source(Settings):
     input_size: tuple[Side, Side] | None = None
     """Height and width in pixels, where they differ from what the model says or it says nothing."""
 
-    mean: tuple[ChannelMean, ChannelMean, ChannelMean] | None = None
+    mean: tuple[ChannelMean, ...] | None = None
     """Mean of each channel (pixels in 0..1), where it differs from what the model says or it says nothing."""
 
-    std: tuple[ChannelStd, ChannelStd, ChannelStd] | None = None
+    std: tuple[ChannelStd, ...] | None = None
     """Standard deviation of each channel (pixels in 0..1), where it differs from what the model says or it says
     nothing."""
 
@@ -145,7 +145,7 @@ class FloatModel:
         """Normal noise `[batch, C, H, W]` on the model's device; the same values for the same seed on every device."""
         height, width = self.preprocess.input_size
         generator = Rng(seed).generator("example_input")
-        return torch.randn(batch, 3, height, width, generator=generator).to(self.device)
+        return torch.randn(batch, self.preprocess.channels, height, width, generator=generator).to(self.device)
 
     def require_logits(self) -> None:
         """Raise `UnsupportedModelError` if the network's task is not to classify."""

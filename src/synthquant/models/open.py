@@ -26,7 +26,7 @@ FORMS = "timm/NAME, torchvision/NAME, transformers/REPO_OR_FOLDER, zoo/NAME or F
 """The ways to name a model, as they are shown in messages."""
 
 _WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
-_WRONG_CHANNELS = re.compile(r"input\[2, 3, .*\] to have (\d+) channels")
+_WRONG_CHANNELS = re.compile(r"input\[2, \d+, .*\] to have (\d+) channels")
 
 
 def open_model(
@@ -85,9 +85,6 @@ def _request(
     num_classes: int | None,
 ) -> ModelSource:
     """One `ModelSource` of everything that was asked for; arguments win over fields of `source`."""
-    for key, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != 3:
-            raise ModelError(f"{key} {tuple(values)} must have three values, for red, green and blue")
     base = source if isinstance(source, ModelSource) else parse_settings(ModelSource, {"source": source}, "model")
     given = {
         "weights": None if weights is None else str(weights),
@@ -199,8 +196,8 @@ def _count_classes(model: FloatModel) -> int:
         if channels is not None:
             plural = "" if channels == 1 else "s"
             raise ModelError(
-                f"{model.source.source}: the network takes {channels} channel{plural}, synthquant makes images of 3;"
-                " wrap it in a module that takes 3 (of grey images x.mean(1, keepdim=True))"
+                f"{model.source.source}: the network takes {channels} channel{plural}, and mean and std are of"
+                f" {model.preprocess.channels}; give {channels} value{plural} for each"
             ) from error
         size = "x".join(str(side) for side in model.preprocess.input_size)
         raise ModelError(
@@ -212,14 +209,14 @@ def _count_classes(model: FloatModel) -> int:
 
 
 def _channels_taken(model: FloatModel, message: str) -> int | None:
-    """The number of channels for which a network runs that fails on images of three; none if that is not why.
+    """The number of channels for which a network runs that fails on its images; none if that is not why.
 
     A convolution names its number in the message; what flattens or normalises first is tried.
     """
     named = _WRONG_CHANNELS.search(message)
     if named is not None:
         return int(named[1])
-    for channels in (1, 2, 4):
+    for channels in {1, 2, 3, 4} - {model.preprocess.channels}:
         try:
             with torch.no_grad():
                 model.logits(model.example_images()[:, :1].expand(-1, channels, -1, -1).contiguous())

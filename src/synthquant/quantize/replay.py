@@ -117,7 +117,7 @@ class Replay:
             return inputs.call(self.network)
 
     def run_behind(self, index: int, inputs: Inputs, output: Leaves, stored: Callable[[int], Leaves]) -> Any:
-        """What the network gives for a batch, with `output` for what unit `index` puts out; earlier ones are looked up."""
+        """What the network gives for a batch, with `output` for that of unit `index`; earlier ones are looked up."""
 
         def known(unit: int) -> Leaves:
             return output if unit == index else stored(unit)

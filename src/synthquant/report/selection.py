@@ -29,10 +29,10 @@ class ModelRow(Row):
 
 
 class PixelRow(Row):
-    """Pixel statistics of a set, each of red, green, blue (0..1)."""
+    """Pixel statistics of a set, of each channel (0..1): red, green, blue where there are three."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class StepRow(Row):

@@ -112,6 +112,8 @@ def _in_turns(groups: list[list[int]], count: int) -> list[int]:
 
 
 def _thumbnail(pixels: Tensor, caption: str) -> Thumbnail:
+    if len(pixels) != 3:  # grey, or the first three of many channels
+        pixels = pixels[:3] if len(pixels) > 3 else pixels[:1].expand(3, -1, -1)
     data = (pixels.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     picture = Image.fromarray(data.numpy())
     small = max(picture.size) <= _LOSSLESS_SIDE

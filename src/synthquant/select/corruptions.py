@@ -18,7 +18,7 @@ _GRID = 4
 
 
 def corrupt(pixels: Tensor, kind: Corruption, generator: torch.Generator) -> Tensor:
-    """Return a spoilt copy of one image `[3, H, W]` in 0..1; `generator` belongs to the CPU."""
+    """Return a spoilt copy of one image `[C, H, W]` in 0..1; `generator` belongs to the CPU."""
     if kind == "noise":
         noise = torch.randn(pixels.shape, generator=generator).to(pixels)
         return (pixels + _NOISE * noise).clamp(0, 1)
@@ -34,10 +34,11 @@ def corrupt(pixels: Tensor, kind: Corruption, generator: torch.Generator) -> Ten
 
 def _shuffled(pixels: Tensor, order: Tensor) -> Tensor:
     """A grid of patches in another order; rows and columns beyond the last whole patch stay."""
-    height, width = (size // _GRID for size in pixels.shape[1:])
+    channels, (height, width) = len(pixels), (size // _GRID for size in pixels.shape[1:])
     result = pixels.clone()
     inside = result[:, : height * _GRID, : width * _GRID]
-    patches = inside.reshape(3, _GRID, height, _GRID, width).transpose(2, 3).reshape(3, _GRID**2, height, width)
-    moved = patches[:, order.to(pixels.device)].reshape(3, _GRID, _GRID, height, width).transpose(2, 3)
+    patches = inside.reshape(channels, _GRID, height, _GRID, width).transpose(2, 3)
+    patches = patches.reshape(channels, _GRID**2, height, width)
+    moved = patches[:, order.to(pixels.device)].reshape(channels, _GRID, _GRID, height, width).transpose(2, 3)
     inside.copy_(moved.reshape(inside.shape))
     return result

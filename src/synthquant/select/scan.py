@@ -137,7 +137,7 @@ def _introduce(model: FloatModel, probes: Sequence[Probe]) -> None:
 
 
 def _pixel_moments(pixels: Tensor) -> Tensor:
-    """Mean of each channel and of its square, `[B, 6]`, of `[B, 3, H, W]`."""
+    """Mean of each channel and of its square, `[B, 2C]`, of `[B, C, H, W]`."""
     return torch.cat([pixels.mean((2, 3)), pixels.square().mean((2, 3))], 1)
 
 

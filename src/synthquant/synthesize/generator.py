@@ -23,34 +23,34 @@ LARGEST_SIDE_OF_GENIE = 64
 
 
 def make_generator(
-    kind: GeneratorKind, latent_size: int, image_size: tuple[int, int], device: torch.device
+    kind: GeneratorKind, latent_size: int, image_shape: tuple[int, int, int], device: torch.device
 ) -> Generator:
-    """Return the generator of a kind for images of a size `(H, W)`; its weights are undefined until `reset`."""
+    """Return the generator of a kind for images of a shape `(C, H, W)`; its weights are undefined until `reset`."""
     if kind == "auto":
-        kind = "genie" if max(image_size) <= LARGEST_SIDE_OF_GENIE else "light"
+        kind = "genie" if max(image_shape[1:]) <= LARGEST_SIDE_OF_GENIE else "light"
     if kind == "genie":
-        return Generator(latent_size, image_size, GENIE_WIDTHS, device)
-    return Generator(None, image_size, LIGHT_WIDTHS, device)
+        return Generator(latent_size, image_shape, GENIE_WIDTHS, device)
+    return Generator(None, image_shape, LIGHT_WIDTHS, device)
 
 
 class Generator(nn.Module):
-    """Latents to normalised images `[B, 3, H, W]` with batch mean 0 and deviation 1 per channel.
+    """Latents to normalised images `[B, C, H, W]` with batch mean 0 and deviation 1 per channel.
 
     A linear layer takes latents `[B, latent_size]` to `widths[0]` channels at `1 / 2 ** len(widths)` of the size.
     Without a `latent_size` there is none, and the latents are these maps themselves: of as many latents as a batch has,
     a linear layer of as many inputs reaches any maps, at the price of a matrix of `latent_size` times their size. Then
-    for each width a batch norm and an upsampling convolution to the next width, the last to 3 channels, with leaky
-    ReLU between them; tanh, and a batch norm without parameters. Sizes that do not divide are cropped from the next
-    ones that do. Its weights are undefined until `reset`.
+    for each width a batch norm and an upsampling convolution to the next width, the last to the channels of images,
+    with leaky ReLU between them; tanh, and a batch norm without parameters. Sizes that do not divide are cropped from
+    the next ones that do. Its weights are undefined until `reset`.
     """
 
     def __init__(
-        self, latent_size: int | None, image_size: tuple[int, int], widths: tuple[int, ...], device: torch.device
+        self, latent_size: int | None, image_shape: tuple[int, int, int], widths: tuple[int, ...], device: torch.device
     ) -> None:
         super().__init__()
         step = 2 ** len(widths)
-        height, width = math.ceil(image_size[0] / step), math.ceil(image_size[1] / step)
-        self.image_size = image_size
+        channels, *self.image_size = image_shape
+        height, width = (math.ceil(side / step) for side in self.image_size)
         self.start_shape = (widths[0], height, width)
         self.latent_shape = self.start_shape if latent_size is None else (latent_size,)
         self.device = device
@@ -58,9 +58,9 @@ class Generator(nn.Module):
         with torch.device("meta"):
             self.linear = None if latent_size is None else nn.Linear(latent_size, math.prod(self.start_shape))
             self.norms = nn.ModuleList(nn.BatchNorm2d(width, track_running_stats=False) for width in widths)
-            pairs = zip(widths, (*widths[1:], 3), strict=True)
+            pairs = zip(widths, (*widths[1:], channels), strict=True)
             self.convs = nn.ModuleList(UpsampledConv(inner, outer) for inner, outer in pairs)
-            self.last_norm = nn.BatchNorm2d(3, affine=False, track_running_stats=False)
+            self.last_norm = nn.BatchNorm2d(channels, affine=False, track_running_stats=False)
         self.to_empty(device=device)
 
     def reset(self, generator: torch.Generator) -> None:

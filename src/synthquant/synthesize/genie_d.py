@@ -128,7 +128,8 @@ class GenieD(Settings):
             compute_dtype=self.compute_dtype,
             untrained=self.untrained,
         )
-        generator = make_generator(self.generator, self.latent_size, model.preprocess.input_size, model.device)
+        shape = (model.preprocess.channels, *model.preprocess.input_size)
+        generator = make_generator(self.generator, self.latent_size, shape, model.device)
         need = network.need(model.example_images(2))
         network.pieces = divided(sizes[0], need, self._need(generator), model.device, progress)
         order = Order(model, rng, writer, progress)

@@ -43,10 +43,10 @@ class Noise(Settings):
     ) -> ImageSet:
         """Draw exactly `count` images of the model's input size. Raises `InputError` if `count` is not positive."""
         sizes = batch_sizes(count, self.batch_size)
-        height, width = model.preprocess.input_size
+        shape = (model.preprocess.channels, *model.preprocess.input_size)
 
         def draw(batch: Batch) -> Tensor:
             batch.bar.advance(batch.size)
-            return torch.randn(batch.size, 3, height, width, generator=batch.rng.generator("pixels"))
+            return torch.randn(batch.size, *shape, generator=batch.rng.generator("pixels"))
 
         return make_batches("noise", self, Order(model, rng, writer, progress), sizes, draw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -104,13 +105,13 @@ class ZeroQ(Settings):
             epsilon=TARGET_EPSILON,
             untrained=self.untrained,
         )
-        height, width = model.preprocess.input_size
+        shape = (model.preprocess.channels, *model.preprocess.input_size)
         # Pixels, their gradients and Adam's two moments.
-        pixels_need = Need(0, 4 * 3 * height * width * 4)
+        pixels_need = Need(0, 4 * math.prod(shape) * 4)
         network.pieces = divided(sizes[0], network.need(model.example_images(2)), pixels_need, model.device, progress)
 
         def make_batch(batch: Batch) -> Tensor:
-            start = torch.randn(batch.size, 3, height, width, generator=batch.rng.generator("pixels")) * self.start_std
+            start = torch.randn(batch.size, *shape, generator=batch.rng.generator("pixels")) * self.start_std
             pixels = start.to(model.device, memory_format=torch.channels_last).requires_grad_()
             optimizer, rate = adam([pixels], self.pixel_lr)
             return invert(
