@@ -154,6 +154,14 @@ def float_beside_quantized(
     return [before.row("float") | float_cost(quant_model).row(), result.row(name) | cost], result
 
 
+def costs_and_sqnr(quant_model: QuantModel, sqnr: float | None) -> list[dict[str, Any]]:
+    """Return the rows of the accuracy table for a network that is no classifier: costs, and its outputs' SQNR [dB]."""
+    return [
+        {"name": "float"} | float_cost(quant_model).row(),
+        {"name": quant_model.scheme.name, "sqnr": sqnr} | quantized_cost(quant_model).row(),
+    ]
+
+
 def _measure(
     network: nn.Module,
     model: FloatModel,

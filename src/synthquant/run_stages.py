@@ -16,10 +16,10 @@ from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, Select
 from synthquant.core.working_folder import size_of
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
-from synthquant.evaluate.agreement import measure_sqnr
+from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.make import build, image_bytes, quantize, select, synthesize
-from synthquant.measure import float_beside_quantized
+from synthquant.measure import costs_and_sqnr, float_beside_quantized
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.coverage import summarize
@@ -167,8 +167,9 @@ class SelectStage(Stage):
         require_recorded(images.fingerprint, folder.record.metrics("select", SelectMetrics).fingerprint)
 
     def check(self, run: Run) -> None:
-        """Raise `UnsupportedModelError` if a filter does not work for the network."""
+        """Raise `UnsupportedModelError` if a filter does not work for the network, or that gives no logits."""
         assert run.recipe.select is not None
+        run.model.require_logits()
         require_supported(run.recipe.select.build(), run.model)
 
     def do(self, run: Run) -> dict[str, Any]:
@@ -266,6 +267,7 @@ class EvaluateStage(Stage):
         """Open the images to measure on; raises `DataError` if labels are missing or no classes of the network."""
         section = run.recipe.evaluate
         if section is not None:
+            run.model.require_logits()
             run.real = in_classes_of(section.open(), classes_of(run.model), section.data, run.progress)
             _require_labels(run.real, section.data, run.model, run.progress)
 
@@ -275,12 +277,18 @@ class EvaluateStage(Stage):
         images = run.images if run.real is None else run.real
         if images is None or run.quant_model is None:
             raise DataError("there are no images to measure on; name some as evaluate.data")
-        rows, result = float_beside_quantized(section, run.model, run.quant_model, images, progress)
+        found: dict[str, Any]
+        if run.model.task == "classify":
+            rows, result = float_beside_quantized(section, run.model, run.quant_model, images, progress)
+            found = {"count": result.count, "accuracy": rows}
+        else:
+            outputs = measure_output_sqnr(run.quant_model, images, float_model=run.model)
+            rows = costs_and_sqnr(run.quant_model, outputs.total)
+            found = {"count": len(images), "accuracy": rows, "output_sqnr": asdict(outputs)}
         sqnr = measure_sqnr(run.quant_model, images, float_model=run.model, progress=progress)
         return say_what_was_read(images, progress, section.data if section else _GIVEN) | {
             "data": section.data if section else None,
-            "count": result.count,
-            "accuracy": rows,
+            **found,
             "sqnr": [row.row() for row in sqnr],
         }
 

@@ -10,14 +10,18 @@ import torch
 from tests.toy_networks import TOYS, InMemory, Toy, toy
 from torch import nn
 
+from synthquant import pipeline
+from synthquant.cli.output import print_run
 from synthquant.core.errors import DataError, ModelError, UnsupportedModelError, VerificationError
 from synthquant.core.rng import Rng
+from synthquant.core.run_metrics import EvaluateMetrics
 from synthquant.data.preprocess import Preprocess
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.methods import QuantReport, Synthesizer
 from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.open import open_model
 from synthquant.models.signature import Inputs, named_outputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize import Brecq, GenieM, Rtn
@@ -25,6 +29,7 @@ from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.fisher import divergence
+from synthquant.recipe import Recipe
 from synthquant.synthesize import GenieD, Noise, ZeroQ
 
 
@@ -151,6 +156,61 @@ def test_what_is_given_must_be_what_the_network_takes() -> None:
         conditioned.model.example_images(2)
     with pytest.raises(UnsupportedModelError, match="is no classifier"):
         unet.model.logits(torch.zeros(2, 1, 8, 8))
+
+
+FILE = """
+from tests.toy_networks import Detector, toy
+from synthquant import Inputs
+import torch
+
+def detector():
+    network = toy("detector").model.module
+    return network
+
+def unet():
+    one = toy("unet")
+    return one.model.module, one.samples.inputs.rows(0, 3)
+
+def wrong():
+    return torch.nn.Linear(2, 2), Inputs((torch.ones(2, 3),))
+"""
+
+
+def test_a_run_on_a_network_with_a_dictionary_of_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "networks.py"
+    path.write_text(FILE, encoding="utf-8")
+    model = {"source": f"{path}:detector", "input_size": [8, 8], "mean": [0.5] * 3, "std": [0.25] * 3, "task": "other"}
+    images = {"method": "zeroq", "count": 8, "batch_size": 8, "iterations": 2}
+    recipe = {"model": model, "images": images, "quantize": {"method": "rtn", "scheme": "W4A8"}}
+    record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+    found = record.metrics("evaluate", EvaluateMetrics)
+    assert found.output_sqnr is not None and found.output_sqnr.outputs.keys() == {"boxes.0", "boxes.1", "scores"}
+    assert found.accuracy is not None and found.accuracy[1].sqnr == found.output_sqnr.total
+    print_run(tmp_path / "run", record, as_json=False)
+    assert " dB" in capsys.readouterr().out
+    loaded = load_checkpoint(tmp_path / "run" / "model", trust_code=True)
+    assert loaded.float_model.task == "other" and set(loaded(torch.randn(2, 3, 8, 8))) == {"boxes", "scores", "best"}
+    for more in ({"select": ["energy:0.5"]}, {"evaluate": "bundled/cifar10-test"}):
+        with pytest.raises(UnsupportedModelError, match="is no classifier"):
+            pipeline.run(Recipe.parse(recipe | more), tmp_path / "other")
+    with pytest.raises(UnsupportedModelError, match=r"returns a dict for 2 images, .*or set model.task=other"):
+        open_model(ModelSource.model_validate(model | {"task": "classify"}))
+
+
+def test_a_user_file_gives_an_example_of_its_inputs(tmp_path: Path) -> None:
+    path = tmp_path / "networks.py"
+    path.write_text(FILE, encoding="utf-8")
+    model = open_model(f"{path}:unet", task="other")
+    assert [name for name, _ in model.example(5).named()] == ["0", "1"] and model.num_classes is None
+    quant_model = QuantModel.build(model, "W8A8")
+    Rtn(calibration_images=16).apply(quant_model, toy("unet").samples, Rng(0))
+    loaded = load_checkpoint(save_checkpoint(quant_model, tmp_path / "model"), trust_code=True)
+    x, step = toy("unet").samples.inputs.tensors
+    assert torch.equal(loaded(x, step), quant_model(x, step))
+    with pytest.raises(ModelError, match=r"comes with an example of its inputs, not images; leave out --mean"):
+        open_model(f"{path}:unet", task="other", mean=[0.5])
+    with pytest.raises(ModelError, match="wrong fails on its example"):
+        open_model(f"{path}:wrong", task="other")
 
 
 def seen_by_batch_norms(channels: int) -> FloatModel:

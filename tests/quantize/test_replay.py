@@ -155,7 +155,7 @@ def test_a_way_without_gradient_makes_all_earlier_units_sources() -> None:
     _, blocks = replay_of(Keywords(), "block")
     assert [unit.name for unit in blocks.units] == ["stem", "blocks.0", "blocks.1", "fc"]
     assert blocks.sources[2] == {NETWORK_INPUT, 0, 1}, "its gate is a comparison with what the stem gave"
-    kinds = blocks.inputs[1].kinds
+    kinds = blocks.inputs[1].specs
     assert [kind.per_sample for kind in kinds] == [1, 1, 0, 0, 0] and kinds[4].per_count == 1
 
 

@@ -61,6 +61,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         "recovery": _percent,
         "agreement": _percent,
         "kl": lambda value: f"{value:.4f}",
+        "sqnr": lambda value: f"{value:.1f} dB",
         "size_bytes": lambda value: f"{value / 1024:.0f} KiB",
     }
     present = [name for name in columns if any(row.get(name) is not None for row in rows)]

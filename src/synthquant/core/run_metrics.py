@@ -35,6 +35,7 @@ class AccuracyRow(Row):
     interval: tuple[Share, Share] | None = None
     agreement: Share | None = None
     kl: Size | None = None
+    sqnr: Number | None = None
     recovery: Size | None = None
     size_bytes: Size | None = None
     bit_operations: Size | None = None
@@ -62,6 +63,13 @@ class SqnrRow(Row):
     activations: Number | None = None
     alone: Number | None = None
     cumulative: Number | None = None
+
+
+class OutputSqnrRow(Row):
+    """Those of the outputs of a network that is no classifier [dB], together and one by one."""
+
+    total: Number | None = None
+    outputs: dict[str, Number | None]
 
 
 class CoverageRow(Row):
@@ -184,6 +192,7 @@ class EvaluateMetrics(ReadMetrics):
     count: Count | None = None
     accuracy: Annotated[tuple[AccuracyRow, ...], Field(min_length=2, max_length=2)] | None = None
     sqnr: tuple[SqnrRow, ...] = ()
+    output_sqnr: OutputSqnrRow | None = None
 
 
 class ReportMetrics(Metrics):

@@ -51,6 +51,10 @@ class _Source(Settings):
     num_classes: int | None = Field(default=None, ge=1, le=10**7)
     """Number of classes, where it differs from the architecture's own."""
 
+    task: Task = "classify"
+    """What the network gives: logits of classes (`classify`), or any tree of tensors (`other`), whose distance to those
+    of the float network is measured instead of accuracy."""
+
 
 class ModelSource(_Source):
     """Where a network comes from, in the words of the user: it may name code, which runs."""
@@ -161,12 +165,15 @@ class FloatModel:
         Raises `UnsupportedModelError` if the network is no classifier or does not return logits of that shape.
         """
         self.require_logits()
-        logits = self.module(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        return self.checked_logits(self.module(images), len(images))
+
+    def checked_logits(self, logits: Any, count: int) -> Tensor:
+        """Return what the network gave; raises `UnsupportedModelError` if it is not logits of so many samples."""
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count:
             found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise UnsupportedModelError(
-                f"{self.source.source}: the network returns {found} for {len(images)} images, not logits"
-                f" [{len(images)}, classes]; wrap it in a module that does"
+                f"{self.source.source}: the network returns {found} for {count} images, not logits [{count}, classes];"
+                " wrap it in a module that does, or set model.task=other"
             )
         return logits
 

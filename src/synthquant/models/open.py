@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
 from synthquant.models.batch_norm import batch_norm_findings
-from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.float_model import FloatModel, ModelSource, Task
 from synthquant.models.libraries import LIBRARIES, LogitsOnly
 from synthquant.models.opened import FOREIGN_ERRORS, Opened, failed, known_preprocess
+from synthquant.models.signature import Inputs, named_outputs
 from synthquant.models.user_file import call_user_function, names_code
 from synthquant.models.weights import load_weights, one_line
 from synthquant.models.zoo import ZOO
@@ -37,43 +39,47 @@ def open_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     num_classes: int | None = None,
+    task: Task | None = None,
     device: torch.device | str = "cpu",
     pretrained: bool = True,
     progress: Progress = QUIET,
 ) -> FloatModel:
-    """Open a classifier by its name, with the weights in float32, in eval mode and without gradients.
+    """Open a network by its name, with the weights in float32, in eval mode and without gradients.
 
     `input_size` is in pixels (height, width); `mean` and `std` are for pixels in 0..1. They are needed where the model
     does not bring its preprocessing, and replace it elsewhere. With `weights` a file is loaded instead of the published
     weights. `pretrained=False` builds the architecture with random weights and ignores files: the same on every call,
     and the global random state stays as it is. The network is run once on noise, so a wrong input size is found here.
+    With the task `other` it need not be a classifier. A function of a user's file may return an example of the inputs
+    beside the network (`module, Inputs(...)`), which then takes those instead of images.
     `progress` is told of batch norms that have seen no batch or keep variances of 0.
 
     A source `FILE.py:FUNCTION` is run: it is taken for the caller's own words. What a file says about where its network
     came from is a `RecordedSource` and not accepted here.
 
-    Raises `ModelError` for a name, file or setting that cannot be used, `UnsupportedModelError` if the network is not a
-    classifier of images, `MissingExtraError` if its library is not installed, `InputError` if there is no such device.
+    Raises `ModelError` for a name, file or setting that cannot be used, `UnsupportedModelError` if the network does not
+    give logits, or no tensors where its task is `other`, `MissingExtraError` if its library is not installed,
+    `InputError` if there is no such device.
     """
-    request = _request(source, weights, input_size, mean, std, num_classes)
+    request = _request(source, weights, input_size, mean, std, num_classes, task)
     place = torch.device(resolve_device(str(device)))
     published = pretrained and request.weights is None
     if published and request.num_classes is not None and not names_code(request.source):
         raise ModelError(f"{request.source}: another number of classes needs weights of your own; give --weights FILE")
     opened = _build(request, published)
-    preprocess = _preprocess(opened.preprocess, request)
+    takes = _preprocess(opened.preprocess, request) if opened.example is None else _example(opened.example, request)
     module = opened.module
     if pretrained and request.weights is not None:
         load_weights(module.model if isinstance(module, LogitsOnly) else module, Path(request.weights))
     module = module.float().eval().requires_grad_(False).to(place)
     name = request.source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
-    model = FloatModel(module, preprocess, name, request, device=place)
+    model = FloatModel(module, takes, name, request, request.task, device=place)
     classes = _count_classes(model)
     if pretrained:
         for finding in batch_norm_findings(module):
             progress.warn(f"{name}: {finding}")
     names = opened.class_names if opened.class_names and len(opened.class_names) == classes else None
-    return FloatModel(module, preprocess, name, request, num_classes=classes, class_names=names, device=place)
+    return replace(model, num_classes=classes, class_names=names)
 
 
 def _request(
@@ -83,6 +89,7 @@ def _request(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     num_classes: int | None,
+    task: Task | None,
 ) -> ModelSource:
     """One `ModelSource` of everything that was asked for; arguments win over fields of `source`."""
     base = source if isinstance(source, ModelSource) else parse_settings(ModelSource, {"source": source}, "model")
@@ -92,6 +99,7 @@ def _request(
         "mean": mean,
         "std": std,
         "num_classes": num_classes,
+        "task": task,
     }
     merged = base.model_dump() | {key: value for key, value in given.items() if value is not None}
     return parse_settings(ModelSource, merged, where=f"model {base.source}")
@@ -140,7 +148,8 @@ def _open_file(name: str, request: ModelSource, published: bool) -> Opened:
     if request.num_classes is not None:
         raise ModelError(f"{name}: the function fixes the number of classes; change it there")
     try:
-        return Opened(call_user_function(name))
+        module, example = call_user_function(name)
+        return Opened(module, example=example)
     except InputError:
         raise
     except SystemExit as error:  # a script, with its own command line
@@ -174,6 +183,16 @@ def _preprocess(known: Preprocess | None, request: ModelSource) -> Preprocess:
     return known_preprocess(request, **(known.model_dump() | given))
 
 
+def _example(example: Inputs, request: ModelSource) -> Inputs:
+    """The example that a user's function gave; raises `ModelError` for settings of images, which would do nothing."""
+    given = [f"--{key.replace('_', '-')}" for key in ("input_size", "mean", "std") if getattr(request, key) is not None]
+    if given:
+        raise ModelError(
+            f"{request.source} comes with an example of its inputs, not images; leave out {', '.join(given)}"
+        )
+    return example
+
+
 def _rescaled(known: Preprocess, size: tuple[int, int]) -> int | tuple[int, int] | None:
     """The resize that keeps as much of an image in view as before, for another input size."""
     if known.resize is None:
@@ -184,14 +203,20 @@ def _rescaled(known: Preprocess, size: tuple[int, int]) -> int | tuple[int, int]
     return round(height * size[0] / old_height), round(width * size[1] / old_width)
 
 
-def _count_classes(model: FloatModel) -> int:
-    """Run the network once on noise and return the number of logits; raises `ModelError` if that goes wrong."""
+def _count_classes(model: FloatModel) -> int | None:
+    """Run the network once on noise and return the number of logits, if it gives some.
+
+    Raises `ModelError` if that goes wrong.
+    """
     try:
         with torch.no_grad():
-            logits = model.logits(model.example_images())
+            output = model.example().call(model.module)
+            outputs = {"logits": model.checked_logits(output, 2)} if model.task == "classify" else named_outputs(output)
     except ModelError:
         raise
     except FOREIGN_ERRORS as error:
+        if isinstance(model.takes, Inputs):
+            raise ModelError(f"{model.source.source} fails on its example ({one_line(error)})") from error
         channels = _channels_taken(model, str(error))
         if channels is not None:
             plural = "" if channels == 1 else "s"
@@ -203,9 +228,11 @@ def _count_classes(model: FloatModel) -> int:
         raise ModelError(
             f"{model.source.source} fails on an image of {size} ({one_line(error)}); is --input-size right?"
         ) from error
-    if not bool(torch.isfinite(logits).all()):
-        raise ModelError(f"{model.source.source} returns NaN or infinite logits for noise; its weights are damaged")
-    return logits.shape[1]
+    for name, values in outputs.items():
+        if not bool(torch.isfinite(values).all()):
+            what = name if name == "logits" else f"values {name}".rstrip()
+            raise ModelError(f"{model.source.source} returns NaN or infinite {what} for noise; its weights are damaged")
+    return outputs["logits"].shape[1] if model.task == "classify" else None
 
 
 def _channels_taken(model: FloatModel, message: str) -> int | None:
@@ -219,7 +246,7 @@ def _channels_taken(model: FloatModel, message: str) -> int | None:
     for channels in {1, 2, 3, 4} - {model.preprocess.channels}:
         try:
             with torch.no_grad():
-                model.logits(model.example_images()[:, :1].expand(-1, channels, -1, -1).contiguous())
+                model.module(model.example_images()[:, :1].expand(-1, channels, -1, -1).contiguous())
         except FOREIGN_ERRORS:
             continue
         return channels

@@ -11,6 +11,7 @@ from synthquant.core.errors import ModelError
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
 from synthquant.models.float_model import ModelSource
+from synthquant.models.signature import Inputs
 from synthquant.models.weights import one_line
 
 # What building or running a foreign network may raise: its code is not ours, so this is wide, but Ctrl-C still works.
@@ -27,6 +28,8 @@ class Opened:
     module: nn.Module
     preprocess: Preprocess | None = None
     class_names: tuple[str, ...] | None = None
+    example: Inputs | None = None
+    """Of its inputs, for a network that takes something else than images."""
 
 
 def known_preprocess(request: ModelSource, **values: Any) -> Preprocess:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from synthquant.core.errors import ModelError, did_you_mean
 from synthquant.core.modules import replace_module
+from synthquant.models.signature import Inputs
 
 
 def names_code(source: str) -> bool:
@@ -30,9 +31,10 @@ def same_code(one: str, other: str) -> bool:
     return (Path(file).name, function) == (Path(other_file).name, other_function)
 
 
-def call_user_function(reference: str) -> nn.Module:
+def call_user_function(reference: str) -> tuple[nn.Module, Inputs | None]:
     """Call the function that `FILE.py:FUNCTION` names, without arguments, and return its network.
 
+    A network that takes something else than images comes with an example of its inputs: the function then returns both.
     The file may import its neighbours. Raises `ModelError` if there is no such file or function, or if it returns
     something else; what the user's own code raises is passed on.
     """
@@ -49,9 +51,15 @@ def call_user_function(reference: str) -> nn.Module:
                 f"{path} has no function {name!r};{did_you_mean(name, own)} it has: {', '.join(own) or 'none'}"
             )
         module = function()
+    example = None
+    if isinstance(module, tuple) and len(module) == 2 and isinstance(module[1], Inputs):
+        module, example = module
     if not isinstance(module, nn.Module):
-        raise ModelError(f"{reference} returned a {type(module).__name__}; it must return a torch.nn.Module")
-    return plain_module(module, reference)
+        raise ModelError(
+            f"{reference} returned a {type(module).__name__}; it must return a torch.nn.Module, or one with an example"
+            " of its inputs (synthquant.Inputs)"
+        )
+    return plain_module(module, reference), example
 
 
 def plain_module(module: nn.Module, reference: str) -> nn.Module:
