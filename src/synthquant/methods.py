@@ -305,7 +305,7 @@ class ExportedNetwork:
     """A file that an exporter wrote, opened: what it computes, and what it says about itself."""
 
     run: Callable[[Tensor], Tensor]
-    """Images `[B, 3, H, W]`, normalised, to logits `[B, classes]`, both on the CPU."""
+    """Images `[B, C, H, W]`, normalised, to logits `[B, classes]`, both on the CPU."""
     preprocess: Preprocess
     """How images become input."""
     scheme: QuantScheme

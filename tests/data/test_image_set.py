@@ -354,8 +354,8 @@ def test_a_set_of_the_first_format_is_read_and_says_the_second_when_it_is_writte
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(3, 4, 4), r"shape \[N, 3, height, width\], got \[3, 4, 4\]"),
-        (torch.zeros(2, 1, 4, 4), "shape"),
+        (torch.zeros(3, 4, 4), r"shape \[N, channels, height, width\], got \[3, 4, 4\]"),
+        (torch.zeros(2, 0, 4, 4), "shape"),
         (torch.zeros(2, 3, 0, 4), "shape"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.int64), r"uint8 or floats in 0\.\.1, got torch\.int64"),
     ],

@@ -240,7 +240,7 @@ def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
         (
             "zoo/cifar10-resnet20",
             {"mean": (0.5,)},
-            ModelError,
+            InputError,
             "mean has 1 values and std 3",
         ),
         (

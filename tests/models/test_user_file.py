@@ -31,7 +31,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_function_is_called_and_may_use_neighbouring_files(file: Path) -> None:
     before = list(sys.path)
-    module = call_user_function(f"{file}:make")
+    module, example = call_user_function(f"{file}:make")
+    assert example is None
     assert isinstance(module, nn.Linear)
     assert module.in_features == 5
     assert sys.path == before
@@ -71,7 +72,7 @@ def lazy():
 def test_compiled_parts_are_unwrapped_and_what_is_no_network_of_modules_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "forms.py"
     file.write_text(FORMS, encoding="utf-8")
-    found = call_user_function(f"{file}:compiled")
+    found, _ = call_user_function(f"{file}:compiled")
     assert [type(part).__name__ for part in found.modules()] == [
         "Sequential",
         "Sequential",

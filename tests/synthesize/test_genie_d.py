@@ -182,10 +182,10 @@ def test_resumed_run_ends_with_the_same_bytes(tiny: FloatModel, tmp_path: Path) 
     interrupted = writer(tmp_path / "resumed", tiny, 10)
     append = interrupted.append
 
-    def append_once(images: torch.Tensor) -> None:
+    def append_once(images: torch.Tensor, *more: object) -> None:
         if interrupted.finished_parts == 1:
             raise Stopped
-        append(images)
+        append(images, *more)  # type: ignore[arg-type]
 
     interrupted.append = append_once  # type: ignore[method-assign, assignment]  # stands for a kill
     with pytest.raises(Stopped):

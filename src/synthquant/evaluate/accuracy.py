@@ -98,7 +98,7 @@ def evaluate_model(
     """Run `model` on every readable image of `data` and compare with the labels and with `reference_logits`.
 
     Args:
-        model: takes normalised images `[B, 3, H, W]`, returns logits `[B, classes]`. A module is put into eval mode for
+        model: takes normalised images `[B, C, H, W]`, returns logits `[B, classes]`. A module is put into eval mode for
             the call and back afterwards.
         preprocess: the preprocessing of the network.
         data: images, labelled or not.

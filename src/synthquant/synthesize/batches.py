@@ -60,7 +60,7 @@ class Made:
     """One batch as it is stored."""
 
     pixels: Tensor
-    """Images in pixel space, `[n, 3, H, W]`."""
+    """Images in pixel space, `[n, C, H, W]`."""
     labels: Tensor | None = None
     """Their classes, int64 `[n]`."""
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -129,7 +129,7 @@ def make_batches(
         settings: the method.
         order: for which network, and where images and progress go.
         sizes: of all batches, those on disk too.
-        make_batch: gives normalised images `[n, 3, H, W]`.
+        make_batch: gives normalised images `[n, C, H, W]`.
         iterations: of a batch, which the progress bar counts; none: it counts images.
     """
     steps = sizes if iterations is None else [iterations] * len(sizes)

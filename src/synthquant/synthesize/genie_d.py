@@ -150,7 +150,7 @@ class GenieD(Settings):
         return images
 
     def _make_batch(self, network: InvertedNetwork, generator: Generator, batch: Batch) -> Tensor:
-        """Train the generator from scratch for one batch; returns normalised images `[B, 3, H, W]`."""
+        """Train the generator from scratch for one batch; returns normalised images `[B, C, H, W]`."""
         device, source = generator.device, batch.rng
         generator.reset(source.generator("generator"))
         latents = torch.randn(batch.size, *generator.latent_shape, generator=source.generator("latents"))

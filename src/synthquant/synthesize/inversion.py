@@ -82,7 +82,7 @@ class InvertedNetwork:
         self.swing = SwingOffsets(self._network, model.device) if swing else None
 
     def loss(self, images: Tensor) -> Tensor:
-        """Distance of the statistics of normalised images `[B, 3, H, W]` to what the network remembers; a scalar.
+        """Distance of the statistics of normalised images `[B, C, H, W]` to what the network remembers; a scalar.
 
         Adds the distance of each image's own statistics to mean 0 and deviation 1.
         """
