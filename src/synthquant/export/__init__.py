@@ -1,8 +1,9 @@
 """Write a quantized network to files and read it back.
 
 - `checkpoint`: checkpoints: a folder with codes, scales and a config in JSON.
-- `compare`: compare a written network with the quantized network it was made from, on the same images.
+- `compare`: compare a written network with the quantized network it was made from, on the same samples.
 - `deploy`: a private copy of a quantized network that computes with integer weights, as a runtime will.
+- `flat`: a network as a map from tensors to tensors, whatever trees it takes and gives.
 - `grids`: codes and scales of a quantized network in the forms that files hold.
 - `onnx/`: the door to onnx, onnxscript and onnxruntime.
 - `packing`: bit packing: codes of b bits, stored next to each other in bytes.

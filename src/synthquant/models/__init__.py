@@ -13,6 +13,8 @@
 - `opened`: what an opener of networks returns, and how it says that it could not.
 - `operation_names`: what an operation is called: its module, its function and its number there.
 - `products`: every matrix product of a forward pass.
+- `samples`: what a network is calibrated and measured with: batches of inputs, wherever they come from.
+- `signature`: what a network, or a part of it, takes and gives: inputs, tensor specs, trees of tensors.
 - `trace`: which tensor flows where: one forward pass of an eager network, watched from outside.
 - `user_file`: a network from a function in a user's own Python file.
 - `watched_batch_norms`: a network whose batch norms say what enters them, and how far that is from what they remember.
