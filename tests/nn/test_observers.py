@@ -212,3 +212,43 @@ def test_histogram_says_what_is_wrong() -> None:
     with pytest.raises(DataError, match="not finite"):
         filled(torch.tensor([1.0, float("nan")]), 2)
     assert ActivationHistogram().empty and not filled(torch.ones(3), 2).empty
+
+
+@pytest.mark.parametrize("batch", [1, 7, 40])
+def test_running_ranges_are_moving_averages_over_images(batch: int) -> None:
+    """Against the recursion, started without an image: `m = 0.99 m + 0.01 x`, divided by what the weights add up to."""
+    x = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(2))
+    x[11, 1, 2] = 60.0  # one outlier
+    low = high = weight = 0.0
+    for image in x.double():
+        low, high = 0.99 * low + 0.01 * float(image.min()), 0.99 * high + 0.01 * float(image.max())
+        weight = 0.99 * weight + 0.01
+    samples = filled(x, batch).samples()
+    assert samples.running is not None and float(samples.high) == 60
+    found = torch.cat(samples.running)
+    assert torch.allclose(found, torch.tensor([low / weight, high / weight]), rtol=1e-6)
+    scale, zero_point = OBSERVERS.get("running")(samples, 8, symmetric=False, zero_inside=True)
+    assert float(scale) == pytest.approx((high - low) / weight / 255, rel=1e-6)
+    assert float(zero_point) == round(-low / weight / float(scale))
+    weights = Samples.of_rows(x.flatten(1))
+    both = [OBSERVERS.get(name)(weights, 4, symmetric=True, zero_inside=False) for name in ("running", "minmax")]
+    assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1]), "weights have no images"
+
+
+@pytest.mark.parametrize(("shape", "channel"), [((9, 4, 6, 5), 1), ((9, 12, 4), -1), ((9, 4), 1)])
+@pytest.mark.parametrize("name", ["minmax", "running", "genie", "qdrop"])
+def test_histograms_of_channels_are_those_of_each_channel_alone(
+    shape: tuple[int, ...], channel: int, name: str
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4)).relu()
+    x = x * torch.tensor([1.0, 0.1, 30.0, 5.0]).view([4 if d == channel % len(shape) else 1 for d in range(len(shape))])
+    together = ActivationHistogram(channel=channel)
+    for look in (together.observe_range, together.observe):
+        for part in x.split(4):
+            look(part)
+    search = OBSERVERS.get(name)
+    scale, zero_point = search(together.samples(), 3, symmetric=False, zero_inside=True)
+    assert scale.shape == zero_point.shape == (4,)
+    for index in range(4):
+        alone = search(filled(x.select(channel, index), 4).samples(), 3, symmetric=False, zero_inside=True)
+        assert torch.allclose(scale[index], alone[0], rtol=1e-5) and torch.equal(zero_point[index], alone[1][0])

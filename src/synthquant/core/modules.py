@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from synthquant.core.errors import ModelError, did_you_mean
@@ -47,6 +49,12 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in former:
             part.training = training
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are; the CPU if it has none."""
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager

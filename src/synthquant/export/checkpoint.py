@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -53,6 +53,7 @@ _FORMAT = "synthquant-packed"
 _VERSION = 2
 _EQUALIZED = 3
 _UNCLIPPED = 4
+_UNFOLDED = 5
 # Of the first version, which did not carry the hash of its own content.
 _UNSEALED = {"format": _FORMAT, "format_version": 1}
 
@@ -94,7 +95,7 @@ class QuantConfig(Settings):
     """Always `synthquant-packed`."""
     format_version: int = _VERSION
     """Version of the format; since 2 the file carries the hash of its own content; 3 is of equalised networks,
-    4 of those with unclipped codes."""
+    4 of those with unclipped codes, 5 of those whose batch norms stay."""
     synthquant_version: str
     """Release that wrote the checkpoint."""
     scheme: QuantScheme
@@ -111,6 +112,15 @@ class QuantConfig(Settings):
     """How images become input; none: the network takes something else."""
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Hash of `model.safetensors`."""
+    fold: bool = True
+    """Batch norms are folded; left out where they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_folding(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.fold:
+            fields.pop("fold", None)
+        return fields
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,7 @@ def load_checkpoint(
         raise ModelError(f"the checkpoint was made from other weights of {name} than the float model given")
     placed = float_model if device is None else float_model.to(device)
     equalization, tensors = Equalization.split(tensors)
-    quant_model = QuantModel.build(placed, config.scheme, equalization)
+    quant_model = QuantModel.build(placed, config.scheme, equalization, fold=config.fold)
     _check_layers(config, _layer_entries(quant_model), folder)
     try:
         quant_model.load_state(_unpacked(config, tensors, path))
@@ -261,9 +271,9 @@ def read_config(folder: Path) -> QuantConfig:
         content = read_sealed_json(path, unsealed=_UNSEALED)
         if content.get("format") != _FORMAT:
             raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
-        if content.get("format_version") not in (_UNSEALED["format_version"], _VERSION, _EQUALIZED, _UNCLIPPED):
+        if content.get("format_version") not in (1, _VERSION, _EQUALIZED, _UNCLIPPED, _UNFOLDED):
             raise ModelError(
-                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_UNCLIPPED}"
+                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_UNFOLDED}"
             )
         return parse_settings(QuantConfig, content, str(path))
     except ModelError:
@@ -299,11 +309,14 @@ def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
         float_model=float_model_entry(model),
         preprocess=model.takes if isinstance(model.takes, Preprocess) else None,
         weights_sha256=weights_sha256,
+        fold=quant_model.fold,
     )
 
 
 def _version(quant_model: QuantModel) -> int:
     """The lowest version that has room for all of the network."""
+    if not quant_model.fold:
+        return _UNFOLDED
     quantizers = [layer.weight_quantizer for layer in quant_model.layers.values()]
     if any(quantizer is not None and quantizer.unclipped for quantizer in quantizers):
         return _UNCLIPPED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import ModelError, UnsupportedModelError
-from synthquant.core.modules import hooked
+from synthquant.core.modules import device_of, hooked
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
@@ -109,7 +109,11 @@ class FloatModel:
     task: Task = "classify"
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return device_of(self.module)
 
     @property
     def fingerprint(self) -> str:
@@ -198,4 +202,4 @@ class FloatModel:
 
     def to(self, device: torch.device | str) -> FloatModel:
         """The same model on `device`. The module itself moves, so the old value is on `device` too."""
-        return replace(self, module=self.module.to(device), device=torch.device(device))
+        return replace(self, module=self.module.to(device))

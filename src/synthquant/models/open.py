@@ -73,7 +73,7 @@ def open_model(
         load_weights(module.model if isinstance(module, LogitsOnly) else module, Path(request.weights))
     module = module.float().eval().requires_grad_(False).to(place)
     name = request.source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
-    model = FloatModel(module, takes, name, request, request.task, device=place)
+    model = FloatModel(module, takes, name, request, request.task)
     classes = _count_classes(model)
     if pretrained:
         for finding in batch_norm_findings(module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from synthquant.core.errors import SchemeError, UnsupportedModelError
+from synthquant.core.errors import ModelError, SchemeError, UnsupportedModelError
 from synthquant.core.modules import get_module, hooked
 from synthquant.models.batch_norm import fold_batch_norms
 from synthquant.models.blocks import Granularity, Unit, block_inputs, find_units, shared_inputs
@@ -41,6 +41,7 @@ class Parts:
     Attributes:
         module: the network, quantizers in place.
         folded: pairs (batch norm, layer it was folded into).
+        fold: batch norms were folded where that is possible.
         layers: quantized layers by name, in execution order.
         quantizers: activation quantizers by name, each once.
         reads: for each layer whose input is quantized, the name of the quantizer of that tensor.
@@ -52,6 +53,7 @@ class Parts:
 
     module: nn.Module
     folded: list[tuple[str, str]]
+    fold: bool = True
     layers: dict[str, QuantLayer] = field(default_factory=dict)
     quantizers: dict[str, ActivationQuantizer] = field(default_factory=dict)
     reads: dict[str, str] = field(default_factory=dict)
@@ -61,7 +63,9 @@ class Parts:
     units: dict[Granularity, list[Unit]] = field(default_factory=dict)
 
 
-def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equalization | None = None) -> Parts:
+def build_parts(
+    float_model: FloatModel, scheme: QuantScheme, equalization: Equalization | None = None, *, fold: bool = True
+) -> Parts:
     """Copy `float_model`, fold its batch norms and put in quantizers by `scheme`; ranges are not calibrated yet.
 
     Layers are turned into quantized ones where they stand in the module tree, and quantizers are shared where several
@@ -70,9 +74,11 @@ def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equa
 
     Raises:
         SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
-        ModelError: the equalisation is one of another network.
+        ModelError: the equalisation is one of another network, or batch norms are not to be folded with it.
     """
-    parts = Parts(*folded_copy(float_model))
+    if equalization is not None and not fold:
+        raise ModelError(f"{float_model.name}: channels are equalised in a network whose batch norms are folded")
+    parts = Parts(*folded_copy(float_model, fold=fold), fold)
     example = float_model.example(2)
     if equalization is not None:
         equalization.apply(parts.module)
@@ -93,15 +99,15 @@ def build_parts(float_model: FloatModel, scheme: QuantScheme, equalization: Equa
     return parts
 
 
-def folded_copy(float_model: FloatModel) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """A copy of the network without gradients, every product visible and batch norms folded, and pairs of these.
+def folded_copy(float_model: FloatModel, *, fold: bool = True) -> tuple[nn.Module, list[tuple[str, str]]]:
+    """A copy of the network without gradients, every product visible and batch norms folded if `fold`, and these.
 
     Returns:
         The network, and the pairs (batch norm, layer it was folded into).
     """
     module, example = copy_network(float_model.module).eval().requires_grad_(False), float_model.example(2)
     make_visible(module, example)
-    return module, fold_batch_norms(module, example)
+    return module, fold_batch_norms(module, example) if fold else []
 
 
 def _count(float_model: FloatModel, parts: Parts, example: Inputs) -> None:

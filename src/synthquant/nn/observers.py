@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,6 +27,8 @@ _SAME_VALUE = 1e-4
 # Above this many bits QDrop's search over zero points gives way to zero points that follow the ends of the range: the
 # zero point is then finer than 1/32 of the range, and the search costs `100 * 2**bits` passes.
 _FREE_ZERO_POINT_BITS = 5
+# Share of the moving averages of ranges that the next image leaves as it is.
+_DECAY = 0.99
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,15 @@ class Samples:
         counts: how often each value occurs, `[R, K]`, or empty for once each.
         low: smallest value of each row, `[R]`.
         high: largest value of each row, `[R]`.
+        running: moving averages of the smallest and the largest value of an image, `[R]` each, if images were told
+            apart.
     """
 
     values: torch.Tensor
     counts: torch.Tensor | None
     low: torch.Tensor
     high: torch.Tensor
+    running: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of_rows(cls, rows: torch.Tensor) -> Samples:
@@ -108,6 +113,20 @@ def minmax(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, s
     if symmetric:
         return _grid(*_mirror(samples.low, samples.high, signed), bits, signed)
     return _grid(*_ends(samples, zero_inside), bits)
+
+
+@OBSERVERS.register("running")
+def running(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False) -> Grid:
+    """Moving averages of the smallest and the largest value of an image, which outliers hardly move (arXiv:1712.05877).
+
+    The paper averages over the batches of training, with a factor close to 1; here it is 0.99 for each image, so that
+    the size of batches does not matter, and the average of few images is not drawn to the first. Weights, which have no
+    images, get their whole range.
+    """
+    if samples.running is not None:
+        low, high = samples.running
+        samples = replace(samples, low=low, high=high)
+    return minmax(samples, bits, symmetric=symmetric, zero_inside=zero_inside, signed=signed)
 
 
 @OBSERVERS.register("brecq")
@@ -224,44 +243,53 @@ class Watcher(Protocol):
 
 
 class ActivationHistogram:
-    """What an activation quantizer saw: range first, then a histogram over that range.
+    """What an activation quantizer saw: range first, then a histogram over that range; one, or one for each channel.
 
     Zeros are counted on their own, because after a ReLU they are most of the values and lie on no bin's centre. The
     sums are of whole numbers, so the result does not depend on the order or the size of the batches.
     """
 
-    def __init__(self, bins: int = 2048) -> None:
+    def __init__(self, bins: int = 2048, channel: int | None = None) -> None:
+        """Look at tensors with an image, or a part of one, in each row.
+
+        Args:
+            bins: of a histogram.
+            channel: dimension of the channels that have histograms of their own; none: one histogram of all values.
+        """
         self._bins = bins
+        self._channel = channel
         self._low: torch.Tensor | None = None
         self._high: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None
         self._zeros: torch.Tensor | None = None
+        self._running = torch.zeros(2, 1, dtype=torch.float64)  # sums of low and high, decayed
+        self._weight = 0.0  # of these sums
 
     def observe_range(self, x: torch.Tensor) -> None:
-        """First pass: widen the range to hold `x`, of any shape."""
-        low, high = torch.aminmax(x.detach().float())
+        """First pass: widen the range to hold `x`."""
+        of_images = torch.stack(torch.aminmax(self._rows(x), dim=2))
+        low, high = of_images[0].amin(1), of_images[1].amax(1)
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
+        count = of_images.shape[2]
+        shares = (1 - _DECAY) * _DECAY ** torch.arange(count - 1, -1, -1, dtype=torch.float64, device=x.device)
+        self._running = self._running.to(x.device) * _DECAY**count + (of_images.double() * shares).sum(2)
+        self._weight = self._weight * _DECAY**count + (1 - _DECAY**count)
 
     def observe(self, x: torch.Tensor) -> None:
-        """Second pass: count the values of `x`, of any shape.
+        """Second pass: count the values of `x`.
 
         Raises:
             DataError: the first pass saw values that are not finite.
         """
         if self._low is None or self._high is None:
             raise RuntimeError("observe_range must see the data before observe")
-        low, high = float(self._low), float(self._high)
-        if not (math.isfinite(low) and math.isfinite(high)):
+        ends = list(zip(self._low.tolist(), self._high.tolist(), strict=True))
+        if not all(math.isfinite(end) for pair in ends for end in pair):
             raise DataError("the network gives values that are not finite for some calibration image")
-        flat = x.detach().float().flatten()
-        zeros = (flat == 0).sum(dtype=torch.float64)
-        counts = torch.zeros(self._bins, dtype=torch.float64, device=flat.device)
-        others = flat[flat != 0]
-        for start in range(0, max(len(others), 1), _EXACT_COUNT):
-            counts += torch.histc(
-                others[start : start + _EXACT_COUNT], self._bins, low, high if high > low else low + 1
-            )
+        rows = self._rows(x).flatten(1)
+        zeros = (rows == 0).sum(1, dtype=torch.float64)
+        counts = torch.stack([self._counted(row, *pair) for row, pair in zip(rows, ends, strict=True)])
         self._zeros = zeros if self._zeros is None else self._zeros + zeros
         self._counts = counts if self._counts is None else self._counts + counts
 
@@ -271,14 +299,32 @@ class ActivationHistogram:
         return self._counts is None
 
     def samples(self) -> Samples:
-        """One row: bin centres and zero, with the share of values at each."""
+        """A row for each histogram: bin centres and zero, with the share of values at each."""
         if self._low is None or self._high is None or self._counts is None or self._zeros is None:
             raise RuntimeError("nothing observed yet")
-        low, high = self._low, self._high
+        low, high = self._low[:, None], self._high[:, None]
         width = (torch.where(high > low, high - low, torch.ones_like(low))) / self._bins
         centres = low + (torch.arange(self._bins, device=low.device, dtype=torch.float32) + 0.5) * width
-        values = torch.cat([centres, centres.new_zeros(1)]).clamp(min=low, max=torch.maximum(high, low))
-        counts = torch.cat([self._counts, self._zeros.reshape(1)])
-        used = counts > 0
-        shares = (counts / counts.sum())[used].float()
-        return Samples(values[used][None], shares[None], low.reshape(1), high.reshape(1))
+        values = torch.cat([centres, torch.zeros_like(low)], 1).clamp(min=low, max=torch.maximum(high, low))
+        counts = torch.cat([self._counts, self._zeros[:, None]], 1)
+        used = (counts > 0).any(0)
+        shares = (counts / counts.sum(1, keepdim=True))[:, used].float()
+        average_low, average_high = (self._running / self._weight).float()
+        return Samples(values[:, used], shares, self._low, self._high, (average_low, average_high))
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[R, B, K]`: the values of `x` by histogram and row."""
+        values = x.detach().float()
+        if self._channel is None:
+            return values.reshape(1, len(values) if values.ndim else 1, -1)
+        return values.movedim(self._channel, 0).flatten(2) if values.ndim > 2 else values.movedim(1, 0)[:, :, None]
+
+    def _counted(self, row: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        """How many of the values that are not 0 lie in each bin."""
+        counts = torch.zeros(self._bins, dtype=torch.float64, device=row.device)
+        others = row[row != 0]
+        for start in range(0, max(len(others), 1), _EXACT_COUNT):
+            counts += torch.histc(
+                others[start : start + _EXACT_COUNT], self._bins, low, high if high > low else low + 1
+            )
+        return counts

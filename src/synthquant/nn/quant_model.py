@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from synthquant.core.errors import ModelError
+from synthquant.core.modules import device_of
 from synthquant.models.blocks import Granularity, Unit
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.build import Parts, build_parts
@@ -29,6 +31,7 @@ class QuantModel(nn.Module):
         scheme: what was asked for.
         module: the quantized network.
         folded: pairs (batch norm, layer it was folded into).
+        fold: batch norms were folded where that is possible.
         equalization: how the folded network was changed before it was quantized, or none.
         layers: quantized layers by name, in execution order.
         quantizers: activation quantizers by name, each once.
@@ -47,6 +50,7 @@ class QuantModel(nn.Module):
         self.scheme = scheme
         self.module = parts.module
         self.folded = parts.folded
+        self.fold = parts.fold
         self.layers = parts.layers
         self.quantizers = parts.quantizers
         self.reads = parts.reads
@@ -59,18 +63,41 @@ class QuantModel(nn.Module):
 
     @classmethod
     def build(
-        cls, float_model: FloatModel, scheme: QuantScheme | str, equalization: Equalization | None = None
+        cls,
+        float_model: FloatModel,
+        scheme: QuantScheme | str,
+        equalization: Equalization | None = None,
+        *,
+        fold: bool = True,
     ) -> QuantModel:
         """Copy `float_model`, fold its batch norms and put in quantizers by `scheme`; ranges are not calibrated yet.
 
-        With an `equalization` the folded copy is changed by it first: its float side then is the equalised network.
+        Args:
+            float_model: stays as it is.
+            scheme: what is quantized, and how.
+            equalization: changes the folded copy first: its float side then is the equalised network.
+            fold: fold batch norms into layers; otherwise all of them stay, to be trained on.
 
         Raises:
             SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
-            ModelError: the equalisation is one of another network.
+            ModelError: the equalisation is one of another network, or batch norms are not to be folded with it.
         """
         scheme = QuantScheme.parse(scheme)
-        return cls(float_model, scheme, build_parts(float_model, scheme, equalization), equalization).eval()
+        parts = build_parts(float_model, scheme, equalization, fold=fold)
+        return cls(float_model, scheme, parts, equalization).eval()
+
+    def trainable_copy(self) -> QuantModel:
+        """A copy whose float parameters take gradients: biases, batch norms, layers that are left in floating point.
+
+        Grids of activations stay fixed. Quantized weights are codes, which no gradient moves: give a layer a
+        `weight_source` whose parameters do. The copy is in evaluation mode, and nothing in it is shared with this one
+        but `float_model`.
+        """
+        twin = copy.deepcopy(self, {id(self.float_model): self.float_model})
+        own = twin._of_quantization()
+        for parameter in twin.module.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in own)
+        return twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives: logits `[B, classes]` of normalised images, or any tree of tensors."""
@@ -88,7 +115,7 @@ class QuantModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self.float_model.device
+        return device_of(self.module)
 
     @contextmanager
     def mode(self, *, weights: bool, activations: bool) -> Iterator[None]:
@@ -182,9 +209,13 @@ class QuantModel(nn.Module):
 
     def _float_state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers that quantization leaves alone."""
+        own, entries = self._of_quantization(), self.module.state_dict(keep_vars=True)
+        return {name: value.detach() for name, value in entries.items() if id(value) not in own}
+
+    def _of_quantization(self) -> set[int]:
+        """Identities of the tensors that make up grids and codes, and of the weights that these stand for."""
         parts: list[nn.Module] = [*self.quantizers.values()]
         parts += [layer.weight_quantizer for layer in self.layers.values() if layer.weight_quantizer is not None]
         own = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
-        entries = self.module.state_dict(keep_vars=True)
-        return {name: value.detach() for name, value in entries.items() if id(value) not in own}
+        return own

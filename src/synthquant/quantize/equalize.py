@@ -94,7 +94,7 @@ def equalized(
         _require_same(float_model, before, named_outputs(example.clone().call(module)))
     if kind == "weights":
         found = _absorbed(float_model.module, folded, module, channels, found)
-    return QuantModel.build(float_model, quant_model.scheme, found)
+    return QuantModel.build(float_model, quant_model.scheme, found, fold=quant_model.fold)
 
 
 def weight_scales(module: nn.Module, channels: Channels) -> Tensor:

@@ -12,7 +12,6 @@ import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
-from synthquant.core.modules import forwards_replaced, get_module
+from synthquant.core.modules import device_of, forwards_replaced, get_module
 from synthquant.models.blocks import Unit
 from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
 
@@ -135,11 +134,12 @@ class Replay:
         self, index: int, count: int, read: set[int], stored: Callable[[int], Leaves], given: dict[int, tuple[int, int]]
     ) -> Iterator[None]:
         """Let units before `index` return stored outputs, or zeros if they are not in `read`."""
+        place = device_of(self.network)
 
         def lookup(unit: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 gives = self.outputs[unit]
-                leaves = stored(unit) if unit in read else [spec.zeros(count, self.device) for spec in gives.varying]
+                leaves = stored(unit) if unit in read else [spec.zeros(count, place) for spec in gives.varying]
                 if len(leaves) == 1 and unit in read:
                     given[id(leaves[0])] = (unit, leaves[0]._version)
                     kept.append(leaves[0])
@@ -175,14 +175,10 @@ class Replay:
                         " reconstructed; is something in the network random?"
                     )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(tensor.device for tensor in chain(self.network.parameters(), self.network.buffers()))
-
     def _nothing(self, count: int) -> Inputs:
         """Zeros in place of samples."""
-        return self._example.filled([spec.zeros(count, self.device) for spec in self._example.signature.varying])
+        place = device_of(self.network)
+        return self._example.filled([spec.zeros(count, place) for spec in self._example.signature.varying])
 
     def _observe(self, inputs: Inputs) -> _Observation:
         """One forward pass in which every unit's output starts a new autograd graph.
