@@ -183,7 +183,8 @@ def test_it_is_shown_in_coverage(quantized: QuantModel, tmp_path: Path) -> None:
     everywhere = QuantModel.build(
         small_float_model(tmp_path), QuantScheme.parse({"preset": "W8A8", "input_activations": {"kind": KIND}})
     )
-    assert {(row.input_kind, row.reason) for row in everywhere.coverage()} == {(KIND, "")}, "grids are no weights"
+    multiplying = [row for row in everywhere.coverage() if row.macs or row.parameters]
+    assert {(row.input_kind, row.reason) for row in multiplying} == {(KIND, "")}, "grids are no weights"
 
 
 def test_simulate_writes_it_and_integer_presets_refuse_it_by_name(quantized: QuantModel, tmp_path: Path) -> None:
@@ -194,6 +195,19 @@ def test_simulate_writes_it_and_integer_presets_refuse_it_by_name(quantized: Qua
     assert found["as_written"]["mean_error"] < 1e-3 and found["optimized"]["mean_error"] < 1e-3
     with pytest.raises(SchemeError, match=rf"ort-cpu cannot express blocks\.0\.softmax_0: .*kind '{KIND}'"):
         Onnx(preset="ort-cpu").export(quantized, tmp_path / "no.onnx")
+
+
+def test_in_the_papers_way_a_softmax_has_it_too(tmp_path: Path) -> None:
+    softmax = {"softmax": {"kind": KIND, "num_bits": 3}}
+    scheme = QuantScheme.parse({"preset": "W4A4", "attention": softmax})
+    model = QuantModel.build(network(), scheme)
+    own = model.quantizers["blocks.0.matmul_1.input_quantizer_0"]
+    assert isinstance(own, PowersOfTwo) and own.scale.shape == (HEADS, 1, 1)
+    assert {row.name: row for row in model.coverage()}["blocks.0.matmul_1"].input_kind == f"{KIND} and affine"
+    assert f"softmax 3 bit {KIND} per tensor" in scheme.describe()
+    Onnx(preset="simulate").check(model)
+    with pytest.raises(SchemeError, match=rf"ort-cpu cannot express blocks\.0\.matmul_1\..*kind '{KIND}'"):
+        Onnx(preset="ort-cpu").check(model)
 
 
 def test_a_preset_refuses_it_before_anything_is_made(tmp_path: Path) -> None:

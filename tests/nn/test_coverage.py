@@ -103,6 +103,7 @@ def test_attention_of_torch_is_layers_and_products() -> None:
         ("attention.matmul_1", 4 * 4 * 8, 0, None),
         ("attention.out_proj", 4 * 64, 64, 4),
         ("head", 40, 40, 8),
+        ("add_0", 0, 0, None),  # the residual sum
     ]
     assert rows["attention.matmul_0"].reason == "computed outside of layers"
 
@@ -160,6 +161,7 @@ def test_weights_that_functions_use() -> None:
         "fc.weight": (36, 0, 8, None),
         "gain": (0, 6, None, None),
         "unused": (0, 6, None, None),
+        "add_0": (0, 0, None, None),
     }
     assert rows["unused"].reason == "its forward is never called"
     assert rows["gain"].reason == "no matrix product reads it as it is"
@@ -194,6 +196,17 @@ def test_products_of_two_tensors_are_quantized_under_deploy_full() -> None:
     assert [(row.weight_bits, row.input_bits, row.reason) for row in products] == [(8, 8, "")] * 2
     assert sum(row.macs for row in products) == inside.macs == 2 * 5 * 5 * 8
     assert summarize(full.values()).multiply_adds == 1 > summarize(papers.values()).multiply_adds
+
+
+def test_operations_that_join_tensors_are_in_the_table() -> None:
+    papers, full = rows_of(Network()), rows_of(Network(), {"preset": "W4A4", "deploy": "full"})
+    sums = [name for name, row in papers.items() if row.kind == "add"]
+    assert sums == ["blocks.0.add_0", "blocks.1.add_0"]
+    assert {(papers[name].reason, papers[name].input_bits) for name in sums} == {("computed outside of layers", None)}
+    one = full["blocks.0.add_0"]
+    assert (one.input_bits, one.weight_bits, one.output_bits, one.reason) == (4, 8, 4, "")
+    assert (full["relu_0"].output_bits, full["mean_0"].input_bits) == (8, 4) and "relu_0" not in papers
+    assert [row.macs for row in full.values() if row.kind in ("add", "relu", "mean")] == [0] * 6
 
 
 def test_many_float_products_are_named_in_short() -> None:

@@ -16,6 +16,7 @@ from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.layers import QuantLayer, quantize_layer
 from synthquant.nn.operations import QuantScope, activation_quantizers, watch_operations
 from synthquant.nn.scheme import QuantArgs
+from synthquant.nn.visible import KERNELS
 
 
 def quantizer(scale: float) -> AffineQuantizer:
@@ -54,7 +55,7 @@ class Outer(nn.Module):
 
 def watched(network: nn.Module, layers: tuple[str, ...] = ("inner.conv",)) -> dict[str, QuantScope]:
     network.eval().requires_grad_(False)
-    scopes = watch_operations(network, trace(network, torch.randn(2, 3, 4, 4)), layers)
+    scopes = watch_operations(network, trace(network, torch.randn(2, 3, 4, 4)), layers, KERNELS)
     for name in layers:
         quantize_layer(network.get_submodule(name), None, None)
     return scopes
@@ -183,7 +184,7 @@ def test_attention_is_made_visible() -> None:
     network = Attention()
     x = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     plain = network.eval()(x)
-    (scope,) = watch_operations(network, trace(network, x), ("proj",)).values()
+    (scope,) = watch_operations(network, trace(network, x), ("proj",), KERNELS).values()
     assert torch.allclose(network(x), plain, atol=1e-6)
     names = [operation.name for operation in trace(network, x).operations]
     assert names.count("matmul") == 2 and names.count("softmax") == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from synthquant.nn.visible import VISIBLE, visible_silu
+from synthquant.nn.visible import KERNELS, visible_silu
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -20,4 +20,4 @@ def test_silu_is_a_product_with_a_sigmoid(inplace: bool) -> None:
 
 
 def test_hidden_functions_go_by_the_names_that_torch_gives_them() -> None:
-    assert all(callable(getattr(F, name)) for name in VISIBLE)
+    assert all(callable(getattr(F, name)) for name in KERNELS)

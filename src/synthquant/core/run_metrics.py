@@ -73,7 +73,7 @@ class OutputSqnrRow(Row):
 
 
 class CoverageRow(Row):
-    """What became of one layer, or of a weight or a matrix product outside of layers."""
+    """What became of one layer, or of a weight, a matrix product or another operation outside of layers."""
 
     name: StrictStr
     kind: StrictStr = ""
@@ -83,6 +83,7 @@ class CoverageRow(Row):
     macs: Count | None = None
     reason: StrictStr | None = None
     input_kind: StrictStr | None = None
+    output_bits: Bits | None = None
 
 
 class CoverageTotals(Row):

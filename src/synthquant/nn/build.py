@@ -24,8 +24,10 @@ from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
+from synthquant.nn.placement_reads import ReadPlacement
 from synthquant.nn.rewrites import make_visible
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
+from synthquant.nn.visible import ATTENTION, KERNELS
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
 # Synthetic images are classified with less confidence than real ones: on zoo/cifar10-resnet20 the largest logit of 256
@@ -153,9 +155,7 @@ class _Insertion:
         second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
         if self._scheme.deploy == "full":
             return self._where_made(seen, order, tuple(second), example)
-        plan = self._scheme.resolve(order, tuple(second))
-        entries = block_inputs(seen, self._parts.units["block"], order) if self._scheme.shortcuts else {}
-        self._where_read(order, plan, groups, entries)
+        self._where_read(seen, order, tuple(second), groups, example)
         given = set(seen.inputs)
         return [
             layer.input_quantizer
@@ -165,34 +165,39 @@ class _Insertion:
 
     def _where_read(
         self,
+        seen: Trace,
         order: Sequence[str],
-        plan: Mapping[str, LayerScheme],
+        second: Sequence[str],
         groups: Sequence[Sequence[str]],
-        entries: Mapping[str, Sequence[str]],
+        example: Inputs,
     ) -> None:
-        """Put quantizers in: at block entries first, then one for each group of layers that read the same tensor."""
-        readers: dict[str, ActivationQuantizer | None] = {}
-        for block, names in entries.items():
-            args = {plan[name].input_activations for name in names if name in plan}
-            wanted = next(iter(args), None)
-            if len(args) == 1 and wanted is not None and all(name in plan for name in names):
-                entry = self._add(f"{block}.input_quantizer", wanted, names)
-                quantize_block(get_module(self._module, block), entry)
-                readers.update(dict.fromkeys(names))
-        partners = {name: tuple(group) for group in groups for name in group}
-        for name in order:
-            if name not in plan:
-                continue
-            if name not in readers:
-                wanted = plan[name].input_activations
-                same = [
-                    other
-                    for other in partners.get(name, (name,))
-                    if other in plan and other not in readers and plan[other].input_activations == wanted
-                ]
-                quantizer = self._add(f"{name}.input_quantizer", wanted, (*same, name)) if wanted else None
-                readers.update(dict.fromkeys((*same, name), quantizer))
-            self._insert_layer(name, plan[name], readers[name], None)
+        """Put quantizers in where layers read tensors and, if the scheme says so, where products do."""
+        entries = block_inputs(seen, self._parts.units["block"], order) if self._scheme.shortcuts else {}
+        flow, scopes = Flow(seen, order), {}
+        if self._scheme.attention is not None:
+            scopes = watch_operations(self._module, seen, order, ATTENTION)
+            flow = self._seen_again(order, example)
+        plan = self._scheme.resolve(order, second, flow.names if scopes else ())
+        placement = ReadPlacement(flow, self._scheme, plan, groups, entries)
+        self._parts.operations = placement.rows()
+        reads: dict[str, ActivationQuantizer] = {}
+        for tensor in placement.tensors:
+            quantizer = self._add(tensor.name, tensor.args, tensor.layers)
+            if tensor.block is None:
+                reads.update(dict.fromkeys(tensor.layers, quantizer))
+            else:
+                quantize_block(get_module(self._module, tensor.block), quantizer)
+            for operand in tensor.operands:
+                scope = scopes[operand.module]
+                scope.quantize_operand(operand.operation, operand.index, quantizer, flow.seen.counts)
+            if not tensor.layers:
+                self._parts.operation_quantizers.append(quantizer)
+        self._insert_layers(order, plan, reads, {}, bool(scopes))
+
+    def _seen_again(self, order: Sequence[str], example: Inputs) -> Flow:
+        """Another forward pass, once functions that hide operations show them."""
+        with torch.no_grad():
+            return Flow(trace(self._module, example), order)
 
     def _where_made(
         self, seen: Trace, order: Sequence[str], second: Sequence[str], example: Inputs
@@ -201,9 +206,8 @@ class _Insertion:
 
         Returns those of the network's inputs.
         """
-        scopes = watch_operations(self._module, seen, order)
-        with torch.no_grad():  # once more, with attention made visible
-            flow = Flow(trace(self._module, example), order)
+        scopes = watch_operations(self._module, seen, order, KERNELS)
+        flow = self._seen_again(order, example)
         plan = self._scheme.resolve(order, second, flow.names)
         placement = Placement(flow, self._scheme, plan)
         self._parts.operations = placement.rows()
@@ -224,13 +228,7 @@ class _Insertion:
                 self._parts.operation_quantizers.append(quantizer)
             else:
                 puts_out[tensor.place.module] = quantizer
-        for name in order:
-            if name in plan:
-                self._insert_layer(name, plan[name], reads.get(name), puts_out.get(name))
-            if (
-                name not in self._parts.layers
-            ):  # float, but what it computes inside is no operation of the module around it
-                quantize_layer(get_module(self._module, name), None, None, puts_out.get(name))
+        self._insert_layers(order, plan, reads, puts_out, True)
         quantizers = self._parts.quantizers.values()
         # what decodes a weight is no operation of the network
         with switched(self._parts.layers.values(), quantizers, weights=False, activations=True):
@@ -244,11 +242,20 @@ class _Insertion:
         self._parts.reads.update(dict.fromkeys(layers, name))
         return quantizer
 
-    def _insert_layer(
-        self, name: str, scheme: LayerScheme, reads: ActivationQuantizer | None, puts_out: ActivationQuantizer | None
+    def _insert_layers(
+        self,
+        order: Sequence[str],
+        plan: Mapping[str, LayerScheme],
+        reads: Mapping[str, ActivationQuantizer],
+        puts_out: Mapping[str, ActivationQuantizer],
+        watched: bool,
     ) -> None:
-        layer, weight_quantizer = get_module(self._module, name), None
-        if scheme.weights is not None:
-            weight_quantizer = WeightQuantizer(weight_layout(layer), scheme.weights, name).to(self._device)
-        if weight_quantizer is not None or scheme.input_activations is not None:
-            self._parts.layers[name] = quantize_layer(layer, weight_quantizer, reads, puts_out)
+        """Turn layers into quantized ones; where operations are watched, what float layers compute is none of them."""
+        for name in order:
+            layer, scheme, weight_quantizer = get_module(self._module, name), plan.get(name, LayerScheme()), None
+            if scheme.weights is not None:
+                weight_quantizer = WeightQuantizer(weight_layout(layer), scheme.weights, name).to(self._device)
+            if weight_quantizer is not None or scheme.input_activations is not None:
+                self._parts.layers[name] = quantize_layer(layer, weight_quantizer, reads.get(name), puts_out.get(name))
+            elif watched:
+                quantize_layer(layer, None, None, puts_out.get(name))

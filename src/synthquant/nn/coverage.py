@@ -1,4 +1,4 @@
-"""What quantization reaches of a network: every weight and every matrix product of a forward pass."""
+"""What quantization reaches of a network: every weight, every matrix product and all that joins tensors in a pass."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from synthquant.nn.scheme import QuantArgs
 from synthquant.nn.weight_sources import WeightSource
 
 _NAMED = 5
+_OUTSIDE = "computed outside of layers"
 FLOAT_BITS = 32
 """Bits that a float factor counts for, whatever its type."""
 
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """What quantization does to one layer, or to a weight or a matrix product outside of layers.
+    """What quantization does to one layer, or to a weight, a matrix product or another operation outside of layers.
 
     Attributes:
-        name: module name of a layer, name of a parameter that a function uses, or place of a product (module and
+        name: module name of a layer, name of a parameter that a function uses, or place of an operation (module and
             function).
         kind: class name of the float layer, `Parameter`, or name of the function.
-        weight_bits: bits of a weight code, none for a float weight; of a product of two tensors of data those of the
-            second one.
+        weight_bits: bits of a weight code, none for a float weight; of an operation on several tensors of data the
+            fewest of those behind the first, none if one of them is float.
         input_bits: bits of the tensor it reads, or none for a float input.
         parameters: number of weights.
         macs: multiply-adds for one image.
         reason: why it is not quantized; empty if it is.
         input_kind: kind of the quantizer of the tensor it reads, or none for a float input; of a product of two tensors
             both kinds if they differ.
+        output_bits: bits of what an operation puts out, behind a fused activation; none if it has no grid there.
     """
 
     name: str
@@ -49,6 +51,7 @@ class CoverageRow:
     macs: int
     reason: str = ""
     input_kind: str | None = None
+    output_bits: int | None = None
 
     @property
     def bit_operations(self) -> int:
@@ -115,7 +118,9 @@ def coverage_rows(
     reads: Mapping[str, QuantArgs],
     operations: Sequence[OperationRow],
 ) -> list[CoverageRow]:
-    """One row for each layer, other weight, and product without a weight, in execution order; then one for each clip.
+    """One row for each layer, other weight, and product without a weight, in execution order, and the rest behind.
+
+    The rest are the other operations that read several tensors of data or have a grid, in execution order, and clips.
 
     Args:
         module: the network with its quantized layers.
@@ -139,7 +144,8 @@ def coverage_rows(
             rows.append(_other_row(name, group[0], layers, kept, macs))
     idle = [name for name in candidates if name not in groups]
     rows += [_layer_row(module, name, [], layers.get(name), None, 0) for name in idle]
-    return [*_with_weights(rows, module, candidates), *_clip_rows(module)]
+    others = [row for row in operations if row.name not in groups]
+    return [*_with_weights(rows, module, candidates), *_operation_rows(others), *_clip_rows(module)]
 
 
 def _row_name(product: Product, candidates: Collection[str], executed: Collection[str | None]) -> str:
@@ -187,7 +193,7 @@ def _other_row(
         row = kept.get(product.place)
         first, second = (*(row.input_bits if row else ()), None, None)[:2]
         if row is None or first is None or second is None:
-            return CoverageRow(name, product.function, None, None, 0, macs, "computed outside of layers")
+            return CoverageRow(name, product.function, None, None, 0, macs, _OUTSIDE)
         return CoverageRow(name, product.function, second, first, 0, macs, input_kind=" and ".join(row.input_kinds))
     layer = layers.get(name.removesuffix(".weight"))
     if layer is not None and layer.weight_quantizer is not None:
@@ -214,6 +220,19 @@ def _with_weights(
         yield row if count is None else CoverageRow(**{**asdict(row), "kind": "Parameter", "parameters": count})
     for name, count in free.items():
         yield CoverageRow(name, "Parameter", None, None, count, 0, "no matrix product reads it as it is")
+
+
+def _operation_rows(operations: Iterable[OperationRow]) -> Iterator[CoverageRow]:
+    """Rows for operations that multiply no matrices."""
+    for row in operations:
+        grids = [*row.input_bits, row.output_bits]
+        if len(row.input_bits) < 2 and not any(grids):
+            continue
+        first, *rest = row.input_bits
+        second = min((bits for bits in rest if bits is not None), default=None) if None not in rest else None
+        reason = "" if row.output_bits or None not in row.input_bits else _OUTSIDE
+        kinds = " and ".join(row.input_kinds) or None
+        yield CoverageRow(row.name, row.kind, second, first, 0, 0, reason, kinds, row.output_bits)
 
 
 def _clip_rows(module: nn.Module) -> Iterator[CoverageRow]:

@@ -1,4 +1,4 @@
-"""Quantizing what operations inside a module's own `forward` put out: sums, products, poolings, activations.
+"""Quantizing what operations inside a module's own `forward` read and put out: sums, products, poolings, activations.
 
 Nothing is traced symbolically and no source is rewritten. A module is given a class derived from its own whose forward
 pass runs under a `TorchFunctionMode`; the mode tells operations apart by their name and by how often that name was
@@ -28,21 +28,24 @@ from synthquant.models.operation_names import Numbering, operation_name, owns_op
 from synthquant.models.trace import Trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer, hand_on
 from synthquant.nn.derived import derived_class
-from synthquant.nn.visible import VISIBLE
 
 
 class QuantScope(nn.Module):
-    """A module whose own operations put out quantized tensors.
+    """A module whose own operations read or put out quantized tensors.
 
     Attributes:
         scope_name: module name, for error messages.
         operation_quantizers: quantizers by operation, for example `add_0`. A plain dictionary: containers iterate over
             their children, and these are none.
+        operand_quantizers: quantizers of what an operation reads, by operation and by number among its tensors.
+        visible: functions that hide operations, as these, by name.
         operation_counts: how often each operation of those names runs in one call.
     """
 
     scope_name: str
     operation_quantizers: dict[str, ActivationQuantizer]
+    operand_quantizers: dict[str, dict[int, ActivationQuantizer]]
+    visible: Mapping[str, Callable[..., Any]]
     operation_counts: dict[str, frozenset[int]]
 
     def quantize_operation(
@@ -55,8 +58,25 @@ class QuantScope(nn.Module):
             quantizer: what its result goes through.
             counts: for each module and each name of an operation, how often it ran in a call.
         """
-        name = key.rpartition("_")[0]
         self.operation_quantizers[key] = quantizer
+        self._expect(key, counts)
+
+    def quantize_operand(
+        self, key: str, index: int, quantizer: ActivationQuantizer, counts: Mapping[str, Mapping[str, Collection[int]]]
+    ) -> None:
+        """Quantize what one operation reads.
+
+        Args:
+            key: as for `quantize_operation`.
+            index: which of the tensors that it is called with.
+            quantizer: what that goes through.
+            counts: as for `quantize_operation`.
+        """
+        self.operand_quantizers.setdefault(key, {})[index] = quantizer
+        self._expect(key, counts)
+
+    def _expect(self, key: str, counts: Mapping[str, Mapping[str, Collection[int]]]) -> None:
+        name = key.rpartition("_")[0]
         self.operation_counts[name] = frozenset(counts[self.scope_name][name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +85,7 @@ class QuantScope(nn.Module):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with the results of its operations quantized.
+        """The module's own forward, with what its operations read and put out quantized.
 
         Raises:
             UnsupportedModelError: other operations ran than when the quantizers were put in.
@@ -77,15 +97,16 @@ class QuantScope(nn.Module):
         return output
 
 
-def watch_operations(root: nn.Module, seen: Trace, layers: Collection[str]) -> dict[str, QuantScope]:
-    """Let the modules of a network watch their own operations, in place.
-
-    There are no quantizers yet, but attention and SiLU are made visible.
+def watch_operations(
+    root: nn.Module, seen: Trace, layers: Collection[str], visible: Mapping[str, Callable[..., Any]]
+) -> dict[str, QuantScope]:
+    """Let the modules of a network watch their own operations, in place; there are no quantizers yet.
 
     Args:
         root: the network.
         seen: one forward pass of it.
         layers: names of its layers, which are left alone.
+        visible: functions that hide operations, and what runs in their place from now on.
 
     Returns:
         The modules by name, the root among them.
@@ -99,6 +120,8 @@ def watch_operations(root: nn.Module, seen: Trace, layers: Collection[str]) -> d
         scope = cast(QuantScope, part)
         scope.scope_name = name
         scope.operation_quantizers = {}
+        scope.operand_quantizers = {}
+        scope.visible = visible
         scope.operation_counts = {}
         scopes[name] = scope
     return scopes
@@ -111,7 +134,8 @@ def activation_quantizers(root: nn.Module) -> list[ActivationQuantizer]:
         if isinstance(part, ActivationQuantizer):
             found.setdefault(id(part), part)
         elif isinstance(part, QuantScope):
-            found.update((id(quantizer), quantizer) for quantizer in part.operation_quantizers.values())
+            operands = (one for quantizers in part.operand_quantizers.values() for one in quantizers.values())
+            found.update((id(one), one) for one in (*part.operation_quantizers.values(), *operands))
     return list(found.values())
 
 
@@ -135,12 +159,16 @@ class _Frame:
     def __init__(self, scope: QuantScope) -> None:
         self._scope = scope
         self._numbering = Numbering()
+        self.visible = scope.visible
 
     def run(self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation and quantize its result if it is one of those."""
+        """Run an operation and quantize what it reads and its result, if it is one of those."""
         if name not in self._scope.operation_counts:
             return function(*args, **kwargs)
-        quantizer = self._scope.operation_quantizers.get(self._numbering.take(name))
+        key = self._numbering.take(name)
+        if key in self._scope.operand_quantizers:
+            args, kwargs = _quantized(self._scope.operand_quantizers[key], args, kwargs)
+        quantizer = self._scope.operation_quantizers.get(key)
         result = function(*args, **kwargs)
         if quantizer is None:
             return result
@@ -153,8 +181,21 @@ class _Frame:
             if seen[name] not in counts:
                 raise UnsupportedModelError(
                     f"module {self._scope.scope_name!r} ran {name!r} {seen[name]} times, not {max(counts)} times"
-                    " as when it was quantized; a network whose operations change cannot have deploy 'full'"
+                    " as when it was quantized; a network whose operations change can have neither deploy 'full' nor"
+                    " attention quantized"
                 )
+
+
+def _quantized(
+    quantizers: Mapping[int, ActivationQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments of a function with some of the tensors among them quantized."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    for index, quantizer in quantizers.items():
+        leaves[tensors[index]] = quantizer(leaves[tensors[index]])
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return args, kwargs
 
 
 class _Watch(TorchFunctionMode):
@@ -171,9 +212,9 @@ class _Watch(TorchFunctionMode):
         if frame is None:
             return func(*args, **(kwargs or {}))
         name = operation_name(func)
-        if name in VISIBLE:
+        if name in frame.visible:
             with self:  # its steps are operations of the same module
-                return VISIBLE[name](*args, **(kwargs or {}))
+                return frame.visible[name](*args, **(kwargs or {}))
         return frame.run(name, func, args, kwargs or {})
 
 

@@ -21,6 +21,9 @@ _FUSED = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clip"))
 _SUMS = frozenset(("add", "iadd", "radd"))
 _PRODUCTS = frozenset(("mul", "imul", "rmul", "multiply"))
 _MATRIX_PRODUCTS = frozenset(("matmul", "rmatmul", "bmm", "einsum"))
+# They add the product of their second and third tensor to the first.
+_ADDING_PRODUCTS = frozenset(("baddbmm", "addmm", "addbmm"))
+_MORE_PRODUCTS = frozenset(("mm", "inner", "tensordot"))
 _POOLINGS = frozenset(f"{kind}_pool{dimensions}d" for kind in ("avg", "adaptive_avg") for dimensions in (1, 2, 3))
 _ACTIVATIONS = frozenset(("sigmoid", "leaky_relu"))
 # They return nothing that could be replaced.
@@ -110,6 +113,23 @@ class Flow:
                 self._places.update((value.index, Place(name)) for value in call.outputs)
                 for value in call.inputs[:1]:
                     self._readers.setdefault(value.index, []).append(name)
+
+    def is_activation(self, value: Value) -> bool:
+        """Whether a value holds real numbers that are data, or made from what a layer put out as a learned query is."""
+        return value.is_floating_point and (value.from_input or value.index in self._behind_layers)
+
+    @cached_property
+    def _behind_layers(self) -> set[int]:
+        found = {value.index for name in self.layers for call in self.seen.calls(name) for value in call.outputs}
+        for operation in self.operations:
+            if any(value.index in found for value in operation.inputs):
+                found.update(value.index for value in operation.outputs)
+        return found
+
+    def is_softmax(self, value: Value) -> bool:
+        """Whether a softmax made a value."""
+        operation = self.seen.producer(value)
+        return operation is not None and operation.name == "softmax"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -300,13 +320,23 @@ class Placement:
         """For tensors that no layer reads."""
         first = self.flow.seen.calls(self.flow.layers[0])
         after_first = [output for call in first for made in call.outputs for output in self.flow.behind_fused(made)]
-        return self._scheme.operation(place.name if place else "", after_first=value in after_first)
+        return self._scheme.operation(
+            place.name if place else "", after_first=value in after_first, softmax=self.flow.is_softmax(value)
+        )
 
 
 def _merged(one: PlacedTensor, other: PlacedTensor) -> PlacedTensor:
     args = max(one.args, other.args, key=lambda args: args.num_bits)
     layers = tuple(dict.fromkeys((*one.layers, *other.layers)))
     return PlacedTensor(one.place, args, layers, one.is_input, one.is_output or other.is_output)
+
+
+def factors(operation: Operation) -> Sequence[int]:
+    """Which of the tensors that an operation reads it multiplies as matrices; none if it does not."""
+    if operation.name in _ADDING_PRODUCTS:
+        return range(1, len(operation.inputs))
+    products = operation.name in _MATRIX_PRODUCTS or operation.name in _MORE_PRODUCTS
+    return range(len(operation.inputs) if products and len(operation.inputs) > 1 else 0)
 
 
 def _is_pooling(operation: Operation) -> bool:

@@ -74,6 +74,13 @@ class LayerScheme(Settings):
     """The tensor the layer reads; empty: left in floating point."""
 
 
+class AttentionScheme(Settings):
+    """What products of two activations read, those of attention above all: query and key, the softmax and the value."""
+
+    softmax: QuantArgs | None = None
+    """The softmax; empty: as `input_activations`."""
+
+
 class QuantScheme(Settings):
     """Bits, grids and exceptions for a whole network.
 
@@ -95,13 +102,17 @@ class QuantScheme(Settings):
     """`papers`: quantize what layers read, as research codes do; `full`: also what sums, concatenations, products of
     two tensors, pooling, attention and activations that runtimes do not fuse read and put out, and the logits (at 8
     bits), each tensor once where it is made, so that an integer runtime needs no floating point between kernels."""
+    attention: AttentionScheme | None = None
+    """Products of two activations read quantized tensors: query and key, the softmax and the value, each on a grid of
+    its own; what they put out and residual sums stay in floating point. Empty: such products stay in floating point,
+    unless deploy is `full`, which quantizes them in any case. `attention={}` says no more than that."""
     ignore: tuple[str, ...] = ()
-    """Layers (and operations, with deploy `full`) left in floating point, by glob or, behind `re:`, by regular
-    expression."""
+    """Layers (and operations, with deploy `full`; products, with `attention`) left in floating point, by glob or,
+    behind `re:`, by regular expression."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Pattern -> fields of `weights` and `input_activations` to change there (null: leave it in floating point);
     the last match wins, and wins over `ends`. For an operation (deploy `full`), `input_activations` is what it puts
-    out, unless a layer reads that."""
+    out, unless a layer reads that; for a product (`attention`), what it reads, where a softmax goes by its own name."""
 
     @model_validator(mode="after")
     def _bits_in_range(self) -> QuantScheme:
@@ -109,11 +120,23 @@ class QuantScheme(Settings):
         _check_activations(self.input_activations)
         if self.weights is None and self.input_activations is None:
             raise ValueError("nothing to quantize: give weights, input_activations or both")
+        if self.attention is not None:
+            if self.input_activations is None:
+                raise ValueError("attention quantizes activations: give input_activations, or leave attention empty")
+            _check_activations(self.attention.softmax)
         if self.deploy == "full" and self.input_activations is None:
             raise ValueError("deploy 'full' quantizes activations: give input_activations, or leave deploy at 'papers'")
         if self.deploy == "full" and not self.shortcuts:
             raise ValueError("deploy 'full' quantizes shortcuts too: leave shortcuts on, or deploy at 'papers'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `attention` out where it is empty: such files are as they were before there was such a field."""
+        fields: dict[str, Any] = handler(self)
+        if self.attention is None:
+            fields.pop("attention", None)
+        return fields
 
     @classmethod
     def parse(cls, value: str | dict[str, Any] | QuantScheme) -> QuantScheme:
@@ -152,9 +175,14 @@ class QuantScheme(Settings):
         }[self.ends]
         parts = [f"{role} {_describe(args)}" for role, args in self._roles()]
         extra = ["every tensor between integer kernels, logits 8 bit (deploy full)"] if self.deploy == "full" else []
+        extra += [self._describe_attention()] if self.attention else []
         extra += [f"{len(self.ignore)} ignore patterns"] if self.ignore else []
         extra += [f"{len(self.overrides)} overrides"] if self.overrides else []
         return f"{self.name} ({'; '.join([*parts, ends, *extra])})"
+
+    def _describe_attention(self) -> str:
+        softmax = self.attention and self.attention.softmax
+        return f"products of attention, softmax {_describe(softmax)}" if softmax else "products of attention"
 
     def resolve(
         self, layers: Sequence[str], after_first: Sequence[str] = (), operations: Sequence[str] = ()
@@ -180,17 +208,20 @@ class QuantScheme(Settings):
         """Whether a layer or an operation is left in floating point."""
         return any(matches(pattern, name) for pattern in self.ignore)
 
-    def operation(self, name: str, after_first: bool) -> QuantArgs | None:
+    def operation(self, name: str, *, after_first: bool = False, softmax: bool = False) -> QuantArgs | None:
         """How a tensor that no layer reads is quantized; none: it is left in floating point.
 
         Args:
-            name: where it is made.
-            after_first: by the first layer.
+            name: where it is made, or the product that reads it.
+            after_first: it is made by the first layer.
+            softmax: it is made by a softmax.
 
         Raises:
             SchemeError: an override that is not a valid scheme.
         """
         inputs = _at_least(self.input_activations, 8) if after_first and self.ends == "w8a8" else self.input_activations
+        if softmax and self.attention is not None:
+            inputs = self.attention.softmax or inputs
         return self._overridden(name, LayerScheme(input_activations=inputs)).input_activations
 
     def _layer(self, name: str, layers: Sequence[str], after_first: Sequence[str]) -> LayerScheme:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ def visible_silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     return input.mul_(gate) if inplace else input * gate
 
 
-VISIBLE: dict[str, Callable[..., Any]] = {
-    "scaled_dot_product_attention": visible_attention,
-    "silu": visible_silu,
-}
-"""Step by step forms by the name of the function."""
+ATTENTION: Mapping[str, Callable[..., Any]] = {"scaled_dot_product_attention": visible_attention}
+"""Step by step forms of functions that hide products, by name."""
+
+KERNELS: Mapping[str, Callable[..., Any]] = {**ATTENTION, "silu": visible_silu}
+"""Those of all functions that hide what integer kernels read or put out."""

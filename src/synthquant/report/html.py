@@ -15,9 +15,10 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
     `method` str and `units`: the fields of a `QuantReport` as JSON (`report.model_dump(mode="json")`); of each unit
     `name`, `loss_start`, `loss_end`, `undecided`, `diverged`, `seconds`, and the sampled curve: `steps` and `losses`.
     `scheme` str (one line, `QuantScheme.describe()`).
-    `coverage`: list of `{name, kind, weight_bits, input_bits, parameters, macs, reason, input_kind}` in execution
-    order; bits are int | null (null: left in float), `macs` for one image, `reason` str | null. Weights and matrix
-    products outside of layers have rows too. `coverage_summary`: the fields of a `CoverageSummary`.
+    `coverage`: list of `{name, kind, weight_bits, input_bits, parameters, macs, reason, input_kind, output_bits}` in
+    execution order; bits are int | null (null: left in float), `macs` for one image, `reason` str | null. Weights,
+    matrix products and other operations outside of layers have rows too. `coverage_summary`: the fields of a
+    `CoverageSummary`.
 `evaluate`
     `data` str, the source the accuracy was measured on, in the form `open_images` takes (real images of the sheet).
     `count` int, `set_aside` list of `{name, reason}`, `set_aside_count` int, `changed` object of int.
