@@ -196,6 +196,28 @@ def test_torch_s_own_encoder_layer() -> None:
     assert [row.input_bits for row in products] == [(8, 8)] * 2
 
 
+class Queried(nn.Module):
+    """A learned query, which is no data and yet what a layer puts out, and a position bias of the same kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head, self.q = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5), nn.Linear(8, 8)
+        self.query, self.bias = nn.Parameter(torch.ones(1, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        scores = self.q(self.query) @ x.transpose(1, 2) + self.bias(self.query)
+        return self.head((scores.softmax(-1) @ x)[:, 0])
+
+
+def test_a_learned_query_is_quantized_where_its_layer_makes_it() -> None:
+    model = full(Queried())
+    rows = {row.name: row for row in model.operations}
+    assert rows["matmul_0"].input_bits == rows["matmul_1"].input_bits == (8, 8)
+    assert "q.output_quantizer" in model.quantizers
+    assert (rows["add_0"].input_bits, rows["add_0"].output_bits) == ((None,), None), "a constant is added in float"
+
+
 class Tupled(nn.Module):
     """An operation that returns its one tensor in a tuple, with nothing beside it: torch's attention by a function."""
 

@@ -11,10 +11,11 @@
 - `layers`: quantized layers: the user's own layer whose `weight` reads as the decoded codes.
 - `moves`: operations that only move values: what they put out keeps the grid of what they read.
 - `observers`: choice of scale and zero point: what range of values a grid covers.
-- `operations`: modules whose own operations put out quantized tensors.
+- `operations`: modules whose own operations read or put out quantized tensors.
 - `own_forward`: copying a network whose modules have a forward of their own, set on the instance.
 - `placement`: which tensors are quantized under `deploy: full`, read off one forward pass.
 - `placement_check`: whether quantizers that stand where tensors are made reach everything that reads these tensors.
+- `placement_reads`: which tensors are quantized in the papers' way: what layers read and, if asked, what products read.
 - `quant_model`: the quantized copy of a network: its state, its modes, its coverage.
 - `rewrites`: modules that multiply by functions, as equal modules of layers and visible products.
 - `scheme`: quantization schemes as plain data, in the vocabulary of compressed-tensors.

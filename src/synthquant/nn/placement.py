@@ -116,7 +116,10 @@ class Flow:
 
     def is_activation(self, value: Value) -> bool:
         """Whether a value holds real numbers that are data, or made from what a layer put out as a learned query is."""
-        return value.is_floating_point and (value.from_input or value.index in self._behind_layers)
+        return value.is_floating_point and self._is_data(value)
+
+    def _is_data(self, value: Value) -> bool:
+        return value.from_input or value.index in self._behind_layers
 
     @cached_property
     def _behind_layers(self) -> set[int]:
@@ -153,14 +156,20 @@ class Flow:
             place, operation = self.place(value), self.seen.producer(value)
             if place is None or not place.operation or operation is None or not is_move(operation):
                 return value
-            read = [operand for operand in operation.inputs if operand.from_input]
+            read = [operand for operand in operation.inputs if self._is_data(operand)]
             if not read:
                 return value
             value = read[0]
 
+    def operands(self, operation: Operation) -> list[Value]:
+        """The tensors of data that an operation reads; a product also those that are computed from layers alone."""
+        if factors(operation):
+            return [value for value in operation.inputs if self._is_data(value)]
+        return [value for value in operation.inputs if value.from_input]
+
     def sources(self, operation: Operation) -> set[Value]:
-        """The tensors of data that an operation reads."""
-        return {self.source(operand) for operand in operation.inputs if operand.from_input}
+        """The same tensors where they are made."""
+        return {self.source(operand) for operand in self.operands(operation)}
 
     def readers(self, value: Value) -> Iterator[Operation | str]:
         """The operations and layers that read a value directly."""
@@ -194,7 +203,7 @@ class Flow:
 
     def reads_integers(self, operation: Operation) -> bool:
         """Whether an integer kernel can run the operation."""
-        name, two = operation.name, len({operand for operand in operation.inputs if operand.from_input}) > 1
+        name, two = operation.name, len(set(self.operands(operation))) > 1
         if name in _SUMS or name in _PRODUCTS or name in JOINS or name in _MATRIX_PRODUCTS:
             return two
         return name in _POOLINGS or name in _ACTIVATIONS or (name == "mean" and _is_pooling(operation))
@@ -253,7 +262,7 @@ class Placement:
         rows: dict[str, OperationRow] = {}
         for operation in self.flow.operations:
             place = self.flow.place(operation.outputs[0])
-            data = [operand for operand in operation.inputs if operand.from_input]
+            data = self.flow.operands(operation)
             if place is None or is_move(operation) or not data:
                 continue
             result = self.flow.behind_fused(operation.outputs[0])[0]
