@@ -123,6 +123,8 @@ def test_patterns_name_products_and_softmaxes() -> None:
     assert {row.name: row for row in model.coverage()}["block.matmul_1"].reason == "computed outside of layers"
     with pytest.raises(SchemeError, match=r"pattern 'block\.matmul_0' matches no layer"):
         papers(Tokens(), ignore=["block.matmul_0"])
+    with pytest.raises(SchemeError, match=r"pattern 'block\.add_0' matches no layer"):
+        papers(Tokens(), {}, ignore=["block.add_0"])
 
 
 class Pooling(nn.Module):
@@ -153,6 +155,26 @@ def test_learned_queries_count_and_parameters_do_not() -> None:
     rows = {row.name: row for row in model.coverage()}
     assert rows["matmul_0"].reason == rows["matmul_1"].reason == ""
     assert rows["mixer"].weight_bits is None
+
+
+class Decoder(nn.Module):
+    """Learned queries that attend to one another before they see data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+        self.query, self.decoder = nn.Parameter(torch.ones(1, 2, 8)), nn.TransformerDecoderLayer(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head(self.decoder(self.query.expand(x.shape[0], -1, -1), x).mean(1))
+
+
+@pytest.mark.parametrize("deploy", ["papers", "full"])
+def test_queries_that_attend_to_one_another(deploy: str) -> None:
+    rows = papers(Decoder(), {}, deploy=deploy).coverage()
+    products = [(row.input_bits, row.weight_bits) for row in rows if row.kind == "matmul"]
+    assert products == [(4, 4)] * 4
 
 
 class Twice(nn.Module):

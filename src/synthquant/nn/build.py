@@ -24,7 +24,7 @@ from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
-from synthquant.nn.placement_reads import ReadPlacement
+from synthquant.nn.placement_reads import ReadPlacement, readable
 from synthquant.nn.rewrites import make_visible
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 from synthquant.nn.visible import ATTENTION, KERNELS
@@ -47,7 +47,7 @@ class Parts:
         layers: quantized layers by name, in execution order.
         quantizers: activation quantizers by name, each once.
         reads: for each layer whose input is quantized, the name of the quantizer of that tensor.
-        operations: what becomes of the operations outside layers, in execution order (`deploy: full`).
+        operations: what becomes of the operations outside layers, in execution order.
         operation_quantizers: the quantizers of these; they are no children of the modules they stand in.
         products: all matrix products of a forward pass.
         units: reconstruction units by granularity, of layers quantized or not.
@@ -177,7 +177,7 @@ class _Insertion:
         if self._scheme.attention is not None:
             scopes = watch_operations(self._module, seen, order, ATTENTION)
             flow = self._seen_again(order, example)
-        plan = self._scheme.resolve(order, second, flow.names if scopes else ())
+        plan = self._scheme.resolve(order, second, readable(flow) if scopes else ())
         placement = ReadPlacement(flow, self._scheme, plan, groups, entries)
         self._parts.operations = placement.rows()
         reads: dict[str, ActivationQuantizer] = {}

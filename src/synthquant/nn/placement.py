@@ -21,9 +21,9 @@ _FUSED = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clip"))
 _SUMS = frozenset(("add", "iadd", "radd"))
 _PRODUCTS = frozenset(("mul", "imul", "rmul", "multiply"))
 _MATRIX_PRODUCTS = frozenset(("matmul", "rmatmul", "bmm", "einsum"))
-# They add the product of their second and third tensor to the first.
+# Products that runtimes are not given as integer kernels; the latter add that of their second and third tensor to one.
+_OTHER_PRODUCTS = frozenset(("mm", "inner", "tensordot"))
 _ADDING_PRODUCTS = frozenset(("baddbmm", "addmm", "addbmm"))
-_MORE_PRODUCTS = frozenset(("mm", "inner", "tensordot"))
 _POOLINGS = frozenset(f"{kind}_pool{dimensions}d" for kind in ("avg", "adaptive_avg") for dimensions in (1, 2, 3))
 _ACTIVATIONS = frozenset(("sigmoid", "leaky_relu"))
 # They return nothing that could be replaced.
@@ -68,7 +68,7 @@ class OperationRow:
     Attributes:
         name: module and operation, for example `layer1.0.iadd_0`.
         kind: name of the function.
-        input_bits: for each tensor of data that it reads its bits, none for a float tensor.
+        input_bits: for each tensor of data that it reads, or factor that it multiplies, its bits, none for a float one.
         output_bits: bits of what it puts out, behind a fused activation; none for a float tensor.
         input_kinds: the kinds of the quantizers of what it reads, each once.
     """
@@ -344,7 +344,7 @@ def factors(operation: Operation) -> Sequence[int]:
     """Which of the tensors that an operation reads it multiplies as matrices; none if it does not."""
     if operation.name in _ADDING_PRODUCTS:
         return range(1, len(operation.inputs))
-    products = operation.name in _MATRIX_PRODUCTS or operation.name in _MORE_PRODUCTS
+    products = operation.name in _MATRIX_PRODUCTS or operation.name in _OTHER_PRODUCTS
     return range(len(operation.inputs) if products and len(operation.inputs) > 1 else 0)
 
 

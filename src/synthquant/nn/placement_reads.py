@@ -53,6 +53,13 @@ class ReadTensor:
     block: str | None = None
 
 
+def readable(flow: Flow) -> tuple[str, ...]:
+    """Names of operations that patterns of a scheme may match: products, and softmaxes, which products read."""
+    made = (operation for operation in flow.operations if factors(operation) or operation.name == "softmax")
+    places = (flow.place(operation.outputs[0]) for operation in made)
+    return tuple(dict.fromkeys(place.name for place in places if place is not None))
+
+
 class ReadPlacement:
     """The tensors to quantize under a scheme.
 
@@ -92,7 +99,7 @@ class ReadPlacement:
         rows: dict[str, OperationRow] = {}
         for operation in self._flow.operations:
             place = self._flow.place(operation.outputs[0])
-            if place is None or is_move(operation) or not any(value.from_input for value in operation.inputs):
+            if place is None or is_move(operation) or not self._flow.operands(operation):
                 continue
             data = [index for index, value in enumerate(operation.inputs) if value.from_input]
             indices = factors(operation) or data
@@ -123,19 +130,17 @@ class ReadPlacement:
                 for other in partners.get(name, (name,))
                 if other in self._plan and other not in done and self._plan[other].input_activations == wanted
             ]
-            done.update((*same, name))
+            layers = tuple(dict.fromkeys((*same, name)))
+            done.update(layers)
             if wanted is not None:
-                self.tensors.append(
-                    ReadTensor(f"{name}.input_quantizer", wanted, tuple(dict.fromkeys((*same, name))), [])
-                )
+                self.tensors.append(ReadTensor(f"{name}.input_quantizer", wanted, layers, []))
 
     def _add_operands(self) -> None:
         """Tensors that products of two activations read; a module that runs several times reads alike each time."""
         known: dict[tuple[int, QuantArgs], ReadTensor] = {}
         for tensor in self.tensors:
-            for call in (
-                call for name in tensor.layers if tensor.block is None for call in self._flow.seen.calls(name)
-            ):
+            layers = tensor.layers if tensor.block is None else ()  # else they read what the block has quantized
+            for call in (call for name in layers for call in self._flow.seen.calls(name)):
                 known.update(((value.index, tensor.args), tensor) for value in call.inputs[:1])
         standing: dict[Operand, ReadTensor] = {}
         for operand, value, args in self._operands():

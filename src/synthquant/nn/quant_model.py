@@ -37,7 +37,7 @@ class QuantModel(nn.Module):
         quantizers: activation quantizers by name, each once.
         reads: for each layer whose input is quantized, the name of the quantizer of that tensor: at the layer, at the
             entry of a block around it, or (`deploy: full`) where the tensor is made.
-        operations: what becomes of the operations outside layers, in execution order (`deploy: full`).
+        operations: what becomes of the operations outside layers, in execution order.
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
 
@@ -130,7 +130,7 @@ class QuantModel(nn.Module):
             yield
 
     def coverage(self) -> list[CoverageRow]:
-        """What becomes of every layer, every other weight and every other matrix product, in execution order."""
+        """What becomes of every layer, every other weight, every other matrix product and what else joins tensors."""
         reads = {layer: self.quantizers[name].args for layer, name in self.reads.items()}
         return coverage_rows(self.module, self._products, self.layers, reads, self.operations)
 
