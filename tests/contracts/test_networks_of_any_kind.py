@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import onnx
@@ -70,6 +71,24 @@ def test_errors_are_weighted_by_what_the_answer_depends_on(name: str) -> None:
     assert report.units and all(unit.loss_end is not None for unit in report.units)
 
 
+@torch.no_grad()
+def test_the_sqnr_of_outputs_by_hand() -> None:
+    """Signals and noises of all samples, of each output and of all together; whole numbers are none."""
+    one = toy("detector")
+    model = QuantModel.build(one.model, "W4A8")
+    Rtn(calibration_images=16).apply(model, one.samples, Rng(0))
+    found = measure_output_sqnr(model, one.samples, batch_size=5)
+    with model.mode(weights=False, activations=False):
+        wanted = named_outputs(one.samples.inputs.call(model))
+    given = named_outputs(one.samples.inputs.call(model))
+    signals = {name: float(value.double().square().sum()) for name, value in wanted.items()}
+    noises = {name: float((value - given[name]).double().square().sum()) for name, value in wanted.items()}
+    for name, ratio in found.outputs.items():
+        assert ratio == pytest.approx(10 * math.log10(signals[name] / noises[name]), rel=1e-4)
+    total = 10 * math.log10(sum(signals.values()) / sum(noises.values()))
+    assert found.total == pytest.approx(total, rel=1e-4) and len(found.outputs) == 3
+
+
 def test_divergence_of_two_answers() -> None:
     one, other = torch.randn(4, 3), torch.randn(4, 3)
     shares = one.softmax(1)
@@ -92,6 +111,8 @@ def test_quantized_where_tensors_are_made(name: str) -> None:
     Rtn(calibration_images=16).apply(model, one.samples, Rng(0))
     found = measure_output_sqnr(model, one.samples)
     assert found.total is not None and found.total > 20
+    room = {quantizer.headroom for quantizer in model.quantizers.values()}  # logits of given samples may be larger
+    assert room == ({1.0, 2.0} if one.model.task == "classify" else {1.0})
     if name == "unet":
         given, grid = one.samples.inputs.tensors[0][:16], model.quantizers["stem.input_quantizer"].grid()
         assert float(grid["scale"]) * 255 == pytest.approx(float(given.max() - given.min()), rel=0.3)
