@@ -57,7 +57,7 @@ def test_an_encoder_at_four_bits(tmp_path: Path) -> None:
     assert {unit.name for unit in report.units} >= {"encoder", "attention.q_proj"}
     folder = save_checkpoint(model, tmp_path / "model")
     loaded = load_checkpoint(folder, float_model=model.float_model)
-    x = model.float_model.example_input(4)
+    x = model.float_model.example_images(4)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
     exporter = Onnx(preset="simulate")
