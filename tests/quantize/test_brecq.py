@@ -157,8 +157,8 @@ def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) 
         done = {name for earlier in engine.units[: index + 1] for name in earlier.layers}
         with model.mode(weights=True, activations=False):
             own.update_fisher()
-            found = own.weights
-            assert found is not None
+            assert own.weights is not None
+            found = own.weights.rows[0]
             for name, layer in model.layers.items():
                 layer.weights_enabled = name in done
             wanted = gradient_of(model, unit.name, x)
@@ -166,6 +166,7 @@ def fisher_of_each_unit(network: nn.Module, memory: MemoryBudget | None = None) 
         if index in engine.fitted.replay.needed_after(index):
             own.keep_outputs()
             own.run_student()
+            assert own.outputs is not None
             teacher.outputs[index], student.outputs[index] = own.targets, own.outputs
 
 

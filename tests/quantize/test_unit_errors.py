@@ -36,7 +36,7 @@ def prediction(unit: UnitFit, rng: Rng) -> ErrorOf:
         if step % EVERY == 0:
             unit.update_fisher()
             assert unit.weights is not None
-            SEEN.append({"unit": unit.unit.name, "weights": unit.weights.read(0, 10).clone()})
+            SEEN.append({"unit": unit.unit.name, "weights": unit.weights.read(0, 10)[0].clone()})
         output = unit.output(batch, mixing)
         distance = F.mse_loss(unit.rest(batch, output), unit.float_answer(batch))
         return unit.output_error(batch, output) + distance

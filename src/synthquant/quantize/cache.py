@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from synthquant.core.errors import InputError, OutputError
 from synthquant.core.free_memory import GIB, free_memory
 from synthquant.methods import MemoryBudget
+from synthquant.models.signature import Leaves, TensorSpec
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,6 +162,33 @@ class RowCache:
             if count == 0:
                 raise RuntimeError("cache row read before it was written")
             done += count
+
+
+class LeafCaches:
+    """Caches of the tensors in a tree that have rows for each sample: of arguments, or of what a unit puts out.
+
+    Attributes:
+        specs: what the tensors are.
+        rows: a cache for each.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], rows: Sequence[RowCache]) -> None:
+        self.specs = tuple(specs)
+        self.rows = list(rows)
+
+    def read(self, start: int, stop: int) -> Leaves:
+        """The tensors of the samples from `start` to `stop` (exclusive)."""
+        return [spec.from_rows(cache.read(start, stop)) for spec, cache in zip(self.specs, self.rows, strict=True)]
+
+    def gather(self, index: torch.Tensor) -> Leaves:
+        """The tensors of samples of these indices `[B]`."""
+        return [spec.from_rows(cache.gather(index)) for spec, cache in zip(self.specs, self.rows, strict=True)]
+
+    def write(self, start: int, leaves: Leaves, which: Collection[int] | None = None) -> None:
+        """Keep the tensors of samples from `start` on; only those at the places `which`, if they are given."""
+        for place, (spec, cache, leaf) in enumerate(zip(self.specs, self.rows, leaves, strict=True)):
+            if which is None or place in which:
+                cache.write(start, spec.to_rows(leaf))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

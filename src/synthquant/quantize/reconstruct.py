@@ -99,7 +99,7 @@ class Reconstruction:
                     bar.advance(max(phase.iterations, 1))
                     own.run_student()
                 reports.append(report)
-                if own.outputs:
+                if own.outputs is not None:
                     student.outputs[index] = own.outputs
                 if index in needed:
                     teacher.outputs[index] = own.targets

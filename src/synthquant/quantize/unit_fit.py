@@ -22,7 +22,7 @@ from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
 from synthquant.nn.functional import random_keep
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.cache import CacheStore, RowCache
+from synthquant.quantize.cache import CacheStore, LeafCaches, RowCache
 from synthquant.quantize.calibrate import observe
 from synthquant.quantize.fisher import fisher_weights, in_float, output_gradient
 from synthquant.quantize.layout import channels_last
@@ -35,7 +35,15 @@ from synthquant.quantize.unit_files import Parts, finite, snapshot
 class Stream:
     """What one of the two networks (float or quantized) put out so far: caches of unit outputs still needed."""
 
-    outputs: dict[int, list[RowCache]] = field(default_factory=dict)
+    outputs: dict[int, LeafCaches] = field(default_factory=dict)
+
+    def read(self, start: int, stop: int, unit: int) -> Leaves:
+        """What a unit put out for the samples from `start` to `stop` (exclusive)."""
+        return self.outputs[unit].read(start, stop)
+
+    def gather(self, batch: torch.Tensor, unit: int) -> Leaves:
+        """What a unit put out for samples of these indices `[B]`."""
+        return self.outputs[unit].gather(batch)
 
     def drop_all_but(self, needed: set[int]) -> None:
         """Let go of what no later unit reads."""
@@ -76,6 +84,10 @@ class Fitted:
         """What the network is given, of the samples from `start` to `stop` (exclusive)."""
         return self.takes.filled([cache.read(start, stop) for cache in self.given])
 
+    def caches(self, specs: Sequence[TensorSpec]) -> LeafCaches:
+        """Room for tensors of these kinds."""
+        return LeafCaches(specs, [self.store.allocate(spec.rows(self.count), spec.dtype) for spec in specs])
+
     def gathered(self, batch: torch.Tensor) -> Inputs:
         """What the network is given, of samples of these indices `[B]`."""
         return self.takes.filled([cache.gather(batch) for cache in self.given])
@@ -105,11 +117,11 @@ class UnitFit:
         self.layers, self.quantizers = fitted.parts[index]
         self.reads: Signature = fitted.replay.inputs[index]
         self.gives: Signature = fitted.replay.outputs[index]
-        self.student: list[RowCache] = []
-        self.teacher: list[RowCache] = []
-        self.targets: list[RowCache] = []
-        self.outputs: list[RowCache] = []
-        self.weights: RowCache | None = None
+        self.student: LeafCaches | None = None
+        self.teacher: LeafCaches | None = None
+        self.targets = fitted.caches(())
+        self.outputs: LeafCaches | None = None
+        self.weights: LeafCaches | None = None
         self._before = Stream()
 
     @property
@@ -118,20 +130,22 @@ class UnitFit:
         return self._model.device
 
     @property
-    def source(self) -> list[RowCache]:
+    def source(self) -> LeafCaches:
         """The arguments with which the unit is calibrated and its loss measured."""
-        return self.teacher if self._phase.inputs == "teacher" else self.student
+        found = self.teacher if self._phase.inputs == "teacher" else self.student
+        assert found is not None  # the first chunk was gathered
+        return found
 
     def gather(self, teacher: Stream, student: Stream) -> None:
         """Cache targets and arguments, one chunk of samples at a time, from what earlier units put out."""
-        self.targets = self._caches(self.gives)
+        self.targets = self._fitted.caches(self.gives.varying)
         self._before = teacher if self._phase.inputs == "teacher" else student
         for start, stop in self._fitted.chunks():
             with self._model.mode(weights=False, activations=False), torch.no_grad():
                 leaves, origins = self._arguments(start, stop, teacher)
                 if self._phase.inputs != "student":
                     self.teacher = self._keep(self.teacher, start, leaves, origins, teacher)
-                self._write(self.targets, start, self._run(leaves))
+                self.targets.write(start, self._run(leaves))
             if self._phase.inputs != "teacher":
                 with self._quantized(), torch.no_grad():
                     leaves, origins = self._arguments(start, stop, student)
@@ -139,14 +153,14 @@ class UnitFit:
 
     def keep_outputs(self) -> None:
         """Make room for what the quantized unit puts out; `fit` and `run_student` fill it."""
-        self.outputs = self._caches(self.gives)
+        self.outputs = self._fitted.caches(self.gives.varying)
 
     def run_student(self) -> None:
         """Fill `outputs`, if they are kept."""
-        if self.outputs:
+        if self.outputs is not None:
             with self._quantized(), torch.no_grad():
                 for start, stop in self._fitted.chunks():
-                    self._write(self.outputs, start, self._run(self._read(self.source, start, stop)))
+                    self.outputs.write(start, self._run(self.source.read(start, stop)))
 
     def fit(self, rng: Rng, bar: Bar) -> UnitReport:
         """Learn the unit; put it back if that made it worse. Fills `outputs`, if they are kept.
@@ -190,12 +204,12 @@ class UnitFit:
         def run() -> None:
             for start, stop in self._fitted.chunks():
                 if start < count:
-                    self._replay.run_unit(self._index, self._read(self.source, start, min(stop, count)))
+                    self._replay.run_unit(self._index, self.source.read(start, min(stop, count)))
 
         with torch.no_grad():
             observe(self.quantizers, run, self._phase.observer)
 
-    def loss(self, outputs: Sequence[RowCache] = ()) -> float:
+    def loss(self, outputs: LeafCaches | None = None) -> float:
         """Squared reconstruction error over all samples, with hard rounding and no dropping; weighted if learning is.
 
         What the unit puts out is kept in `outputs`, if there are any, so that it need not run again.
@@ -203,11 +217,11 @@ class UnitFit:
         total = 0.0
         with torch.no_grad():
             for start, stop in self._fitted.chunks():
-                output = self._run(self._read(self.source, start, stop))
-                if outputs:
-                    self._write(outputs, start, output)
-                wanted = self._wanted([cache.read(start, stop) for cache in self.targets])
-                weights = self.gives.first(self.weights.read(start, stop)) if self.weights else None
+                output = self._run(self.source.read(start, stop))
+                if outputs is not None:
+                    outputs.write(start, output)
+                wanted = self.targets.read(start, stop)
+                weights = None if self.weights is None else self.weights.read(start, stop)[0]
                 error = reconstruction_error(
                     output, wanted, self._channels_last, 2.0, weights, self._phase.fisher == "full"
                 )
@@ -216,17 +230,17 @@ class UnitFit:
 
     def output(self, batch: torch.Tensor, mixing: torch.Generator) -> Leaves:
         """What the unit puts out for samples of these indices, from the inputs of the phase; `mixing` mixes them."""
-        phase = self._phase
-        student = [cache.gather(batch) for cache in self.student]
-        rows = [cache.gather(batch) for cache in self.teacher] if phase.inputs != "student" else student
-        if phase.inputs == "mixed":
-            rows = [_mix(s, t, phase.quantize_probability, mixing) for s, t in zip(student, rows, strict=True)]
-        return self._run([spec.from_rows(row) for spec, row in zip(self.reads.varying, rows, strict=True)])
+        phase, student, teacher = self._phase, self.student, self.teacher
+        leaves = self.source.gather(batch) if teacher is None else teacher.gather(batch)
+        if phase.inputs == "mixed" and student is not None:
+            pairs = zip(student.gather(batch), leaves, strict=True)
+            leaves = [_mix(own, wanted, phase.quantize_probability, mixing) for own, wanted in pairs]
+        return self._run(leaves)
 
     def output_error(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
         """How far `output` is from what the float unit puts out, in the norm and with the weights of the phase."""
-        wanted = self._wanted([cache.gather(batch) for cache in self.targets])
-        weights = self.gives.first(self.weights.gather(batch)) if self.weights else None
+        wanted = self.targets.gather(batch)
+        weights = None if self.weights is None else self.weights.gather(batch)[0]
         full = self._phase.fisher == "full"
         return reconstruction_error(output, wanted, self._channels_last, self._phase.norm, weights, full)
 
@@ -236,7 +250,7 @@ class UnitFit:
         Gradients reach `output`, which stays as it is. It can be asked for at any step.
         """
         copies = [leaf.clone() for leaf in output]  # what follows may work in place
-        stored = partial(self._gathered, self._before, batch)
+        stored = partial(self._before.gather, batch)
         with in_float(self._fitted.parts[self._index + 1 :]):
             return self._replay.run_behind(self._index, self._fitted.gathered(batch), copies, stored)
 
@@ -255,15 +269,13 @@ class UnitFit:
         spec, module = gives.varying[gives.main], get_module(self._model.module, self.unit.name)
         later = fitted.parts[self._index + 1 :]
         if self.weights is None:
-            self.weights = self._allocate(spec)
+            self.weights = fitted.caches([spec])
         with undropped(self.quantizers):
             for start, stop in fitted.chunks():
                 inputs = fitted.inputs(start, stop)
-                run = partial(
-                    self._replay.run_from, self._index, inputs, partial(self._stored, self._before, start, stop)
-                )
+                run = partial(self._replay.run_from, self._index, inputs, partial(self._before.read, start, stop))
                 gradient = output_gradient(self._model, module, gives.leaf(gives.main), later, inputs, run)
-                self.weights.write(start, fisher_weights(spec.to_rows(gradient)))
+                self.weights.rows[0].write(start, fisher_weights(spec.to_rows(gradient)))
 
     def _quantized(self) -> AbstractContextManager[None]:
         """The network as it is quantized in this phase."""
@@ -280,59 +292,32 @@ class UnitFit:
         """The unit's arguments for some samples, and which earlier unit's output each of them is as it is."""
         reads_inputs = NETWORK_INPUT in self._replay.sources[self._index]
         inputs = self._fitted.inputs(start, stop) if reads_inputs else None
-        return self._replay.run_to(self._index, stop - start, inputs, partial(self._stored, stream, start, stop))
-
-    def _gathered(self, stream: Stream, batch: torch.Tensor, unit: int) -> Leaves:
-        specs = self._replay.outputs[unit].varying
-        return [spec.from_rows(cache.gather(batch)) for spec, cache in zip(specs, stream.outputs[unit], strict=True)]
-
-    def _stored(self, stream: Stream, start: int, stop: int, unit: int) -> Leaves:
-        specs = self._replay.outputs[unit].varying
-        return [
-            spec.from_rows(cache.read(start, stop)) for spec, cache in zip(specs, stream.outputs[unit], strict=True)
-        ]
+        return self._replay.run_to(self._index, stop - start, inputs, partial(stream.read, start, stop))
 
     def _keep(
-        self, caches: list[RowCache], start: int, leaves: Leaves, origins: list[int | None], stream: Stream
-    ) -> list[RowCache]:
+        self, caches: LeafCaches | None, start: int, leaves: Leaves, origins: list[int | None], stream: Stream
+    ) -> LeafCaches:
         """Cache the leaves of a chunk; those that are another unit's output as it is share that unit's cache."""
-        specs = self.reads.varying
-        if not caches:
-            caches = [
-                self._allocate(spec) if origin is None else stream.outputs[origin][0]
+        if caches is None:
+            specs = self.reads.varying
+            found = [
+                self._fitted.caches([spec]).rows[0] if origin is None else stream.outputs[origin].rows[0]
                 for spec, origin in zip(specs, origins, strict=True)
             ]
-        for cache, spec, leaf, origin in zip(caches, specs, leaves, origins, strict=True):
-            if origin is None:
-                cache.write(start, spec.to_rows(leaf))
+            caches = LeafCaches(specs, found)
+        own = [index for index, origin in enumerate(origins) if origin is None]
+        caches.write(start, leaves, own)
         return caches
-
-    def _caches(self, signature: Signature) -> list[RowCache]:
-        """Empty caches for the leaves of a signature."""
-        return [self._allocate(spec) for spec in signature.varying]
-
-    def _allocate(self, spec: TensorSpec) -> RowCache:
-        return self._fitted.store.allocate(spec.rows(self._fitted.count), spec.dtype)
 
     def _run(self, leaves: Leaves) -> Leaves:
         return self.gives.per_sample(self._replay.run_unit(self._index, leaves))
-
-    def _write(self, caches: Sequence[RowCache], start: int, leaves: Leaves) -> None:
-        for cache, spec, leaf in zip(caches, self.gives.varying, leaves, strict=True):
-            cache.write(start, spec.to_rows(leaf))
-
-    def _read(self, caches: list[RowCache], start: int, stop: int) -> Leaves:
-        return [spec.from_rows(cache.read(start, stop)) for spec, cache in zip(self.reads.varying, caches, strict=True)]
-
-    def _wanted(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [spec.from_rows(row) for spec, row in zip(self.gives.varying, rows, strict=True)]
 
     @cached_property
     def _channels_last(self) -> bool:
         """Whether the unit puts out tokens rather than feature maps; tried out on one sample."""
         layer, leaf = get_module(self._model.module, self.unit.layers[-1]), self.gives.main
         with self._model.mode(weights=False, activations=False):
-            return channels_last(layer, lambda: self._run(self._read(self.source, 0, 1))[leaf])
+            return channels_last(layer, lambda: self._run(self.source.read(0, 1))[leaf])
 
 
 ErrorOf = Callable[[torch.Tensor], torch.Tensor]
