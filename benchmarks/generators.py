@@ -39,6 +39,11 @@ class Curve:
         self._network = InvertedNetwork(
             model, method="genie_d", statistics="batch", channel_weights="mean", swing=False
         )
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen."""
+        self.points.clear()
         self._began, self._iteration = time.process_time(), 0
 
     def __call__(self, module: nn.Module, inputs: Any, images: Any) -> None:

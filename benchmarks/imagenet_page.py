@@ -211,5 +211,5 @@ def tried(results: list[Result], table: Table) -> list[str]:
 
 SECTIONS: list[Callable[[list[Result], Table], list[str]]] = [
     *(aims, networks, imagenet_peers.files, imagenet_peers.toolkit, remedies_page.remedies, tried, costs),
-    *(speed_page.generators, speed_page.compiled, speed_page.stages),
+    *(speed_page.generators, speed_page.ways, speed_page.compiled, speed_page.stages),
 ]

@@ -58,6 +58,38 @@ def generators(rows: list[Result], table: Table) -> list[str]:
     ]
 
 
+WAYS = {
+    "plain": "Genie-D",
+    "warm": "generator from another batch",
+    "half": "half the resolution, first half",
+    "late": "half of the batch norms, second half",
+}
+
+
+def ways(rows: list[Result], table: Table) -> list[str]:
+    """Loss against time of shortcuts; `rows` are not needed."""
+    del rows
+    runs = sorted(load("generator_ways"), key=lambda run: (run["network"], list(WAYS).index(run["way"])))
+    body = []
+    for run in runs:
+        points = smooth(run["curve"])
+        for point in points[len(points) // 3 - 1 :: len(points) // 3]:
+            body.append([
+                run["network"], WAYS[run["way"]], str(point["iteration"]), f"{point['seconds']:.0f}",
+                f"{point['loss']:.3g}",
+            ])  # fmt: skip
+    if not body:
+        return []
+    return [
+        "### Shortcuts that were tried",
+        "",
+        "From `results/generator_ways/*.json` (`benchmarks/generator_ways.py`): the light generator,",
+        f"{runs[0]['batch_size']} images, the same measurement. None of them is built in.",
+        "",
+        table(["network", "way", "iterations", "processor s", "loss"], body),
+    ]
+
+
 def pairs(runs: list[Result]) -> list[tuple[Result, Result]]:
     """Runs of both kinds with the same network, batch, iterations and seed."""
     found: dict[tuple[Any, ...], dict[str, Result]] = {}
