@@ -75,29 +75,32 @@ def aims(results: list[Result], table: Table) -> list[str]:
     """What was aimed at, and whether this test set decides it."""
     body = []
     for result in results:
-        for text, found, bound, scale in aims_of(result):
-            if found is None:
-                body.append([text, result["network"], "-", "-", "not measured"])
-                continue
-            interval = f"{scale * found.low:.3g} to {scale * found.high:.3g}"
-            body.append([text, result["network"], f"{scale * found.value:.3g}", interval, found.verdict(bound)])
+        for label in dict.fromkeys(("default", *(row["label"] for row in result["rows"]))):
+            for text, found, bound, scale in aims_of(result, label):
+                start = [text, result["network"], label]
+                if found is not None:
+                    interval = f"{scale * found.low:.3g} to {scale * found.high:.3g}"
+                    body.append([*start, f"{scale * found.value:.3g}", interval, found.verdict(bound)])
+                elif label == "default":
+                    body.append([*start, "-", "-", "not measured"])
     return [
         "## Aims",
         "",
         "*Met* and *missed*: the whole 95% interval lies on one side of the aim; else these images do not decide.",
         "Differences are paired, image by image (`synthquant.evaluate.paired`); of several seeds, the mean of each.",
+        "Settings other than the default ones stand under *Other settings*.",
         "",
-        table(["aim", "network", "found", "95% interval", "verdict"], body),
+        table(["aim", "network", "settings", "found", "95% interval", "verdict"], body),
     ]
 
 
-def aims_of(result: Result) -> list[tuple[str, Difference | None, float, float]]:
+def aims_of(result: Result, label: str) -> list[tuple[str, Difference | None, float, float]]:
     """Aim, what was found, the least that meets it, and the factor for reading."""
     runtime = images(result, "real", "W8A8", "onnxruntime")
     float_correct = PerImage.unpacked(result["float"]["per_image"]).correct.double()
     found: list[tuple[str, Difference | None, float, float]] = []
     for method in ("genie_m", "rtn"):
-        mine = images(result, "genie_d", "W8A8", method)
+        mine = images(result, "genie_d", "W8A8", method, label)
         name = METHODS[method]
         agreement = None if not mine else _share(mine)
         found.append((f"W8A8, no data, {name}: agreement at least 97%", agreement, 0.97, 100))
@@ -106,10 +109,10 @@ def aims_of(result: Result) -> list[tuple[str, Difference | None, float, float]]
             less = mean_difference(runtime[0].kl, mean_over([one.kl for one in mine]))
         found.append((f"W8A8, no data, {name}: divergence below the runtime's own on real images (by)", less, 0.0, 1))
     for scheme, points in (("W4A8", 1.5), ("W4A4", 4.0)):
-        mine, real = (images(result, data, scheme, "genie_m") for data in ("genie_d", "real"))
+        mine, real = (images(result, data, scheme, "genie_m", label) for data in ("genie_d", "real"))
         both = difference_of_shares(mine, real) if mine and real else None
         found.append((f"{scheme}, Genie-M, no data: within {points} points of real images", both, -points / 100, 100))
-    real = images(result, "real", "W4A4", "genie_m")
+    real = images(result, "real", "W4A4", "genie_m", label)
     above = None
     if real:
         above = mean_difference(mean_over([one.correct for one in real]), 0.75 * float_correct)
