@@ -94,6 +94,7 @@ def test_divergence_of_two_answers() -> None:
     shares = one.softmax(1)
     wanted = (shares * (shares / other.softmax(1)).log()).sum()
     assert float(divergence(one, other, "classify")) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(divergence(one, other, "other")) == pytest.approx(float((one - other).square().sum()) / 2, rel=1e-5)
     answer = {"a": one, "count": torch.ones(4, dtype=torch.int64), "b": [other]}
     moved = {"a": one + 2, "count": torch.zeros(4, dtype=torch.int64), "b": [other - 1]}
     assert float(divergence(answer, moved, "other")) == pytest.approx((12 * 4 + 12) / 2)
@@ -209,6 +210,7 @@ def test_a_run_on_a_network_with_a_dictionary_of_outputs(tmp_path: Path, capsys:
     assert found.accuracy is not None and found.accuracy[1].sqnr == found.output_sqnr.total
     print_run(tmp_path / "run", record, as_json=False)
     assert " dB" in capsys.readouterr().out
+    assert "SQNR of the outputs of W4A8" in (tmp_path / "run" / "report.html").read_text()
     loaded = load_checkpoint(tmp_path / "run" / "model", trust_code=True)
     assert loaded.float_model.task == "other" and set(loaded(torch.randn(2, 3, 8, 8))) == {"boxes", "scores", "best"}
     for more in ({"select": ["energy:0.5"]}, {"evaluate": "bundled/cifar10-test"}):
