@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from photographs import CALIBRATION, divided
-from runtime_quantizer import exact_network, quantize_with_runtime
+from runtime_quantizer import Network, exact_network, quantize_with_runtime
 from synthquant.core.files import write_bytes, write_json
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
@@ -40,7 +40,6 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import model_inputs
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.evaluate.paired import PerImage
-from synthquant.export.compare import Network
 from synthquant.make import quantize
 from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime_quantizer import quantize_file_with_runtime
+from runtime_quantizer import Network, quantize_file_with_runtime
 from synthquant.core.files import write_json
 from synthquant.core.modules import hooked
 from synthquant.core.record import environment
@@ -33,7 +33,7 @@ from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches, model_inputs
 from synthquant.data.sources import open_images
-from synthquant.export.compare import Network, difference
+from synthquant.export.compare import difference
 from synthquant.export.onnx import Onnx
 from synthquant.export.onnx.layers import integer_coverage
 from synthquant.export.onnx.runtime import has_vnni, ort_network, session

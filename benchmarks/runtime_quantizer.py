@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,12 +14,14 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from synthquant.export.compare import Network
 from synthquant.export.onnx.runtime import ort_network, session
 from synthquant.export.onnx.speed import export_float
 from synthquant.models.float_model import FloatModel
 
 _IMAGES_AT_A_TIME = 8
+
+Network = Callable[[Tensor], Tensor]
+"""Images `[B, 3, H, W]` to logits `[B, classes]`, both on the CPU."""
 
 Ranges = Literal["minmax", "entropy", "percentile"]
 

@@ -28,6 +28,7 @@ NETWORKS = {
     "efficientnet-lite0": "timm/tf_efficientnet_lite0",
     "cifar10-resnet20": "zoo/cifar10-resnet20",
 }
+STAGES = ["synthesize", "quantize", "evaluate", "export"]
 COMMAND = [sys.executable, "-c", "from synthquant.cli import main; main()"]
 
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--unit-iterations", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="each needs those before it")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "stage_costs")
     args = parser.parse_args()
     checkouts = {"before": args.before, "after": args.after}
@@ -89,7 +91,7 @@ def main() -> None:
             plans = {version: stages(args, Path(folder) / version) for version in checkouts}
             for version in checkouts:
                 (Path(folder) / version).mkdir()
-            for stage in plans["after"]:
+            for stage in args.stages:
                 for version, checkout in checkouts.items():
                     found = measure(plans[version][stage], checkout)
                     rows.append({"stage": stage, "version": version, "repeat": repeat, **found})

@@ -13,7 +13,7 @@ from torch import nn
 
 from synthquant.core.errors import InputError, ModelError, SynthquantError, UnsupportedModelError
 from synthquant.core.rng import Rng
-from synthquant.models.float_model import ModelSource
+from synthquant.models.float_model import ModelSource, RecordedSource
 from synthquant.models.open import open_model
 from synthquant.models.zoo import ZOO
 from synthquant.synthesize import GenieD
@@ -86,6 +86,14 @@ def test_a_tag_of_weights_brings_their_preprocessing() -> None:
     assert first.preprocess.resize == 256
     assert open_model("torchvision/mobilenet_v2", pretrained=False).preprocess.resize == 232
     assert open_model(first.source, pretrained=False).preprocess == first.preprocess
+
+
+def test_the_usual_task_is_not_written_and_another_comes_back() -> None:
+    usual, other = ModelSource(source="zoo/cifar10-resnet20"), ModelSource(source="net.py:build", task="other")
+    assert "task" not in usual.model_dump() and "task" not in usual.model_dump_json()
+    for source in (usual, other):
+        assert ModelSource.model_validate(source.model_dump()) == source
+        assert RecordedSource.of(source).confirmed("a file", trust_code=True) == source
 
 
 def test_published_weights_are_those_of_the_tag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -54,6 +54,14 @@ class _Source(Settings):
     task: Task = "classify"
     """What the network gives: logits of classes (`classify`), or any tree of tensors (`other`), whose distance to those
     of the float network is measured instead of accuracy."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_task(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `task` out where it is `classify`: such files are as they were before there were others."""
+        fields: dict[str, Any] = handler(self)
+        if self.task == "classify":
+            fields.pop("task", None)
+        return fields
 
 
 class ModelSource(_Source):
