@@ -149,6 +149,13 @@ def toolkit(found: list[Result], table: Table) -> list[str]:
                 f" {made['peak_memory_bytes'] / 2**30:.1f} GiB; what Genie-D's took stands"
                 " under *What it costs*.",
             ]
+        mine = next(one for one in found if one["network"] == result["network"])
+        if mine["float"]["per_image"] != result["float"]["per_image"]:
+            lines += [
+                "",
+                "The toolkit's rows saw images resized to 232 pixels, of which the float network recognises"
+                f" {100 * result['float']['top1']:.2f}%, the table's 256 ({100 * mine['float']['top1']:.2f}%).",
+            ]
         rows = [*result["rows"], *_table_rows(found, result["network"])]
         schemes = [name for name in ("W8A8", "W4A8", "W4A4") if any(row["scheme"] == name for row in rows)]
         body = []

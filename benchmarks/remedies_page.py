@@ -35,7 +35,8 @@ def remedies(rows: list[Result], table: Table) -> list[str]:
         "photographs, with channels equalised (`quantize.equalize`) and biases corrected (`quantize.bias_correction`).",
         "Top-1 % / agreement % / divergence. DFQ (arXiv:1906.04721) reports MobileNetV2 with eight-bit weights per",
         "tensor at 0.1% before and 71.2% after, of 71.7%; on other weights, without data. Its ReLU6 is a ReLU; here it",
-        "stays one, by `weights` with a bound for each channel.",
+        "stays one, by `weights` with a bound for each channel. MobileNetV2 saw images resized to 232 pixels here, to",
+        "256 in the table.",
         "",
         table(["network", "bits and scales", "equalised by", "biases as they are", "biases corrected"], body),
     ]
