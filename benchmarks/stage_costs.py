@@ -85,7 +85,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "stage_costs")
     args = parser.parse_args()
     checkouts = {"before": args.before, "after": args.after}
+    commits = {
+        version: subprocess.run(
+            ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for version, checkout in checkouts.items()
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in ("count", "iterations", "unit_iterations")}
     rows: list[dict[str, Any]] = []
+    content = {"network": args.network, "commits": commits, **settings, "rows": rows, "environment": environment()}
     for repeat in range(args.repeats):
         with TemporaryDirectory() as folder:
             plans = {version: stages(args, Path(folder) / version) for version in checkouts}
@@ -96,16 +105,7 @@ def main() -> None:
                     found = measure(plans[version][stage], checkout)
                     rows.append({"stage": stage, "version": version, "repeat": repeat, **found})
                     print(rows[-1], flush=True)
-    commits = {
-        version: subprocess.run(
-            ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for version, checkout in checkouts.items()
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in ("count", "iterations", "unit_iterations")}
-    content = {"network": args.network, "commits": commits, **settings, "rows": rows, "environment": environment()}
-    write_json(args.out / f"{args.network}.json", content)
+        write_json(args.out / f"{args.network}.json", content)
 
 
 if __name__ == "__main__":
