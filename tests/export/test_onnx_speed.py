@@ -1,8 +1,11 @@
 import itertools
+from pathlib import Path
 
 import torch
+from tests.nn.networks import Network, float_model
 
-from synthquant.export.onnx.speed import in_turns
+from synthquant.export.onnx.runtime import session
+from synthquant.export.onnx.speed import export_float, in_turns
 
 
 def test_networks_are_timed_in_turns_by_the_clock_given() -> None:
@@ -18,3 +21,9 @@ def test_networks_are_timed_in_turns_by_the_clock_given() -> None:
     turns = [name for name, _ in itertools.groupby(called)]
     assert turns[:2] == ["float", "quantized"]
     assert all(set(values) == {1.0} for values in times.values())
+
+
+def test_the_float_file_has_the_ends_of_the_quantized_one(tmp_path: Path) -> None:
+    loaded = session(export_float(float_model(Network()), tmp_path / "float.onnx"))
+    assert [value.name for value in loaded.get_inputs()] == ["images"]
+    assert [value.name for value in loaded.get_outputs()] == ["logits"]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import environment
+from synthquant.export.flat import input_names, output_names
 from synthquant.export.onnx.build import export_module
 from synthquant.export.onnx.runtime import has_vnni, ort_function, read_metadata, session
 from synthquant.methods import SpeedTest
@@ -79,12 +80,18 @@ def measure_speed(
 def export_float(model: FloatModel, path: Path) -> Path:
     """Write the float network as ONNX, batch norms left to the runtime, which folds them.
 
+    What it takes and gives has the names that it has in the quantized network's file.
+
     Raises:
         UnsupportedModelError: an operation has no ONNX form.
     """
     import onnx_ir as ir
 
-    ir.save(export_module(model.module, model), path)
+    from synthquant.export.onnx.graph import name_ends
+
+    graph = export_module(model.module, model)
+    name_ends(graph, input_names(model), output_names(model))
+    ir.save(graph, path)
     return path
 
 
