@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -170,6 +172,17 @@ def test_what_is_given_must_be_what_the_network_takes() -> None:
     wrong = InMemory(Inputs((torch.randn(6, 1, 8, 8), torch.rand(6))))
     with pytest.raises(DataError, match=r"input 1 of a sample is torch.float32 \[\], and the network takes"):
         list(CalibrationSet(QuantModel.build(unet.model, "W8A8"), wrong).batches())
+    lone: Any = torch.zeros(2, 1, 8, 8)
+    for source in (None, [wrong.inputs], lone):
+        with pytest.raises(DataError, match=r"a \w+ is no samples; give an image set"):
+            measure_output_sqnr(QuantModel.build(unet.model, "W8A8"), cast(Any, source))
+    wrong.batches = lambda size, indices=None: iter([lone])  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"must be synthquant\.Inputs; one is a Tensor"):
+        measure_output_sqnr(QuantModel.build(unet.model, "W8A8"), wrong)
+    table = conditioned.samples.inputs
+    other = InMemory(replace(table, kwargs=table.kwargs | {"scale": table.kwargs["scale"] * 2}))
+    with pytest.raises(DataError, match="input scale of a sample is constant and has another value"):
+        Rtn().apply(QuantModel.build(conditioned.model, "W8A8"), other, Rng(0))
     broken = conditioned.samples.inputs
     broken.tensors[0][3, 2] = torch.nan
     with pytest.raises(DataError, match="a sample to quantize with has values that are not finite"):
@@ -195,6 +208,9 @@ def unet():
 
 def wrong():
     return torch.nn.Linear(2, 2), Inputs((torch.ones(2, 3),))
+
+def empty():
+    return torch.nn.Linear(2, 2), Inputs((torch.ones(0, 2),))
 """
 
 
@@ -234,6 +250,8 @@ def test_a_user_file_gives_an_example_of_its_inputs(tmp_path: Path) -> None:
         open_model(f"{path}:unet", task="other", mean=[0.5])
     with pytest.raises(ModelError, match="wrong fails on its example"):
         open_model(f"{path}:wrong", task="other")
+    with pytest.raises(ModelError, match="the example of its inputs has 0 samples"):
+        open_model(f"{path}:empty", task="other")
 
 
 def seen_by_batch_norms(channels: int) -> FloatModel:

@@ -51,6 +51,19 @@ def test_the_signature_is_the_same_for_any_number_of_samples() -> None:
                constants={"table"}).require(whole.signature)  # fmt: skip
 
 
+def test_constants_are_those_of_the_example() -> None:
+    whole = inputs()
+    same = whole.kwargs | {"table": whole.kwargs["table"].clone()}
+    Inputs(whole.args, same, constants={"table"}).require(whole.signature)
+    other = whole.kwargs | {"table": whole.kwargs["table"] + 1}
+    with pytest.raises(DataError, match="input table of a sample is constant and has another value"):
+        Inputs(whole.args, other, constants={"table"}).require(whole.signature)
+    with pytest.raises(DataError, match="input 1 of a sample is constant and has another value"):
+        Inputs((whole.args[0], 8), whole.kwargs, constants={"table"}).require(whole.signature)
+    with pytest.raises(DataError, match=r"input table of a sample is torch.float32 .*, and the network takes constant"):
+        Inputs(whole.args, whole.kwargs | {"table": torch.rand(3, 2)}).require(whole.signature)
+
+
 def test_what_is_no_input_is_refused() -> None:
     with pytest.raises(DataError, match="input 1 has 3 samples and input 0 2; name one constant"):
         Inputs((torch.rand(2, 4), torch.rand(3)))

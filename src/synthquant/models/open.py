@@ -184,12 +184,16 @@ def _preprocess(known: Preprocess | None, request: ModelSource) -> Preprocess:
 
 
 def _example(example: Inputs, request: ModelSource) -> Inputs:
-    """The example that a user's function gave; raises `ModelError` for settings of images, which would do nothing."""
+    """The example that a user's function gave; raises `ModelError` if it has no sample, or
+    for settings of images, which would do nothing.
+    """
     given = [f"--{key.replace('_', '-')}" for key in ("input_size", "mean", "std") if getattr(request, key) is not None]
     if given:
         raise ModelError(
             f"{request.source} comes with an example of its inputs, not images; leave out {', '.join(given)}"
         )
+    if len(example) == 0:
+        raise ModelError(f"{request.source}: the example of its inputs has 0 samples; give one or more")
     return example
 
 

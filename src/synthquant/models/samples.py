@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from synthquant.core.errors import DataError
 from synthquant.core.files import sha256_bytes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess, input_batches
@@ -54,12 +55,42 @@ class PreparedImages:
             yield Inputs.of(batch.inputs)
 
 
-def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:
-    """Return what a network reads of a source: images are prepared, other samples are what they are.
+class _FittingSamples:
+    """Samples of which every batch fits the network."""
 
-    Raises `UnsupportedModelError` if there are images and the network takes none.
+    def __init__(self, samples: Samples, model: FloatModel) -> None:
+        self._samples, self._signature = samples, model.example(1).signature
+
+    @property
+    def fingerprint(self) -> str:
+        return self._samples.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[Inputs]:
+        for batch in self._samples.batches(size, indices):
+            if not isinstance(batch, Inputs):
+                raise DataError(f"batches of samples must be synthquant.Inputs; one is a {type(batch).__name__}")
+            batch.require(self._signature)
+            yield batch
+
+
+def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:
+    """Return what a network reads of a source: images are prepared, of other samples each batch is checked.
+
+    Raises:
+        UnsupportedModelError: there are images and the network takes none.
+        DataError: it is neither; and from `batches` what is no input of the network.
     """
-    return PreparedImages(source, model.preprocess) if isinstance(source, ImageSet) else source
+    if isinstance(source, ImageSet):
+        return PreparedImages(source, model.preprocess)
+    if not all(hasattr(source, name) for name in ("fingerprint", "batches", "__len__")):
+        raise DataError(
+            f"a {type(source).__name__} is no samples; give an image set, or what has a length, a fingerprint and"
+            " batches of synthquant.Inputs (synthquant.Samples)"
+        )
+    return _FittingSamples(source, model)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -149,19 +149,27 @@ class Inputs:
         return [(self._paths[index], self._leaves[index]) for index in self._varying]
 
     def require(self, signature: Signature) -> None:
-        """Raise `DataError` unless these are inputs of a network of that signature; the number of samples is free."""
+        """Raise `DataError` unless these are inputs of a network of that signature; the number of samples is free.
+
+        Constants must have its values: the network is calibrated, cached and exported with them.
+        """
         mine = self.signature
-        if mine.tree != signature.tree or len(mine.varying) != len(signature.varying):
+        if mine.tree != signature.tree:
             names = ", ".join(name for name, _ in self.named())
             raise DataError(
                 f"a sample has other arguments ({names}) than the network's example; give the same ones, in the same"
                 " order"
             )
-        for (name, _), found, wanted in zip(self.named(), mine.varying, signature.varying, strict=True):
+        values = zip(self._paths, mine.specs, signature.specs, mine.constants, signature.constants, strict=True)
+        for name, found, wanted, constant, known in values:
             if found != wanted:
                 raise DataError(
-                    f"input {name} of a sample is {found.dtype} {list(found.shape)}, and the network takes"
-                    f" {wanted.dtype} {list(wanted.shape)}"
+                    f"input {name} of a sample is {_described(found)}, and the network takes {_described(wanted)}"
+                )
+            if not found.per_sample and not _same(constant, known):
+                raise DataError(
+                    f"input {name} of a sample is constant and has another value than in the network's example; give"
+                    " the example's, or do not name it constant"
                 )
 
     def call(self, module: Callable[..., Any]) -> Any:
@@ -242,6 +250,20 @@ class Inputs:
             for index, (path, leaf) in enumerate(self._flat[0])
             if isinstance(leaf, Tensor) and _key(path[1]) not in self.constants
         ]
+
+
+def _described(spec: TensorSpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}" if spec.per_sample else "constant"
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two constants are equal; values that are not numbers equal each other."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        first, second = first.detach().cpu(), second.detach().cpu()
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        return bool(((first == second) | ((first != first) & (second != second))).all())
+    return first is second or (type(first) is type(second) and bool(first == second))
 
 
 def joined(parts: Sequence[Inputs]) -> Inputs:

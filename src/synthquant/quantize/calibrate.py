@@ -33,15 +33,14 @@ class CalibrationSet:
         """Take images in pixel space, or samples of what else the network takes.
 
         Raises:
-            DataError: the set is empty.
+            DataError: the set is empty, or no set of samples.
             UnsupportedModelError: they are images, and the network takes none.
         """
         self._noun = "image" if isinstance(source, ImageSet) else "sample"
-        if len(source) == 0:
-            raise DataError(f"0 {self._noun}s to quantize with; synthesize some or give a folder that holds some")
         self._samples = samples_for(model.float_model, source)
+        if len(self._samples) == 0:
+            raise DataError(f"0 {self._noun}s to quantize with; synthesize some or give a folder that holds some")
         self._takes = model.float_model.takes
-        self._signature = model.float_model.example(1).signature
         self._device = model.device
         self.at_once = model.float_model.samples_at_once(_MOST_AT_ONCE)
 
@@ -67,7 +66,6 @@ class CalibrationSet:
             if not batch.finite:
                 some = "an image" if self._noun == "image" else "a sample"
                 raise DataError(f"{some} to quantize with has values that are not finite; make the {self._noun}s anew")
-            batch.require(self._signature)
             given = batch.to(self._device)
             if isinstance(self._takes, Preprocess):
                 given = given.filled([self._takes.cut_off(tensor) for tensor in given.tensors])
