@@ -10,6 +10,7 @@ from tests.nn.networks import Encoder, float_model
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from synthquant.core.errors import UnsupportedModelError
 from synthquant.nn.build import folded_copy
 from synthquant.nn.rewrites import project_in_layers
 
@@ -115,3 +116,31 @@ def test_a_copy_of_torch_s_encoder_runs_in_layers() -> None:
     x = network.example_images(4)
     assert torch.allclose(copied(x), network.module(x), atol=1e-5)
     assert network.module[0].encoder.self_attn.in_proj_weight is not None, "the network itself is as it was"
+
+
+class Padded(nn.Module):
+    """An encoder of tokens, the last of them padding, that reads all that the encoder puts out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)
+            self.patches, self.encoder = nn.Conv2d(3, WIDTH, 4, 4), nn.TransformerEncoder(layer, 1, **options)
+            self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        padding = torch.arange(tokens.shape[1]).expand(len(x), -1) == tokens.shape[1] - 1
+        logits: torch.Tensor = self.head(self.encoder(tokens, src_key_padding_mask=padding).mean(1))
+        return logits
+
+
+def test_an_encoder_whose_padding_torch_puts_to_zero_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="enable_nested_tensor=False"):
+        folded_copy(float_model(Padded()))
+    model = float_model(Padded(enable_nested_tensor=False))
+    copied, _ = folded_copy(model)
+    images = model.example_images(2)
+    with torch.no_grad():
+        assert torch.allclose(copied(images), model.module(images), atol=1e-5)

@@ -13,13 +13,18 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from synthquant.core.errors import UnsupportedModelError
 from synthquant.models.signature import Inputs
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.attention import attention_weights
 from synthquant.nn.derived import derived_class
 
 Rewrite = Callable[[nn.Module], None]
+
+_TOLERANCE = 1e-3
+"""Largest difference of outputs, as a share of the largest value, that rounding may make."""
 
 REWRITES: OrderedDict[type[nn.Module], Rewrite] = OrderedDict()
 """What is done with modules of a class, and of those derived from it that have its forward; in this order."""
@@ -42,15 +47,42 @@ def make_visible(network: nn.Module, example: Inputs | Tensor) -> None:
     computes with its parameters.
 
     Args:
-        network: the network.
+        network: the network, in eval mode.
         example: some samples.
+
+    Raises:
+        UnsupportedModelError: the network computes something else then.
     """
+    known: list[Tensor] = []
     for kind, rewrite in REWRITES.items():
         found = {name: part for name, part in network.named_modules() if _runs_forward_of(part, kind)}
-        seen = trace(network, example) if found else None
+        if not found:
+            continue
+        known = known or _outputs(network, example)
+        seen = trace(network, example)
         for name, part in found.items():
-            if seen is not None and _keeps_to_itself(seen, name, part):
+            if _keeps_to_itself(seen, name, part):
                 rewrite(part)
+    if known:
+        _require_same(_outputs(network, example), known)
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, example: Inputs | Tensor) -> list[Tensor]:
+    inputs = Inputs.of(example) if isinstance(example, Tensor) else example
+    outputs = pytree.tree_leaves(inputs.clone().call(network))
+    return [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _require_same(found: list[Tensor], known: list[Tensor]) -> None:
+    for one, other in zip(found, known, strict=True):
+        limit = _TOLERANCE * float(other.nan_to_num().abs().max()) if other.numel() else 0.0
+        if not torch.allclose(one, other, rtol=0.0, atol=limit, equal_nan=True):
+            raise UnsupportedModelError(
+                "the network computes something else with its attention as layers and products; most often torch's"
+                " encoder puts zeros in place of padded tokens when it is not trained, and the network reads them:"
+                " build it with enable_nested_tensor=False"
+            )
 
 
 def _runs_forward_of(part: nn.Module, kind: type[nn.Module]) -> bool:
@@ -71,6 +103,12 @@ def _keeps_to_itself(seen: Trace, name: str, part: nn.Module) -> bool:
 def run_layers_one_by_one(part: nn.Module) -> None:
     """Keep torch's encoder layer from a fused kernel that reads its layers' weights and never calls them."""
     cast(nn.TransformerEncoderLayer, part).activation_relu_or_gelu = 0
+
+
+@rewrites(nn.TransformerEncoder)
+def keep_padding(part: nn.Module) -> None:
+    """Keep torch's encoder from nested tensors, which only a fused kernel takes and which lose what padding held."""
+    cast(nn.TransformerEncoder, part).use_nested_tensor = False
 
 
 class LayeredAttention(nn.Module):
