@@ -121,12 +121,12 @@ def test_a_copy_of_torch_s_encoder_runs_in_layers() -> None:
 class Padded(nn.Module):
     """An encoder of tokens, the last of them padding, that reads all that the encoder puts out."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, layers: int = 1, **options: Any) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)
-            self.patches, self.encoder = nn.Conv2d(3, WIDTH, 4, 4), nn.TransformerEncoder(layer, 1, **options)
+            self.patches, self.encoder = nn.Conv2d(3, WIDTH, 4, 4), nn.TransformerEncoder(layer, layers, **options)
             self.head = nn.Linear(WIDTH, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.nn.networks import float_model
+from tests.nn.test_rewrites import Padded
 from tests.small_networks import small_images
 from torch import nn
 
@@ -74,3 +75,13 @@ def test_an_encoder_on_integers(tmp_path: Path) -> None:
     found = exporter.verify(model, exporter.export(model, tmp_path / "net.onnx"), small_images(16))
     assert found["layers"]["floating"] == found["layers"]["products_floating"] == 0
     assert found["layers"]["products_integer"] == 4
+
+
+def test_a_unit_that_is_given_a_mask_of_infinities_learns() -> None:
+    network = Padded(2, enable_nested_tensor=False)  # torch's encoder hands its layers a mask of 0 and -inf
+    model = QuantModel.build(float_model(network), QuantScheme.parse({"preset": "W4A4", "attention": {}}))
+    method = GenieM(iterations=20, batch_size=8, calibration_images=16)
+    report = method.apply(model, small_images(16), Rng(0))
+    layers = [unit for unit in report.units if unit.name.startswith("encoder.layers.")]
+    assert len(layers) == 2 and not report.diverged
+    assert all(unit.loss_end and unit.loss_start and unit.loss_end < unit.loss_start for unit in layers)

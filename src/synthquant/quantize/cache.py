@@ -170,11 +170,13 @@ class LeafCaches:
     Attributes:
         specs: what the tensors are.
         rows: a cache for each.
+        infinite: places of those that hold infinite values, as masks of attention do.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], rows: Sequence[RowCache]) -> None:
         self.specs = tuple(specs)
         self.rows = list(rows)
+        self.infinite: set[int] = set()
 
     def read(self, start: int, stop: int) -> Leaves:
         """The tensors of the samples from `start` to `stop` (exclusive)."""
@@ -189,6 +191,8 @@ class LeafCaches:
         for place, (spec, cache, leaf) in enumerate(zip(self.specs, self.rows, leaves, strict=True)):
             if which is None or place in which:
                 cache.write(start, spec.to_rows(leaf))
+                if leaf.is_floating_point() and bool(leaf.isinf().any()):
+                    self.infinite.add(place)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -233,8 +233,11 @@ class UnitFit:
         phase, student, teacher = self._phase, self.student, self.teacher
         leaves = self.source.gather(batch) if teacher is None else teacher.gather(batch)
         if phase.inputs == "mixed" and student is not None:
-            pairs = zip(student.gather(batch), leaves, strict=True)
-            leaves = [_mix(own, wanted, phase.quantize_probability, mixing) for own, wanted in pairs]
+            pairs = enumerate(zip(student.gather(batch), leaves, strict=True))
+            leaves = [
+                _mix(own, wanted, phase.quantize_probability, mixing, infinite=place in student.infinite)
+                for place, (own, wanted) in pairs
+            ]
         return self._run(leaves)
 
     def output_error(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
@@ -332,11 +335,14 @@ def output_error(unit: UnitFit, rng: Rng) -> ErrorOf:
     return lambda batch: unit.output_error(batch, unit.output(batch, mixing))
 
 
-def _mix(student: torch.Tensor, teacher: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+def _mix(
+    student: torch.Tensor, teacher: torch.Tensor, probability: float, generator: torch.Generator, *, infinite: bool
+) -> torch.Tensor:
     """QDrop's mixture of quantized and float inputs, element by element; whole numbers and masks are the teacher's."""
     if not student.is_floating_point():
         return teacher
-    return torch.lerp(teacher, student, random_keep(student, probability, generator))
+    mixed = torch.lerp(teacher, student, random_keep(student, probability, generator))
+    return torch.where(student == teacher, teacher, mixed) if infinite else mixed  # between equal infinities lies none
 
 
 def _ticker(bar: Bar, unit: Unit) -> Callable[[int, float | None], None]:
