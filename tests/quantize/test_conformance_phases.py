@@ -43,6 +43,7 @@ NOTHING_ELSE: dict[str, Field] = {
     "activation_scale_lr": (0.0, "not learned in this pass"),
     "quantize_probability": (1.0, "nothing is dropped"),
     "lsq_gradient_scale": (False, "step sizes are not learned, or without it"),
+    "error": ("outputs", f"{ADAROUND} eq. 21: what the unit puts out"),
     "norm": (2.0, f"{ADAROUND} eq. 21: squared Frobenius norm"),
     "fisher": (None, f"{BRECQ} code: all published commands use the plain squared error"),
     "calibrate_images": (None, "ranges are those set beforehand"),
