@@ -96,7 +96,7 @@ def run(model: FloatModel, args: argparse.Namespace, curve: Curve) -> None:
     """Go one way."""
     options: dict[str, Any] = {"method": "genie_d", "statistics": "batch", "channel_weights": "mean", "swing": True}
     network, rng = InvertedNetwork(model, **options), Rng(args.seed)
-    generator = make_generator("light", 256, model.preprocess.input_size, model.device)
+    generator = make_generator("light", 256, (3, *model.preprocess.input_size), model.device)
     generator.reset(rng.generator("generator"))
 
     def latents(name: str) -> Tensor:

@@ -75,7 +75,7 @@ class PlainGenerator(nn.Module):
 def test_generator_equals_its_layers_in_plain_torch(
     size: tuple[int, int], latent_size: int | None, widths: tuple[int, ...]
 ) -> None:
-    generator = Generator(latent_size, size, widths, torch.device("cpu"))
+    generator = Generator(latent_size, (3, *size), widths, torch.device("cpu"))
     plain = PlainGenerator(latent_size, size, widths)
     generator.reset(torch.Generator().manual_seed(0))
     source = torch.Generator().manual_seed(1)
@@ -160,7 +160,7 @@ def test_every_step_of_a_batch_is_the_paper_s(make_model: MakeModel, monkeypatch
     assert len(offsets) == ITERATIONS and len({tuple(one.flatten().tolist()) for one in offsets}) > 5
 
     source = Rng(0).child("batch-0")
-    start = Generator(LATENT, (8, 8), GENIE_WIDTHS, torch.device("cpu"))
+    start = Generator(LATENT, (3, 8, 8), GENIE_WIDTHS, torch.device("cpu"))
     start.reset(source.generator("generator"))
     generator = PlainGenerator(LATENT, (8, 8), GENIE_WIDTHS)
     generator.take(start)
