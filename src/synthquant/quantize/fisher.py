@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from synthquant.core.modules import hooked
 from synthquant.models.float_model import Task
 from synthquant.models.signature import Inputs, named_outputs
+from synthquant.nn.layers import switched
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.unit_files import Parts
 
@@ -95,19 +96,8 @@ def divergence(wanted: Any, found: Any, task: Task) -> torch.Tensor:
     return torch.stack([(others[name] - tensor).double().square().sum() / 2 for name, tensor in tensors.items()]).sum()
 
 
-@contextmanager
-def in_float(parts: Sequence[Parts]) -> Iterator[None]:
+def in_float(parts: Sequence[Parts]) -> AbstractContextManager[None]:
     """Leave layers and quantizers in floating point for a while."""
-    layers = [(layer, layer.weights_enabled) for part, _ in parts for layer in part]
-    quantizers = [(quantizer, quantizer.enabled) for _, part in parts for quantizer in part]
-    try:
-        for layer, _ in layers:
-            layer.weights_enabled = False
-        for quantizer, _ in quantizers:
-            quantizer.enabled = False
-        yield
-    finally:
-        for layer, enabled in layers:
-            layer.weights_enabled = enabled
-        for quantizer, enabled in quantizers:
-            quantizer.enabled = enabled
+    layers = [layer for part, _ in parts for layer in part]
+    quantizers = [quantizer for _, part in parts for quantizer in part]
+    return switched(layers, quantizers, weights=False, activations=False)
