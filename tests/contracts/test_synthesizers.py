@@ -19,6 +19,7 @@ from synthquant.methods import SYNTHESIZERS, Synthesizer
 from synthquant.models.float_model import FloatModel
 from synthquant.recipe import build_method
 from synthquant.synthesize.batches import open_writer
+from synthquant.synthesize.low_pass import low_passed
 
 # The least work that still is the method; a method without these fields gets its defaults.
 SMALL = {"iterations": 2, "batch_size": 4, "latent_size": 8, "steps": 1, "height": 16, "width": 16}
@@ -78,6 +79,17 @@ def test_leaves_the_global_random_state_alone(method: Synthesizer, model: FloatM
     before = torch.random.get_rng_state()
     method.synthesize(model, 5, Rng(0))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_low_pass_filter_is_the_last_thing_that_is_done(method: Synthesizer, model: FloatModel) -> None:
+    plain = method.synthesize(model, 5, Rng(0))
+    filtered = method.model_copy(update={"low_pass": 0.2}).synthesize(model, 5, Rng(0))  # type: ignore[attr-defined]
+    assert "low_pass" not in plain.manifest.settings, "sets without it are the bytes they were"
+    assert filtered.manifest.settings["low_pass"] == 0.2
+    expected = low_passed(pixels(plain), 0.2).float()
+    assert not torch.equal(expected, pixels(plain).float())
+    levels = 255 if pixels(plain).dtype == torch.uint8 else 1  # unfiltered ones are stored in float16
+    torch.testing.assert_close(pixels(filtered).float() / levels, expected / levels, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -138,12 +138,13 @@ def test_bad_images_are_drawn_again_and_counted(use: Use, network: FloatModel, t
     assert torch.equal(pixels(in_memory), pixels(images)) and in_memory.manifest.redrawn == redrawn
 
 
+@pytest.mark.parametrize("low_pass", [None, 0.1])
 def test_near_duplicates_are_drawn_again_also_across_batches_and_after_a_kill(
-    use: Use, network: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    use: Use, network: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_pass: float | None
 ) -> None:
     # Six pictures only, so that a class repeats itself from its second image on until it finds another one.
     generator = use(FakeGenerator(lambda prompt, seed: noise(prompt, seed % 6) // 2 + seed % 2))
-    method = TextToImage(batch_size=5, only=("cat", "dog"), redraws=60)
+    method = TextToImage(batch_size=5, only=("cat", "dog"), redraws=60, low_pass=low_pass)
 
     def writer(name: str) -> ImageSetWriter:
         return open_writer(tmp_path / name, "text_to_image", method, 10, 0, network)

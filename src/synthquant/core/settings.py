@@ -39,6 +39,11 @@ class Settings(BaseModel):
         return value
 
 
+def is_none(value: object) -> bool:
+    """`exclude_if` of a field that is written only where it is set: files without it stay the bytes they were."""
+    return value is None
+
+
 S = TypeVar("S", bound=BaseModel)
 
 

@@ -7,6 +7,7 @@
 - `generator`: the generator of Genie-D: from latents to normalised images.
 - `genie_d`: Genie-D: a generator and its latents, trained on batch-norm statistics.
 - `inversion`: the loop that optimises images until batch norms see what they remember.
+- `low_pass`: a low-pass filter for finished images, a setting of every method.
 - `noise`: Gaussian noise, the baseline.
 - `pieces`: a large batch taken in pieces, to the same bytes.
 - `prompt_tuning`: prompt tuning of GenQ: one token, shared by all classes, learned from a few real images.

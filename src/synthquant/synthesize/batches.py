@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +14,10 @@ from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
+from synthquant.data.pixels import stored_pixels
 from synthquant.data.store import ImageForm, ImageSetWriter
 from synthquant.methods import SYNTHESIZERS, Synthesizer
+from synthquant.synthesize.low_pass import LowPass, low_passed
 
 if TYPE_CHECKING:
     from synthquant.core.progress import Bar
@@ -57,10 +59,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Made:
-    """One batch as it is stored."""
+    """One batch that was made."""
 
     pixels: Tensor
-    """Images in pixel space, `[n, C, H, W]`."""
+    """Images in pixel space, `[n, C, H, W]`, uint8 or floats."""
     labels: Tensor | None = None
     """Their classes, int64 `[n]`."""
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class Made:
 
 
 def collect(
+    method: LowPass,
     order: Order,
     sizes: Sequence[int],
     make: Callable[[Sequence[int], Bar], Iterable[Made]],
@@ -76,7 +79,10 @@ def collect(
 ) -> list[Made]:
     """Make every batch that is not on disk yet; with a writer each is one part, without one they are returned.
 
+    This is where images become what is stored: filtered if the method's `low_pass` says so, in its pixel type.
+
     Args:
+        method: whose images they are.
         order: for which network, and where images and progress go.
         sizes: of all batches, those on disk too.
         make: gives the batches of these numbers one after the other, in order, and advances the bar.
@@ -87,7 +93,9 @@ def collect(
     missing = list(range(len(sizes))) if writer is None else writer.missing_parts(len(sizes))
     with order.progress.bar(title, sum(steps)) as bar:
         bar.advance(sum(steps) - sum(steps[index] for index in missing))  # what an earlier run left on disk is done
-        for batch in make(missing, bar):
+        for made in make(missing, bar):
+            pixels = stored_pixels(low_passed(made.pixels, method.low_pass), image_form(method).dtype)
+            batch = replace(made, pixels=pixels.contiguous(memory_format=torch.contiguous_format))
             if writer is None:
                 kept.append(batch)
             else:
@@ -113,7 +121,7 @@ def in_memory(name: str, method: Settings, order: Order, batches: Sequence[Made]
 
 def make_batches(
     method: str,
-    settings: Settings,
+    settings: LowPass,
     order: Order,
     sizes: list[int],
     make_batch: Callable[[Batch], Tensor],
@@ -138,10 +146,9 @@ def make_batches(
     def make(missing: Sequence[int], bar: Bar) -> Iterator[Made]:
         for index in missing:
             normalized = make_batch(Batch(index, sizes[index], order.rng.child(f"batch-{index}"), bar))
-            pixels = order.model.preprocess.pixels(normalized.float()).to("cpu", torch.float16)
-            yield Made(pixels.contiguous(memory_format=torch.contiguous_format))
+            yield Made(order.model.preprocess.pixels(normalized.float()))
 
-    kept = collect(order, sizes, make, title, steps)
+    kept = collect(settings, order, sizes, make, title, steps)
     return in_memory(method, settings, order, kept) if order.writer is None else order.writer.finish(order.progress)
 
 

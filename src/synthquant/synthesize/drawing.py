@@ -16,11 +16,11 @@ from synthquant.data.image_set import ImageSet
 from synthquant.diffusion.pipelines import Drawn, Sampling, TextToImagePipeline
 from synthquant.synthesize.batches import Made, Order, collect, in_memory
 from synthquant.synthesize.flaws import SeenImages, black, constant, thumbnails
+from synthquant.synthesize.low_pass import LowPass, low_passed
 from synthquant.synthesize.prompts import Prompt, PromptPlan, Slot
 
 if TYPE_CHECKING:
     from synthquant.core.progress import Bar
-    from synthquant.core.settings import Settings
     from synthquant.data.store import ImageSetWriter
 
 _NAME = "text_to_image"
@@ -157,16 +157,18 @@ class Drawing:
                 self.cut.append(prompt.text)
 
 
-def settle(batch: Batch, source: BatchSource, seen: SeenImages) -> Batch:
+def settle(batch: Batch, source: BatchSource, seen: SeenImages, low_pass: float | None = None) -> Batch:
     """Draw again what is nearly the same as an earlier image of its class, until nothing is; remember the rest.
 
-    Raises `InputError` if the generator repeats itself whatever the seed.
+    Images are compared as they are stored, behind the filter `low_pass`. Raises `InputError` if the generator repeats
+    itself whatever the seed.
     """
     waiting = list(range(len(batch.slots)))
     while waiting:
         repeated = []
         for place in waiting:
-            label, thumbnail = batch.slots[place].labels[0], thumbnails(batch.images[place][None])[0]
+            label, stored = batch.slots[place].labels[0], low_passed(batch.images[place][None], low_pass)
+            thumbnail = thumbnails(stored)[0]
             if seen.holds(label, thumbnail):
                 batch.rejected[place].append("duplicate")
                 repeated.append(place)
@@ -192,7 +194,7 @@ def find_flaws(drawn: Drawn) -> list[str | None]:
     return found
 
 
-def collect_drawn(source: BatchSource, method: Settings, order: Order, sizes: Sequence[int]) -> ImageSet:
+def collect_drawn(source: BatchSource, method: LowPass, order: Order, sizes: Sequence[int]) -> ImageSet:
     """Draw every batch that is not on disk yet, and return the image set.
 
     Raises `DataError` if the parts on disk are of another generator, `InputError` as `Drawing.draw` does.
@@ -204,11 +206,11 @@ def collect_drawn(source: BatchSource, method: Settings, order: Order, sizes: Se
 
     def draw(missing: Sequence[int], bar: Bar) -> Iterator[Made]:
         for drawn in source.batches([places[index] for index in missing]):
-            batch = settle(drawn, source, seen)
+            batch = settle(drawn, source, seen, method.low_pass)
             yield Made(batch.pixels, batch.labels, batch.columns(source.fingerprint))
             bar.advance(len(batch.slots))
 
-    batches = collect(order, sizes, draw, _NAME, sizes)
+    batches = collect(method, order, sizes, draw, _NAME, sizes)
     if source.cut:
         progress.warn(f"{len(source.cut)} prompts are longer than the text encoder reads: {source.cut[0]!r}")
     images = in_memory(_NAME, method, order, batches) if writer is None else writer.written()

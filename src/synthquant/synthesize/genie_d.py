@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
 from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
 from synthquant.synthesize.generator import Generator, GeneratorKind, make_generator
@@ -27,6 +26,7 @@ from synthquant.synthesize.inversion import (
     adam,
     invert,
 )
+from synthquant.synthesize.low_pass import LowPass
 from synthquant.synthesize.pieces import divided, need_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @SYNTHESIZERS.register("genie_d")
-class GenieD(Settings):
+class GenieD(LowPass):
     """Genie: Show Me the Data for Quantization (arXiv:2212.04780), GENIE-D.
 
     For each batch a fresh generator and its latents are trained together on

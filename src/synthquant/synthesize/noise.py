@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
 from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
+from synthquant.synthesize.low_pass import LowPass
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @SYNTHESIZERS.register("noise")
-class Noise(Settings):
+class Noise(LowPass):
     """Gaussian noise, the data-free baseline of ZeroQ (arXiv:2001.00281).
 
     Pixels are N(0, 1) after normalisation, so they have the training data's mean and deviation and nothing else of it.

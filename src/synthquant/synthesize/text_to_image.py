@@ -26,6 +26,7 @@ from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.synthesize.batches import Order, batch_sizes
 from synthquant.synthesize.class_names import ClassName, class_names, class_positions, prompt_names
 from synthquant.synthesize.drawing import Drawing, collect_drawn, count_redrawn
+from synthquant.synthesize.low_pass import LowPass
 from synthquant.synthesize.prompt_tuning import PromptTuning, tune_prompt
 from synthquant.synthesize.prompts import (
     STYLE_TEMPLATE,
@@ -54,7 +55,7 @@ class FewShotTuning(PromptTuning):
 
 
 @SYNTHESIZERS.register("text_to_image")
-class TextToImage(Sampling):
+class TextToImage(Sampling, LowPass):
     """GenQ (arXiv:2312.05272, first published as StableQ): images drawn by a text-to-image model from class names.
 
     A class and one of the 27 templates of appendix B make a prompt, at guidance 3.5. The network that is quantized only

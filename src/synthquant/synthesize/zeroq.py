@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.batch_norm_loss import TARGET_EPSILON
 from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
@@ -24,6 +23,7 @@ from synthquant.synthesize.inversion import (
     adam,
     invert,
 )
+from synthquant.synthesize.low_pass import LowPass
 from synthquant.synthesize.pieces import Need, divided
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @SYNTHESIZERS.register("zeroq")
-class ZeroQ(Settings):
+class ZeroQ(LowPass):
     """ZeroQ: A Novel Zero Shot Quantization Framework (arXiv:2001.00281), distilled data.
 
     Minimises over the pixels, with Adam and a falling rate, `sum_l |mean_l(x) - mean_l|^2 + |std_l(x) - std_l|^2`: the
