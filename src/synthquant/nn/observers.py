@@ -267,7 +267,8 @@ class ActivationHistogram:
 
     def observe_range(self, x: torch.Tensor) -> None:
         """First pass: widen the range to hold `x`."""
-        of_images = torch.stack(torch.aminmax(self._rows(x), dim=2))
+        rows = self._rows(x)
+        of_images = torch.stack([rows.amin(2), rows.amax(2)])  # on CPUs far faster than torch.aminmax along a dimension
         low, high = of_images[0].amin(1), of_images[1].amax(1)
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
@@ -313,10 +314,11 @@ class ActivationHistogram:
         return Samples(values[:, used], shares, self._low, self._high, (average_low, average_high))
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """`[R, B, K]`: the values of `x` by histogram and row."""
+        """`[R, B, K]`: the values of `x` by histogram and row, those of a row in any order."""
         values = x.detach().float()
         if self._channel is None:
-            return values.reshape(1, len(values) if values.ndim else 1, -1)
+            inner = sorted(range(1, values.ndim), key=values.stride, reverse=True)  # as they lie in memory: no copy
+            return values.permute(0, *inner).reshape(1, len(values), -1) if values.ndim else values.reshape(1, 1, 1)
         return values.movedim(self._channel, 0).flatten(2) if values.ndim > 2 else values.movedim(1, 0)[:, :, None]
 
     def _counted(self, row: torch.Tensor, low: float, high: float) -> torch.Tensor:
