@@ -19,6 +19,7 @@ from synthquant.core.progress import ConsoleProgress, Progress
 from synthquant.core.record import RunRecord, package_version
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
+from synthquant.data.loaders import read_loader
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
@@ -115,6 +116,7 @@ __all__ = [
     "open_images",
     "open_model",
     "open_text_to_image",
+    "read_loader",
     "run",
     "run_filters",
     "save_checkpoint",

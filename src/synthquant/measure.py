@@ -22,6 +22,7 @@ from synthquant.methods import RuntimeExporter
 from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
+from synthquant.models.samples import none_readable
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection
@@ -44,13 +45,14 @@ def evaluate(
     too, or with `trust_code`.
 
     Raises:
-        ModelError: the network or checkpoint cannot be opened, or it names code.
+        ModelError: the network or checkpoint cannot be opened, it names code, or it is no classifier.
         DataError: the images cannot be used, or a label is not a class of the network.
     """
     place = resolve_device(device)
     data = section.open()
     if isinstance(source, ModelSource):
         network = open_model(source, device=place, progress=progress)
+        network.require_logits()
         data = in_classes_of(data, classes_of(network), section.data, progress)
         _require_labels(data, section.data)
         result = _measure(network.module, network, data, section.batch_size, progress)
@@ -61,6 +63,7 @@ def evaluate(
     recorded = entry.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
     float_model = _same_float_model(recorded, entry.fingerprint, place, progress)
     quant_model = load_checkpoint(folder, float_model=float_model, device=place, model=model, trust_code=trust_code)
+    quant_model.float_model.require_logits()
     data = in_classes_of(data, classes_of(quant_model.float_model), section.data, progress)
     logits = None
     if float_model is not None:
@@ -191,7 +194,7 @@ def _logits(network: nn.Module, model: FloatModel, images: ImageSet, batch_size:
             parts.append(network(batch.inputs.to(model.device)).float().cpu())
             bar.advance(len(batch.inputs))
     if not parts:
-        raise DataError(f"none of {len(images)} images can be read: {images.set_aside[-1].reason}")
+        raise none_readable(images, len(images), "to measure on")
     return torch.cat(parts)
 
 

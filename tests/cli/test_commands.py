@@ -61,6 +61,36 @@ def test_synthesize_then_quantize_then_evaluate_then_report(
     assert "<html" in page.read_text()
 
 
+DETECTOR = """
+from torch import nn
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.boxes = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return {"boxes": self.boxes(self.stem(x).relu())}
+"""
+
+
+def test_a_network_that_is_no_classifier_is_named_by_its_task(
+    synthquant: Command, model_options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "detector.py").write_text(DETECTOR)
+    images, run = tmp_path / "images", tmp_path / "run"
+    network = [f"{tmp_path / 'detector.py'}:Detector", *model_options[1:]]
+    synthesize = ["synthesize", *network, "--method", "noise", "--count", 9, "--out", images]
+    quantize = ["quantize", *network, "--images", images, "--method", "rtn", "--out", run]
+    assert "returns a dict for 2 images, not logits" in synthquant(*synthesize).error
+    assert synthquant(*synthesize, "--task", "other").status == 0
+    assert "give --task other" in synthquant(*quantize).error
+    done = synthquant(*quantize, "--task", "other")
+    assert done.status == 0 and " dB" in done.out
+    assert RunRecord.load(run / "run.json").recipe["model"]["task"] == "other"
+    assert "is no classifier" in synthquant("evaluate", run, "--trust-code", "--data", images).error
+
+
 def test_stage_by_stage_gives_what_run_gives(
     synthquant: Command, recipe: Path, model_options: list[str], data: Path, tmp_path: Path
 ) -> None:

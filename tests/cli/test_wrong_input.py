@@ -86,6 +86,21 @@ def test_only_corrupt_images(synthquant: Command, recipe: Path, tmp_path: Path) 
     assert outcome.status == 1 and not (tmp_path / "out").exists()
 
 
+def test_images_of_other_channels(synthquant: Command, model_options: list[str], tmp_path: Path) -> None:
+    images, out = tmp_path / "four", tmp_path / "out"
+    ImageSet.from_tensors(torch.zeros(2, 4, 16, 16, dtype=torch.uint8), labels=torch.tensor([0, 1])).save(images)
+    why = "(for example 00000000.npy: it has 4 channels, and the network takes 3)"
+    commands = {
+        "to quantize with": ["quantize", *model_options, "--images", images, "--method", "rtn", "--out", out],
+        "to evaluate on": ["evaluate", *model_options, "--data", images],
+        "to select from": ["select", images, "--model", *model_options, "--by", "energy:1", "--out", out],
+    }
+    for purpose, command in commands.items():
+        said = synthquant(*command).err.splitlines()[-1]
+        assert said == f"error: none of the 2 images {purpose} can be read {why}"
+        assert not out.exists()
+
+
 def test_unknown_method(synthquant: Command, model_options: list[str], data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     outcome = synthquant("synthesize", *model_options, "--method", "geni_d", "--out", out)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synthquant import make, pipeline
+from synthquant.cli import main
 from synthquant.core.errors import InputError, RecipeError
 from synthquant.core.files import sha256_file
 from synthquant.core.progress import QUIET, Progress
@@ -209,6 +210,24 @@ def test_a_run_without_images_is_made_by_the_step_and_resumed_inside_it(recipe: 
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     pipeline.run(Recipe.parse(recipe | {"seed": 1}), tmp_path / "other")
     assert weights(tmp_path / "other") != weights(tmp_path / "whole")
+
+
+def test_the_command_asks_for_images_only_where_they_are_needed(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = [recipe["model"]["source"], "--input-size", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+
+    def ended(*more: str) -> tuple[int, str]:
+        out = ["--out", str(tmp_path / "run"), "--device", "cpu", "--data", recipe["evaluate"]["data"]]
+        with pytest.raises(SystemExit) as stop:
+            main(["quantize", *network, *out, *more])
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    status, said = ended("--method", "rtn")
+    assert status and said.endswith("'images' is missing: quantize.method rtn needs them\n") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert ended("--method", STEP, "--set", "rounds=1")[0] == 0
+    assert Dreams.made == [0] and not (tmp_path / "run" / "images").exists()
 
 
 @pytest.mark.parametrize(

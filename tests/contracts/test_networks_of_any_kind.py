@@ -140,9 +140,9 @@ def test_written_files_give_the_same_outputs(name: str, tmp_path: Path) -> None:
     assert ([given_name for given_name, _ in given], names) == wanted
     rows = found["as_written"].get("outputs", {"": found["as_written"]})
     assert all(row["mean_error"] < 0.02 for row in rows.values()) and len(rows) == len(names)
-    if name in ("conditioned", "detector"):
-        program = TorchProgram().export(model, tmp_path / "x.pt2")
-        TorchProgram().verify(model, program, one.samples)
+    assert found["samples"] == 24 and "images" not in found
+    program = TorchProgram().export(model, tmp_path / "x.pt2")
+    assert TorchProgram().verify(model, program, one.samples)["samples"] == 24
     with pytest.raises(ModelError, match="is no classifier of images"):
         Onnx.open(path)
 
@@ -187,6 +187,10 @@ def test_what_is_given_must_be_what_the_network_takes() -> None:
     broken.tensors[0][3, 2] = torch.nan
     with pytest.raises(DataError, match="a sample to quantize with has values that are not finite"):
         list(CalibrationSet(QuantModel.build(conditioned.model, "W8A8"), InMemory(broken)).batches())
+    unknown = InMemory(Inputs((tokens.samples.inputs.tensors[0] + 4,)))
+    for use in (Rtn().apply, lambda model, samples, _: measure_output_sqnr(model, samples)):
+        with pytest.raises(DataError, match=r"no entry for one of its whole numbers .*: input 0 runs from 4 to 15"):
+            use(QuantModel.build(tokens.model, "W8A8"), unknown, Rng(0))
     with pytest.raises(UnsupportedModelError, match="takes no images, but inputs 0, 1"):
         conditioned.model.example_images(2)
     with pytest.raises(UnsupportedModelError, match="is no classifier"):
@@ -232,7 +236,7 @@ def test_a_run_on_a_network_with_a_dictionary_of_outputs(tmp_path: Path, capsys:
     for more in ({"select": ["energy:0.5"]}, {"evaluate": "bundled/cifar10-test"}):
         with pytest.raises(UnsupportedModelError, match="is no classifier"):
             pipeline.run(Recipe.parse(recipe | more), tmp_path / "other")
-    with pytest.raises(UnsupportedModelError, match=r"returns a dict for 2 images, .*or set model.task=other"):
+    with pytest.raises(UnsupportedModelError, match=r"returns a dict for 2 images, .*or give --task other"):
         open_model(ModelSource.model_validate(model | {"task": "classify"}))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from synthquant.core.errors import ModelError
-from synthquant.core.modules import eval_mode, forwards_replaced, frozen, get_module, hooked, replace_module
+from synthquant.core.modules import eval_mode, forwards_replaced, get_module, hooked, replace_module
 
 
 def _net() -> nn.Sequential:
@@ -51,17 +51,6 @@ def test_eval_mode_restores_each_module_even_after_an_error() -> None:
         assert not any(part.training for part in net.modules())
         raise RuntimeError
     assert [part.training for part in net.modules()] == before
-    assert len(set(before)) == 2
-
-
-def test_frozen_restores_each_parameter() -> None:
-    net = _net()
-    next(net[0].parameters()).requires_grad_(False)
-    before = [parameter.requires_grad for parameter in net.parameters()]
-    with pytest.raises(RuntimeError), frozen(net):
-        assert not any(parameter.requires_grad for parameter in net.parameters())
-        raise RuntimeError
-    assert [parameter.requires_grad for parameter in net.parameters()] == before
     assert len(set(before)) == 2
 
 

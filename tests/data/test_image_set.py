@@ -371,3 +371,9 @@ def test_wrong_tensors_are_refused(images: torch.Tensor, message: str) -> None:
 def test_wrong_labels_are_refused(labels: torch.Tensor) -> None:
     with pytest.raises(DataError, match="labels must be 2 whole numbers"):
         ImageSet.from_tensors(_floats(2), labels)
+
+
+def test_labels_beyond_the_named_classes_are_said() -> None:
+    images = ImageSet.from_tensors(torch.zeros(2, 3, 4, 4), labels=torch.tensor([0, 5])).with_class_numbers([3, 1])
+    with pytest.raises(DataError, match="a label is 5, and the image set names 2 classes"):
+        _ = images.labels

@@ -115,7 +115,7 @@ def test_a_loaded_model_needs_the_float_one(model: QuantModel) -> None:
 
 
 def test_no_images_is_an_error(model: QuantModel) -> None:
-    with pytest.raises(DataError, match="no image to measure with: 0 in the set"):
+    with pytest.raises(DataError, match="none of the 0 images to measure with can be read"):
         measure_sqnr(model, ImageSet.from_tensors(torch.zeros(0, 3, 16, 16, dtype=torch.uint8)))
 
 

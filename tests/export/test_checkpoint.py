@@ -243,10 +243,14 @@ def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     _rewrite(folder, format_version=2, format="other")
     with pytest.raises(ModelError, match="its format is not 'synthquant-packed'"):
         load_checkpoint(folder, trust_code=True)
-    _rewrite(folder, format="synthquant-packed", layers=config["layers"][:-1])
+    last = config["layers"][-1]
+    _rewrite(folder, format="synthquant-packed", layers=[*config["layers"][:-1], last | {"shape": [7, 5]}])
     with pytest.raises(ModelError, match="layer fc is not what build has"):
         load_checkpoint(folder, trust_code=True)
-    _rewrite(folder, layers=[*config["layers"], {**config["layers"][-1], "name": "more"}])
+    _rewrite(folder, layers=config["layers"][:-1])
+    with pytest.raises(ModelError, match="layer fc is missing, an earlier release"):
+        load_checkpoint(folder, trust_code=True)
+    _rewrite(folder, layers=[*config["layers"], last | {"name": "more"}])
     with pytest.raises(ModelError, match="build has no layer more"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, layers=config["layers"], unknown=1)

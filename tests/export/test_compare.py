@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from tests.small_networks import calibrated_model, small_float_model, small_images
+from tests.toy_networks import InMemory
+from torch import nn
 
 from synthquant.core.errors import VerificationError
+from synthquant.core.rng import Rng
 from synthquant.export.compare import difference, require_close, run_beside
+from synthquant.export.flat import flat_output
+from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.signature import Inputs
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize import Rtn
 
 REFERENCE = torch.tensor([[3.0, 0.0, -3.0], [0.0, 2.0, 1.99], [1.0, -1.0, 0.5]])
 
@@ -52,3 +61,31 @@ def test_images_are_spread_over_the_set(tmp_path: Path) -> None:
     beside = run_beside(model, {"same": lambda tensors: [model(*tensors)]}, small_images(12), count=5)
     assert beside.count == 5 and beside.reference["logits"].shape == (5, 7)
     assert torch.equal(beside.reference["logits"], beside.outputs["same"]["logits"])
+
+
+def test_one_number_for_a_whole_batch_is_compared_batch_by_batch() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.fc(x)
+            return {"size": y.square().mean(), "best": y.sum().argmax(), "y": y}
+
+    samples = InMemory(Inputs((torch.randn(40, 4),)))
+    takes, source = samples.inputs.rows(0, 4), ModelSource(source="mean")
+    float_model = FloatModel(Mean().eval().requires_grad_(False), takes, "mean", source, task="other")
+    model = QuantModel.build(float_model, "W8A8")
+    Rtn(calibration_images=16).apply(model, samples, Rng(0))
+
+    def other(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        size, best, y = flat_output(model(*tensors))
+        return [size + 1, best, y]
+
+    beside = run_beside(model, {"other": other}, samples, 40)
+    assert beside.reference["size"].shape == (3,) and beside.reference["y"].shape == (40, 3)
+    assert (beside.count, beside.noun) == (40, "samples")
+    found = beside.differences("other")
+    assert found["y"].max_error == 0 == found["best"].differing
+    assert found["size"].mean_error * float(beside.reference["size"].double().std()) == pytest.approx(1, rel=1e-4)

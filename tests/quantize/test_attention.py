@@ -13,12 +13,13 @@ from tests.small_networks import small_images
 from torch import nn
 
 from synthquant.core.rng import Rng
+from synthquant.export import TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.onnx import Onnx
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.quantize import GenieM, Rtn
+from synthquant.quantize import Brecq, GenieM, Rtn
 
 
 class Encoder(nn.Module):
@@ -75,6 +76,23 @@ def test_an_encoder_on_integers(tmp_path: Path) -> None:
     found = exporter.verify(model, exporter.export(model, tmp_path / "net.onnx"), small_images(16))
     assert found["layers"]["floating"] == found["layers"]["products_floating"] == 0
     assert found["layers"]["products_integer"] == 4
+    program = TorchProgram()
+    program.verify(model, program.export(model, tmp_path / "net.pt2"), small_images(16))
+
+
+@pytest.mark.parametrize("fisher", ["diagonal", "full"])
+def test_tokens_first_or_samples_first_is_the_same(fisher: str) -> None:
+    """Units whose samples lie in the second dimension learn what their twins learn."""
+    models = [built(first, preset="W4A8") for first in (True, False)]
+    method = Brecq(iterations=12, activation_iterations=0, batch_size=8, calibration_images=16, fisher=fisher)
+    reports = [method.apply(model, small_images(16), Rng(0)) for model in models]
+    assert [unit.name for unit in reports[1].units] == [unit.name for unit in reports[0].units]
+    for one, other in zip(*(report.units for report in reports), strict=True):
+        assert one.loss_start == pytest.approx(other.loss_start, rel=1e-3), one.name
+        assert one.loss_end == pytest.approx(other.loss_end, rel=1e-3), one.name
+    for name, layer in models[0].layers.items():
+        assert layer.weight_quantizer and (twin := models[1].layers[name].weight_quantizer)
+        assert torch.equal(layer.weight_quantizer.codes, twin.codes), name
 
 
 def test_a_unit_that_is_given_a_mask_of_infinities_learns() -> None:

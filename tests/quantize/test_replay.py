@@ -10,7 +10,7 @@ from tests.nn.networks import Block, Encoder, Keywords, Network, Upsampling, flo
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.errors import DataError, UnsupportedModelError
 from synthquant.models.blocks import Unit, find_units
 from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.signature import Inputs
@@ -204,7 +204,7 @@ class OddValue(Network):
         self.what = what
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value = {"mean": x.mean(), "last": x.movedim(0, 3), "set": {1, len(x)}}[self.what]
+        value = {"mean": x.mean(), "pairs": x.flatten(1) @ x.flatten(1).T, "set": {1, len(x)}}[self.what]
         return self.inner(self.stem(x), value)
 
 
@@ -230,10 +230,33 @@ def odd(what: str) -> nn.Module:
         (Random(), ["stem", "blocks.0"], "module 'stem' does not read the same twice"),
         (odd("set"), ["stem", "inner"], "takes or returns a set that changes with the batch"),
         (odd("mean"), ["stem", "inner"], "depends on the samples but has no row"),
-        (odd("last"), ["stem", "inner"], "only tensors with the samples in their first dimension"),
+        (odd("pairs"), ["stem", "inner"], "only tensors with the samples in one dimension"),
     ],
 )
 def test_what_cannot_be_replayed_is_said(network: nn.Module, names: list[str], said: str) -> None:
     module = float_model(network).module
     with pytest.raises(UnsupportedModelError, match=said):
         Replay(module, [Unit(name, (name,)) for name in names], torch.randn(3, 3, 8, 8))
+
+
+def test_a_number_that_a_unit_has_no_entry_for_is_named() -> None:
+    class Chosen(Inner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Embedding(3, 5)
+
+        def forward(self, x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.mean((2, 3))) + self.shift(which)
+
+    class Choosing(Network):
+        def forward(self, x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.stem(x), which)
+
+    network = Choosing()
+    network.inner = Chosen()
+    which = torch.tensor([0, 1, 2])
+    replay = Replay(network.eval(), [Unit("inner", ("inner.fc",))], Inputs((torch.randn(3, 3, 8, 8), which)))
+    features = torch.randn(3, 4, 8, 8)
+    assert replay.run_unit(0, [features, which]).shape == (3, 5)
+    with pytest.raises(DataError, match=r"no entry for one of its whole numbers .*input 1 of 'inner' runs from 0 to 3"):
+        replay.run_unit(0, [features, torch.tensor([3, 0, 1])])

@@ -13,7 +13,7 @@ from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.data.codec import MOST_PIXELS
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.methods import QUANTIZERS, SYNTHESIZERS
-from synthquant.models.float_model import ModelSource
+from synthquant.models.float_model import ModelSource, Task
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 
 
@@ -37,6 +37,7 @@ InputSize = Annotated[
 Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help=setting_help(ModelSource, "mean"))]
 Std = Annotated[str | None, typer.Option(metavar="R,G,B", help=setting_help(ModelSource, "std"))]
 NumClasses = Annotated[int | None, typer.Option(help=setting_help(ModelSource, "num_classes"))]
+ModelTask = Annotated[Task | None, typer.Option(help=setting_help(ModelSource, "task"), show_default=False)]
 
 QuantizedModel = Annotated[
     str | None,
@@ -54,7 +55,13 @@ TrustCode = Annotated[
     ),
 ]
 
-Images = Annotated[str, typer.Option(metavar="IMAGES", help=setting_help(SourceSection, "source"), show_default=False)]
+OptionalImages = Annotated[
+    str | None,
+    typer.Option(
+        metavar="IMAGES",
+        help=f"{setting_help(SourceSection, 'source')} Only a method that makes its own can do without.",
+    ),
+]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
 MaxPixels = Annotated[int, typer.Option(min=1, max=MOST_PIXELS, help=setting_help(SourceSection, "max_pixels"))]
@@ -103,28 +110,23 @@ def require_not_given(why: str, values: Mapping[str, object]) -> None:
         )
 
 
-def model_section(
-    source: str, weights: str | None, input_size: str | None, mean: str | None, std: str | None, num_classes: int | None
-) -> dict[str, Any]:
-    """Return the `model` section of a recipe from the model options; what was not given is left out."""
-    size = None if input_size is None else _numbers("--input-size", input_size, (1, 2), int)
-    values = {
-        "source": source,
-        "weights": weights,
-        "input_size": size * 2 if size is not None and len(size) == 1 else size,
-        "mean": None if mean is None else _numbers("--mean", mean, (), float),
-        "std": None if std is None else _numbers("--std", std, (), float),
-        "num_classes": num_classes,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+def model_section(source: str, **given: str | int | None) -> dict[str, Any]:
+    """Return the `model` section of a recipe from the model options, by the names of settings; none was not given."""
+    values: dict[str, Any] = {"source": source}
+    for name, value in given.items():
+        if name == "input_size" and isinstance(value, str):
+            size = _numbers("--input-size", value, (1, 2), int)
+            values[name] = size * 2 if len(size) == 1 else size
+        elif name in ("mean", "std") and isinstance(value, str):
+            values[name] = _numbers(f"--{name}", value, (), float)
+        elif value is not None:
+            values[name] = value
+    return values
 
 
-def model_source(
-    source: str, weights: str | None, input_size: str | None, mean: str | None, std: str | None, num_classes: int | None
-) -> ModelSource:
+def model_source(source: str, **given: str | int | None) -> ModelSource:
     """Return the network that the model options name."""
-    values = model_section(source, weights, input_size, mean, std, num_classes)
-    return parse_settings(ModelSource, values, "command line")
+    return parse_settings(ModelSource, model_section(source, **given), "command line")
 
 
 def _numbers(option: str, text: str, counts: tuple[int, ...], kind: type[int] | type[float]) -> list[float]:

@@ -84,7 +84,9 @@ def select(
     pool = open_images(images, max_pixels=max_pixels)
     require_pool(section.build(), pool)
     real = None if data is None else open_images(data, max_pixels=max_pixels)
-    source = options.model_source(model, weights, input_size, mean, std, num_classes)
+    source = options.model_source(
+        model, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
+    )
     float_model = open_model(source, device=place, progress=ConsoleProgress())
     progress = ConsoleProgress()
     pool = in_classes_of(pool, classes_of(float_model), images, progress)

@@ -43,6 +43,7 @@ def synthesize(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
+    task: options.ModelTask = None,
     ray: options.RayAddress = None,
     ray_workers: options.RayCount = None,
     device: options.Device = options.DEVICE,
@@ -56,7 +57,9 @@ def synthesize(
     """
     values = apply_overrides({"method": method, "count": count}, settings or [])
     section = SynthesizeSection.parse(values, "command line")
-    source = options.model_source(model, weights, input_size, mean, std, num_classes)
+    source = options.model_source(
+        model, task=task, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
+    )
     place, workers = resolve_device(device), options.workers(ray, ray_workers)
     require_writable(out)
     float_model = open_model(source, device=place, progress=ConsoleProgress())
@@ -67,8 +70,8 @@ def synthesize(
 
 def quantize(
     model: options.Model,
-    images: options.Images,
     out: options.RunOut,
+    images: options.OptionalImages = None,
     method: options.QuantMethod = "genie_m",
     scheme: Annotated[str, typer.Option(help="Bits, as W<bits>A<bits>; more with --set scheme.FIELD=VALUE.")] = "W4A4",
     data: options.OptionalData = None,
@@ -78,19 +81,22 @@ def quantize(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
+    task: options.ModelTask = None,
     device: options.Device = options.DEVICE,
     seed: options.Seed = options.SEED,
     settings: options.Set = None,
     json: options.Json = False,
 ) -> None:
-    """Quantize a network with images that exist; with --data also measure it on these.
+    """Quantize a network with images that exist, or that the method makes; with --data also measure it on these.
 
     --set takes any field of the method, for example --set iterations=1000; `synthquant show METHOD` lists them.
     """
     section = apply_overrides({"method": method, "scheme": {"preset": scheme}}, settings or [])
     values = {
-        "model": options.model_section(model, weights, input_size, mean, std, num_classes),
-        "images": {"source": images, "max_pixels": max_pixels},
+        "model": options.model_section(
+            model, task=task, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
+        ),
+        "images": None if images is None else {"source": images, "max_pixels": max_pixels},
         "quantize": section,
         "evaluate": None if data is None else {"data": data, "max_pixels": max_pixels},
         "device": device,
@@ -144,7 +150,9 @@ def evaluate(
             f"{model} is no folder of a run and no exported file",
             {"model": quantized, "trust-code": trust_code or None},
         )
-        source = options.model_source(model, weights, input_size, mean, std, num_classes)
+        source = options.model_source(
+            model, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
+        )
     if exporter is not None:
         row = measure.evaluate_exported(
             exporter, Path(model), section, runtime, ConsoleProgress(), model=quantized, trust_code=trust_code

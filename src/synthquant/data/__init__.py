@@ -5,6 +5,7 @@
 - `folders`: files below a folder, each once, with the reason why one cannot be read.
 - `image_folder`: a folder of images, flat or with one folder for each class.
 - `image_set`: images in pixel space with labels and further columns, in memory or on disk, of any number.
+- `loaders`: images that a user's own loader gives, read once into a set.
 - `manifest`: what an image set says about itself: `manifest.json`.
 - `part_writer`: Parquet parts whose bytes depend on nothing but the images in them.
 - `parts`: images in Parquet files: any of them on demand, few of them in memory.

@@ -154,7 +154,7 @@ def _decode_picture(stream: IO[bytes], max_pixels: int) -> Picture:
             _check_size(*picture.size, max_pixels)
             changes = _changes(picture)
             turned = _orientation(picture)
-            array = _rgb(picture)
+            array = rgb(picture)
             # Asked again: Pillow turns some formats itself while loading.
             array = _upright(array, _orientation(picture))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -190,7 +190,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _changes(picture: ImageFile.ImageFile) -> list[str]:
-    """Return what `_rgb` will lose or convert, where another reader might do otherwise."""
+    """Return what `rgb` will lose or convert, where another reader might do otherwise."""
     mode = picture.mode
     found = {
         "first of several frames": getattr(picture, "is_animated", False),
@@ -202,7 +202,8 @@ def _changes(picture: ImageFile.ImageFile) -> list[str]:
     return [change for change, happens in found.items() if happens]
 
 
-def _rgb(picture: Image.Image) -> np.ndarray:
+def rgb(picture: Image.Image) -> np.ndarray:
+    """Return the colours of a picture of any mode, uint8 `[H, W, 3]`; raises `DataError` if they have no range."""
     if picture.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to 255 instead of scaling it
         grey = (np.asarray(picture) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

@@ -164,6 +164,11 @@ class ImageSet:
             labels = self._rows.labels()
             labels = labels if labels is None or self._positions is None else labels[self._positions]
             if labels is not None and self._class_numbers is not None:
+                if len(labels) and int(labels.max()) >= len(self._class_numbers):
+                    raise DataError(
+                        f"a label is {int(labels.max())}, and the image set names {len(self._class_numbers)} classes;"
+                        " its manifest and its labels do not belong together"
+                    )
                 labels = torch.where(labels < 0, labels, self._class_numbers[labels.clamp(min=0)])
             self._labels = labels
             self._labels_read = True
@@ -194,6 +199,11 @@ class ImageSet:
     def set_aside(self) -> tuple[SetAside, ...]:
         """Images found broken so far, with reasons: on import, and while reading batches."""
         return (*self.manifest.set_aside, *self.notes.broken.values())
+
+    @property
+    def example_set_aside(self) -> str:
+        """One of `set_aside` with its reason, in brackets, to stand behind a message; empty if there is none."""
+        return f" (for example {self.set_aside[0].name}: {self.set_aside[0].reason})" if self.set_aside else ""
 
     @property
     def fingerprint(self) -> str:
@@ -263,10 +273,7 @@ class ImageSet:
                     self._write_part(writer, group)
                     bar.advance(len(group.indices))
             if not writer.count:
-                reason = (
-                    f" (for example {self.set_aside[0].name}: {self.set_aside[0].reason})" if self.set_aside else ""
-                )
-                raise DataError(f"none of {len(self)} images is usable{reason}")
+                raise DataError(f"none of {len(self)} images is usable{self.example_set_aside}")
             fields = {"set_aside": self.set_aside, **writer.manifest_fields()}
             write_manifest(temporary, self.manifest.model_copy(update=fields))
         for warning in writer.scan.report().warnings():

@@ -19,6 +19,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.ranking import top_classes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess, input_batches
+from synthquant.models.samples import none_readable
 
 _Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
@@ -128,7 +129,7 @@ def evaluate_model(
             bar.advance(len(batch.inputs))
     set_aside = tuple((item.name, item.reason) for item in data.set_aside)
     if not parts:
-        raise DataError(f"no image to evaluate on: {len(data)} in the set, {len(set_aside)} set aside as unreadable")
+        raise none_readable(data, len(data), "to evaluate on")
     logits = torch.cat(parts)
     labels = torch.cat(label_parts) if label_parts else None
     evaluation = compare_logits(logits, labels, reference_logits)

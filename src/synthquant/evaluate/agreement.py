@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from synthquant.core.errors import DataError, ModelError
+from synthquant.core.errors import ModelError
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.models.float_model import FloatModel
-from synthquant.models.samples import Samples, samples_for, spread
+from synthquant.models.samples import Samples, none_readable, samples_for, spread
 from synthquant.models.signature import Inputs, named_outputs
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.layers import QuantLayer
@@ -166,8 +166,7 @@ def _inputs(quant_model: QuantModel, source: ImageSet | Samples, count: int, bat
         found = True
         yield inputs.to(quant_model.device)
     if not found:
-        noun = "image" if isinstance(source, ImageSet) else "sample"
-        raise DataError(f"no {noun} to measure with: {len(samples)} in the set, none readable")
+        raise none_readable(source, min(count, len(samples)), "to measure with")
 
 
 def _reference(quant_model: QuantModel, float_model: FloatModel | None) -> QuantModel:

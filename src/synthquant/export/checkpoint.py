@@ -169,7 +169,7 @@ class Checkpoint(Settings):
         if not all(torch.equal(beside.outputs["loaded"][name], value) for name, value in beside.reference.items()):
             what = "logits" if quant_model.float_model.task == "classify" else "outputs"
             raise VerificationError(f"the checkpoint gives other {what} than the network it was made from")
-        return {"images": beside.count, "loaded": row(beside.differences("loaded"))}
+        return {beside.noun: beside.count, "loaded": row(beside.differences("loaded"))}
 
 
 def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
@@ -345,8 +345,10 @@ def _check_layers(config: QuantConfig, built: list[LayerEntry], folder: Path) ->
     """Refuse a checkpoint whose layers are not those that this release makes of the network and the scheme."""
     recorded = {entry.name: entry for entry in config.layers}
     for entry in built:
-        if recorded.pop(entry.name, None) != entry:
-            raise ModelError(f"{folder / CONFIG_NAME}: layer {entry.name} is not what {config.float_model.name} has")
+        if (found := recorded.pop(entry.name, None)) != entry:
+            missing = "missing, an earlier release may have left it in float; quantize again"
+            fault = f"not what {config.float_model.name} has" if found else missing
+            raise ModelError(f"{folder / CONFIG_NAME}: layer {entry.name} is {fault}")
     if recorded:
         raise ModelError(f"{folder / CONFIG_NAME}: {config.float_model.name} has no layer {next(iter(recorded))}")
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synthquant.core.errors import DataError, VerificationError
+from synthquant.core.errors import VerificationError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.ranking import top_classes
 from synthquant.data.image_set import ImageSet
 from synthquant.export.flat import FlatFunction, flat_output, output_names
-from synthquant.models.samples import Samples, samples_for, spread
+from synthquant.models.samples import Samples, none_readable, samples_for, spread
 from synthquant.nn.quant_model import QuantModel
 
 _BATCH = 16
@@ -90,16 +90,21 @@ def row(found: Differences) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Beside:
-    """All outputs, `[N, ...]`, of the quantized network and of what was written, by their names."""
+    """All outputs, `[N, ...]`, of the quantized network and of what was written, by their names.
+
+    Attributes:
+        reference: those of the quantized network.
+        outputs: those of each network that was written.
+        logits: they are logits.
+        count: number of samples.
+        noun: what these are, `images` or `samples`.
+    """
 
     reference: dict[str, Tensor]
     outputs: dict[str, dict[str, Tensor]]
     logits: bool
-
-    @property
-    def count(self) -> int:
-        """Number of samples."""
-        return len(next(iter(self.reference.values())))
+    count: int
+    noun: str
 
     def differences(self, name: str, steps: Mapping[str, float] | None = None) -> dict[str, Difference]:
         """Compare what one of the written networks gives; `steps` are scales of the grids of outputs."""
@@ -135,6 +140,7 @@ def run_beside(
     names, read = output_names(model), samples_for(model, samples)
     reference: list[list[Tensor]] = []
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in networks}
+    used, noun = 0, "images" if isinstance(samples, ImageSet) else "samples"
     with progress.bar("verify", min(count, len(read))) as bar:
         for inputs in read.batches(_BATCH, spread(len(read), count)):
             output = flat_output(inputs.to(quant_model.device).clone().call(quant_model))
@@ -142,19 +148,23 @@ def run_beside(
             for name, network in networks.items():
                 parts[name].append(network(inputs.tensors))
             bar.advance(len(inputs))
+            used += len(inputs)
     if not reference:
-        noun = "image" if isinstance(samples, ImageSet) else "sample"
-        raise DataError(f"no {noun} to verify with: {len(read)} in the set, none readable")
+        raise none_readable(samples, min(count, len(read)), "to verify with")
     for found in (one for several in parts.values() for one in several):
         if len(found) != len(names):
             raise VerificationError(f"what was written gives {len(found)} tensors, the network gives {len(names)}")
     outputs = {name: _whole(names, values) for name, values in parts.items()}
-    return Beside(_whole(names, reference), outputs, model.task == "classify")
+    return Beside(_whole(names, reference), outputs, model.task == "classify", used, noun)
 
 
 def _whole(names: Sequence[str], parts: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Outputs by name, batches joined."""
-    return {name: torch.cat([part[index] for part in parts]) for index, name in enumerate(names)}
+    """Outputs by name, batches joined; what is one number for a whole batch has a row for each batch."""
+    return {name: torch.cat([_rows(part[index]) for part in parts]) for index, name in enumerate(names)}
+
+
+def _rows(output: Tensor) -> Tensor:
+    return output if output.ndim else output[None]
 
 
 def require_close(

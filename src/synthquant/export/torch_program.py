@@ -65,7 +65,7 @@ class TorchProgram(Settings):
         beside = run_beside(quant_model, networks, images, self.images, progress)
         found = beside.differences("loaded")
         require_close(found, "the program", beside.count, min_agreement=0.99, max_mean_error=0.01)
-        return {"images": beside.count, "loaded": row(found)}
+        return {beside.noun: beside.count, "loaded": row(found)}
 
 
 def export_program(quant_model: QuantModel) -> torch.export.ExportedProgram:

@@ -185,7 +185,7 @@ class FloatModel:
             found = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise UnsupportedModelError(
                 f"{self.source.source}: the network returns {found} for {count} images, not logits [{count}, classes];"
-                " wrap it in a module that does, or set model.task=other in a recipe"
+                " wrap it in a module that does, or give --task other, model.task=other in a recipe"
             )
         return logits
 

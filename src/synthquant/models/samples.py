@@ -87,10 +87,16 @@ def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:
         return PreparedImages(source, model.preprocess)
     if not all(hasattr(source, name) for name in ("fingerprint", "batches", "__len__")):
         raise DataError(
-            f"a {type(source).__name__} is no samples; give an image set, or what has a length, a fingerprint and"
-            " batches of synthquant.Inputs (synthquant.Samples)"
+            f"a {type(source).__name__} is no samples; give an image set (synthquant.read_loader reads a loader into"
+            " one), or what has a length, a fingerprint and batches of synthquant.Inputs (synthquant.Samples)"
         )
     return _FittingSamples(source, model)
+
+
+def none_readable(source: ImageSet | Samples, count: int, purpose: str) -> DataError:
+    """Return the error for `count` images or samples that were to serve a purpose, as `to quantize with`."""
+    noun, why = ("images", source.example_set_aside) if isinstance(source, ImageSet) else ("samples", "")
+    return DataError(f"none of the {count} {noun} {purpose} can be read{why}")
 
 
 def spread(count: int, most: int) -> list[int]:

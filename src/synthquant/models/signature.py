@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,14 +25,24 @@ class TensorSpec:
     Attributes:
         per_sample: rows per sample if it is a tensor with one or more rows for each sample, else 0.
         per_count: its value for one sample if it is a whole number that grows with the batch, else 0.
-        shape: shape after the first dimension, if it is such a tensor.
+        shape: shape without the dimension of the samples, if it is such a tensor.
         dtype: its dtype, if it is such a tensor.
+        dim: the dimension of the samples, if it is such a tensor: 1 in `[L, B, C]`.
     """
 
     per_sample: int
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     per_count: int = 0
+    dim: int = 0
+
+    def samples_first(self, leaf: Tensor) -> Tensor:
+        """A leaf with its samples in the first dimension; memory is shared."""
+        return leaf.movedim(self.dim, 0) if self.dim else leaf
+
+    def in_place(self, leaf: Tensor) -> Tensor:
+        """The inverse of `samples_first`."""
+        return leaf.movedim(0, self.dim).contiguous() if self.dim else leaf  # views of it may be asked for
 
     def rows(self, count: int) -> tuple[int, ...]:
         """Shape of a cache of this leaf for `count` samples, one sample a row."""
@@ -46,13 +57,15 @@ class TensorSpec:
         return rows if self.per_sample == 1 else rows.flatten(0, 1)
 
     def zeros(self, count: int, device: torch.device) -> Tensor:
-        """The leaf for `count` samples, filled with zeros."""
+        """The leaf for `count` samples, these first, filled with zeros."""
         return torch.zeros(self.per_sample * count, *self.shape, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
 class Signature:
     """The arguments or the output of a module, as a flat list of leaves.
+
+    Leaves that are taken out of a value have their samples in the first dimension, wherever these are in the value.
 
     Attributes:
         tree: how the leaves make up the value.
@@ -69,7 +82,7 @@ class Signature:
         rest = iter(leaves)
         count = len(leaves[0]) // self.varying[0].per_sample if leaves else 0
         full = [
-            next(rest) if spec.per_sample else spec.per_count * count if spec.per_count else constant
+            spec.in_place(next(rest)) if spec.per_sample else spec.per_count * count if spec.per_count else constant
             for spec, constant in zip(self.specs, self.constants, strict=True)
         ]
         return pytree.tree_unflatten(full, self.tree)
@@ -77,7 +90,7 @@ class Signature:
     def per_sample(self, value: Any) -> Leaves:
         """The leaves of `value` that have rows for each sample."""
         leaves = pytree.tree_leaves(value)
-        return [leaf for leaf, spec in zip(leaves, self.specs, strict=True) if spec.per_sample]
+        return [spec.samples_first(leaf) for leaf, spec in zip(leaves, self.specs, strict=True) if spec.per_sample]
 
     @property
     def main(self) -> int:
@@ -173,8 +186,9 @@ class Inputs:
                 )
 
     def call(self, module: Callable[..., Any]) -> Any:
-        """Return what a network gives for these arguments."""
-        return module(*self.args, **self.kwargs)
+        """Return what a network gives for these arguments; raises as `lookups`."""
+        with lookups(self.named()):
+            return module(*self.args, **self.kwargs)
 
     def filled(self, tensors: Sequence[Tensor]) -> Inputs:
         """The same with other tensors in place of those that vary."""
@@ -264,6 +278,22 @@ def _same(first: Any, second: Any) -> bool:
             return False
         return bool(((first == second) | ((first != first) & (second != second))).all())
     return first is second or (type(first) is type(second) and bool(first == second))
+
+
+@contextmanager
+def lookups(given: Sequence[tuple[str, Tensor]]) -> Iterator[None]:
+    """Say which of a module's inputs hold whole numbers, where one of them is no index of a table in it.
+
+    Raises `DataError` in place of `IndexError`, which passes if there are no such inputs. A GPU has no such error.
+    """
+    try:
+        yield
+    except IndexError as error:
+        whole = [(name, t) for name, t in given if not t.is_floating_point() and t.dtype != torch.bool and t.numel()]
+        if not whole:
+            raise
+        ranges = ", ".join(f"input {name} runs from {int(t.min())} to {int(t.max())}" for name, t in whole)
+        raise DataError(f"the network has no entry for one of its whole numbers ({error}): {ranges}") from error
 
 
 def joined(parts: Sequence[Inputs]) -> Inputs:

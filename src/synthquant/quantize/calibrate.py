@@ -10,7 +10,7 @@ import torch
 from synthquant.core.errors import DataError
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
-from synthquant.models.samples import Samples, samples_for
+from synthquant.models.samples import Samples, none_readable, samples_for
 from synthquant.models.signature import Inputs
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.quant_model import QuantModel
@@ -36,7 +36,7 @@ class CalibrationSet:
             DataError: the set is empty, or no set of samples.
             UnsupportedModelError: they are images, and the network takes none.
         """
-        self._noun = "image" if isinstance(source, ImageSet) else "sample"
+        self._source, self._noun = source, "image" if isinstance(source, ImageSet) else "sample"
         self._samples = samples_for(model.float_model, source)
         if len(self._samples) == 0:
             raise DataError(f"0 {self._noun}s to quantize with; synthesize some or give a folder that holds some")
@@ -71,7 +71,7 @@ class CalibrationSet:
                 given = given.filled([self._takes.cut_off(tensor) for tensor in given.tensors])
             yield given
         if not found:
-            raise DataError(f"none of the {len(chosen)} {self._noun}s to quantize with can be read")
+            raise none_readable(self._source, len(chosen), "to quantize with")
 
 
 def calibrate_weights(model: QuantModel, observer: str) -> None:

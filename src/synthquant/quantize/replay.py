@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import device_of, forwards_replaced, get_module
 from synthquant.models.blocks import Unit
-from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
+from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec, lookups
 
 NETWORK_INPUT = -1
 _AS_ONE = "set granularity=network, which learns the network as one unit"
@@ -82,6 +82,8 @@ class Replay:
             inputs: what the network is given; may be left out if the unit does not read it.
             stored: gives the per-sample output leaves of an earlier unit for this batch, as fresh tensors.
 
+        Leaves have their samples in the first dimension, here as everywhere.
+
         Returns:
             The per-sample leaves of the unit's arguments, and for each the earlier unit of which it is the first
             output leaf itself, untouched, or None.
@@ -127,7 +129,8 @@ class Replay:
     def run_unit(self, index: int, leaves: Leaves) -> Any:
         """What unit `index` returns for the per-sample leaves of its arguments."""
         args, kwargs = self.inputs[index].rebuild(leaves)
-        return self._modules[index](*args, **kwargs)
+        with lookups([(f"{place} of {self.units[index].name!r}", leaf) for place, leaf in enumerate(leaves)]):
+            return self._modules[index](*args, **kwargs)
 
     @contextmanager
     def _replaced(
@@ -291,14 +294,16 @@ def _spec(unit: str, two: Any, three: Any) -> TensorSpec:
                 f" row for each of them, and cannot be cached; {_AS_ONE}"
             )
         return TensorSpec(0)
-    rows, rest = divmod(two.shape[0], 2)
-    if rest or three.shape[0] != 3 * rows or two.shape[1:] != three.shape[1:]:
+    grown = [dim for dim, (one, other) in enumerate(zip(two.shape, three.shape, strict=False)) if one != other]
+    alone = two.ndim == three.ndim and len(grown) == 1
+    rows, rest = divmod(two.shape[grown[0]], 2) if alone else (0, 0)
+    if not alone or rest or three.shape[grown[0]] != 3 * rows:
         raise UnsupportedModelError(
             f"module {unit!r} takes or returns a tensor that grows from {list(two.shape)} to {list(three.shape)} when"
-            " the batch grows from 2 to 3; only tensors with the samples in their first dimension can be cached:"
-            f" {_AS_ONE}"
+            f" the batch grows from 2 to 3; only tensors with the samples in one dimension can be cached: {_AS_ONE}"
         )
-    return TensorSpec(rows, tuple(two.shape[1:]), two.dtype)
+    (dim,) = grown
+    return TensorSpec(rows, (*two.shape[:dim], *two.shape[dim + 1 :]), two.dtype, dim=dim)
 
 
 def _plain_spec(unit: str, two: Any, three: Any) -> TensorSpec:

@@ -278,7 +278,7 @@ class UnitFit:
                 inputs = fitted.inputs(start, stop)
                 run = partial(self._replay.run_from, self._index, inputs, partial(self._before.read, start, stop))
                 gradient = output_gradient(self._model, module, gives.leaf(gives.main), later, inputs, run)
-                self.weights.rows[0].write(start, fisher_weights(spec.to_rows(gradient)))
+                self.weights.rows[0].write(start, fisher_weights(spec.to_rows(spec.samples_first(gradient))))
 
     def _quantized(self) -> AbstractContextManager[None]:
         """The network as it is quantized in this phase."""

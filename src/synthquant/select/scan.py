@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from synthquant.core.errors import DataError, OutputError
+from synthquant.core.errors import OutputError
 from synthquant.core.modules import eval_mode
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.methods import Probe
 from synthquant.models.float_model import FloatModel
+from synthquant.models.samples import none_readable
 
 TABLE_GIB = 4.0
 """Tables up to this size are kept in main memory, larger ones in a temporary file."""
@@ -116,7 +117,7 @@ def scan(
             positions += [block.first + place for place in block.positions]
             bar.advance(len(block.positions))
     if not positions:
-        raise DataError(f"none of the {len(images)} images to select from can be read")
+        raise none_readable(images, len(images), "to select from")
     return Scan(
         torch.tensor(positions),
         {probe.name: tables[probe.name].finish() for probe in probes},

@@ -52,8 +52,8 @@ def verify_onnx(
         progress: draws a bar.
 
     Returns:
-        `images`, `as_written` and `optimized` (fields of `Difference`, for several outputs by name under `outputs`) and
-        `layers` (fields of `IntegerCoverage`).
+        `images` (of other sets `samples`), `as_written` and `optimized` (fields of `Difference`, for several outputs by
+        name under `outputs`) and `layers` (fields of `IntegerCoverage`).
 
     Raises:
         VerificationError: ONNX's checker refuses the file, or a difference is larger than allowed.
@@ -75,7 +75,7 @@ def verify_onnx(
         require_close(found, _TITLES[name], beside.count, min_agreement, max_mean_error, advice)
     coverage = integer_coverage(path)
     return {
-        "images": beside.count,
+        beside.noun: beside.count,
         **{name: row(found) for name, found in differences.items()},
         "layers": {**asdict(coverage), "share": coverage.share},
     }
