@@ -25,7 +25,7 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.synthesize.genie_d import GenieD
-from synthquant.synthesize.inversion import InvertedNetwork
+from synthquant.synthesize.inversion import InvertedNetwork, Objective
 from synthquant.synthesize.pieces import Pieces
 
 
@@ -34,8 +34,8 @@ def measured(model: FloatModel, batch: int, args: argparse.Namespace) -> dict[st
     seen: list[tuple[float, float]] = []
     backward = InvertedNetwork.backward
 
-    def watched(network: InvertedNetwork, images: Tensor) -> Tensor:
-        loss = backward(network, images)
+    def watched(network: InvertedNetwork, images: Tensor, objective: Objective) -> Tensor:
+        loss = backward(network, images, objective)
         seen.append((time.process_time(), float(loss)))
         return loss
 

@@ -171,6 +171,7 @@ def test_show_tells_range_and_default(synthquant: Command) -> None:
     iterations = GenieM.model_fields["iterations"].default
     assert f"iterations (int, >= 0) = {iterations}" in synthquant("show", "genie_m").out
     assert "tuning (FewShotTuning | None) = None" in synthquant("show", "text_to_image").out
+    assert "slack.percentile (float, >= 0 and <= 1) = 0.9" in synthquant("show", "zeroq").out
 
 
 @pytest.mark.parametrize("command", ["demo", "run", "synthesize", "select", "quantize"])

@@ -12,11 +12,14 @@ from torch import nn
 from synthquant.core.rng import Rng
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.float_model import FloatModel
-from synthquant.synthesize import genie_d, zeroq
+from synthquant.synthesize import dsg, genie_d, pixels, zeroq
+from synthquant.synthesize.correlation import Correlation
+from synthquant.synthesize.dsg import DSG
 from synthquant.synthesize.inversion import ExponentialSchedule, InvertedNetwork, Learner, PlateauSchedule
 
 GENIE = "Genie, arXiv:2212.04780"
 ZEROQ = "ZeroQ, arXiv:2001.00281"
+DSG_PAPERS = "DSG, arXiv:2103.01049 and arXiv:2109.00212"
 
 Field = tuple[Any, str]
 """A value and where it comes from."""
@@ -44,6 +47,16 @@ PUBLISHED: dict[str, dict[str, Field]] = {
         "epsilon": (1e-6, f"{ZEROQ} code: under both square roots"),
         "rates": ([0.5], f"{ZEROQ} code"),
         "schedules": ([("plateau", 100, 0.1, 1e-4)], f"{ZEROQ} code: ReduceLROnPlateau"),
+    },
+    "dsg": {
+        "batch_size": (64, f"{DSG_PAPERS}, readme"),
+        "iterations": (500, f"{DSG_PAPERS}, code"),
+        "statistics": ("image", f"{DSG_PAPERS}: those of ZeroQ"),
+        "channel_weights": ("sum", f"{DSG_PAPERS}: squared norms"),
+        "swing": (False, "belongs to Genie"),
+        "epsilon": (1e-6, f"{ZEROQ} code: under both square roots"),
+        "rates": ([0.9], f"{DSG_PAPERS}, code"),
+        "schedules": ([("plateau", 260, 0.1, 1e-4)], f"{DSG_PAPERS}, code: ReduceLROnPlateau"),
     },
 }
 
@@ -75,8 +88,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, name: str, model: FloatModel) -> dict
         found.setdefault("batch_size", len(images))
         return images
 
-    for module in (genie_d, zeroq):
+    for module in (genie_d, zeroq, dsg):
         monkeypatch.setattr(module, "InvertedNetwork", network)
+    for module in (genie_d, pixels):
         monkeypatch.setattr(module, "invert", invert)
     method.synthesize(model, 130, Rng(0))
     return found | {key: given[key] for key in ("statistics", "channel_weights", "swing", "epsilon")}
@@ -88,6 +102,14 @@ def test_inversion_is_that_of_the_paper(monkeypatch: pytest.MonkeyPatch, tiny: F
     assert found.keys() == PUBLISHED[name].keys(), "a field without a source"
     for field, (value, source) in PUBLISHED[name].items():
         assert found[field] == value, f"{name}, {field}: {source}"
+
+
+def test_the_parts_of_dsg_are_on_and_the_priors_of_its_code_are_off() -> None:
+    method = DSG()
+    assert method.slack is not None and method.layer_enhancement and method.correlation is not None
+    assert (method.slack.percentile, method.slack.per, method.slack.samples) == (0.9, "layer", 1024)
+    assert method.correlation == Correlation(eigenvalues=10, eigenvectors=0), "the code's 1e-4 and 1 change nothing"
+    assert method.cross_entropy == method.total_variation == method.image_norm == 0
 
 
 @pytest.mark.parametrize("fall", [0.5e-4, 0.9e-4, 1.1e-4, 2e-4])

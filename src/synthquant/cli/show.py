@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
 from synthquant.cli import options
 from synthquant.cli.output import print_json
 from synthquant.core.errors import UnknownNameError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.registry import Registry
-from synthquant.core.settings import Settings, allowed_range
+from synthquant.core.settings import Settings, allowed_range, settings_in
 from synthquant.methods import EXPORTERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.models.zoo import ZOO
 from synthquant.report.html import write_report
@@ -71,23 +73,31 @@ def show(
     if not found:
         raise UnknownNameError("method", method, [name for methods in _METHODS.values() for name in methods.names()])
     cls = cast(type[Settings], found[0])
-    fields = [
-        {
-            "name": name,
-            "type": _type_name(field.annotation),
-            "default": field.get_default(call_default_factory=True),
-            "allowed": allowed_range(field),
-            "description": " ".join((field.description or "").split()),
-        }
-        for name, field in cls.model_fields.items()
-    ]
+    fields = list(_explained(cls))
     if json:
         print_json({"name": method, "description": inspect.getdoc(cls), "settings": fields})
         return
     print(f"{method}: {inspect.getdoc(cls)}\n")
     for entry in fields:
         allowed = f", {entry['allowed']}" if entry["allowed"] else ""
-        print(f"  {entry['name']} ({entry['type']}{allowed}) = {entry['default']}\n      {entry['description']}")
+        default = ", to be given" if entry["required"] else f" = {entry['default']}"
+        print(f"  {entry['name']} ({entry['type']}{allowed}){default}\n      {entry['description']}")
+
+
+def _explained(cls: type[BaseModel], prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Each setting, behind those that are settings themselves their own."""
+    for name, field in cls.model_fields.items():
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        yield {
+            "name": f"{prefix}{name}",
+            "type": _type_name(field.annotation),
+            "default": default.model_dump(mode="json") if isinstance(default, BaseModel) else default,
+            "required": field.is_required(),
+            "allowed": allowed_range(field),
+            "description": " ".join((field.description or "").split()),
+        }
+        if inner := settings_in(field.annotation):
+            yield from _explained(inner, f"{prefix}{name}.")
 
 
 def _title(method: object) -> str:

@@ -39,9 +39,9 @@ class Settings(BaseModel):
         return value
 
 
-def is_none(value: object) -> bool:
+def is_unset(value: object) -> bool:
     """`exclude_if` of a field that is written only where it is set: files without it stay the bytes they were."""
-    return value is None
+    return value is None or value == {}
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -139,11 +139,12 @@ def _owner(cls: type[BaseModel], parts: list[str]) -> type[BaseModel] | None:
     owner: type[BaseModel] | None = cls
     for part in parts:
         field = owner.model_fields.get(part) if owner else None
-        owner = _settings_in(field.annotation) if field else None
+        owner = settings_in(field.annotation) if field else None
     return owner
 
 
-def _settings_in(annotation: Any) -> type[BaseModel] | None:
+def settings_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings class that a field of this type holds, or `None`."""
     return next((one for one in (annotation, *get_args(annotation)) if _is_settings(one)), None)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.files import read_sealed_json, write_sealed_json
-from synthquant.core.settings import Settings, parse_settings
+from synthquant.core.settings import Settings, is_unset, parse_settings
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
@@ -84,6 +84,8 @@ class Manifest(Settings):
     """Images that were left out, with reasons."""
     quality: dict[str, Any] = Field(default_factory=dict)
     """Findings of the quality checks: positions of suspicious images by kind."""
+    measured: dict[str, Any] = Field(default_factory=dict, exclude_if=is_unset)
+    """What the method measured of the network before it began, and made the images with; each method says what."""
     redrawn: dict[str, int] = Field(default_factory=dict)
     """How many images the method made and did not take, by reason; each was made again."""
 

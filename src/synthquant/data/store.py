@@ -141,16 +141,25 @@ class ImageSetWriter:
         rows = ParquetRows([PartFile(self.folder / part.name, part.count) for part in parts])
         return ImageSet(rows, self._manifest.model_copy(update={"count": self.finished_count, "parts": tuple(parts)}))
 
-    def finish(self, progress: Progress = QUIET, redrawn: Mapping[str, int] | None = None) -> ImageSet:
+    def finish(
+        self,
+        progress: Progress = QUIET,
+        redrawn: Mapping[str, int] | None = None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> ImageSet:
         """Write the manifest, warn about suspicious images and return the set.
 
-        `redrawn` is how many images the method made and did not take, by reason. Raises `DataError` if images are
-        missing.
+        `redrawn` is how many images the method made and did not take, by reason; `measured` what it measured of the
+        network to make them. Raises `DataError` if images are missing.
         """
         if self._finished is None:
             if self.finished_count != self.target_count:
                 raise DataError(f"{self.folder} has {self.finished_count} of {self.target_count} images")
-            fields = {**self._writer.manifest_fields(), "redrawn": dict(redrawn or {})}
+            fields = {
+                **self._writer.manifest_fields(),
+                "redrawn": dict(redrawn or {}),
+                "measured": dict(measured or {}),
+            }
             write_manifest(self.folder, self._manifest.model_copy(update=fields))
             (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
             for warning in self._writer.scan.report().warnings():

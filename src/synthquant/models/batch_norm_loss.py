@@ -39,15 +39,20 @@ def normalize_and_measure(
     return outputs, statistics
 
 
-def statistics_loss(statistics: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def statistics_loss(statistics: Tensor, targets: Tensor, weights: Tensor, slack: Tensor | None = None) -> Tensor:
     """Weighted squared distance of means and deviations to their targets, summed over channels; a scalar.
 
     `statistics` is `[2, C]`, or `[2, B, C]`, where the sum is averaged over the B images. `targets` is `[2, C]`,
-    `weights` is `[C]`.
+    `weights` is `[C]`, or `[B, C]` for each image its own. With a `slack` `[2, C]` gaps count only by what they are
+    wider than it: `max(|gap| - slack, 0)^2`.
     """
     if statistics.ndim == 3:
         gaps = statistics - targets[:, None]
+        if slack is not None:
+            gaps = (gaps.abs() - slack[:, None]).clamp_min(0)
         return (gaps.square() * weights).sum() / statistics.shape[1]
+    if slack is not None:
+        return ((statistics - targets).abs() - slack).clamp_min(0).square().mul(weights).sum()
     return ((statistics - targets).square() * weights).sum()
 
 

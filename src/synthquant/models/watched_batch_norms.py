@@ -47,7 +47,7 @@ class WatchedBatchNorms:
         self._measured: list[tuple[str, Tensor, int]] = []
         self._targets_of: dict[str, Tensor] = {}
         self._order: tuple[str, ...] | None = None
-        self._targets = self._weights = torch.empty(0)
+        self._targets = self._weights = self._layer_of = torch.empty(0)
         layers = batch_norm_layers(network)
         for norm, target in batch_norm_targets(network).items():
             deviation = (target.variance.float() + TARGET_EPSILON).sqrt()
@@ -75,9 +75,30 @@ class WatchedBatchNorms:
         self._measured.clear()
         return statistics, torch.cat(counts)
 
-    def distance(self, statistics: Tensor) -> Tensor:
-        """Squared distance of statistics to those of the training data, weighted and summed; a scalar."""
-        return statistics_loss(statistics, self._targets, self._weights)
+    @property
+    def layers(self) -> tuple[tuple[str, int], ...]:
+        """Name and channels of each layer in the order in which they ran last; one that ran twice stands there twice.
+
+        Their channels side by side are the C of `statistics`.
+        """
+        return tuple((name, self._targets_of[name].shape[1]) for name in self._order or ())
+
+    def gaps(self, statistics: Tensor) -> Tensor:
+        """Distance of each statistic to that of the training data, of the shape of `statistics`."""
+        return (statistics - (self._targets if statistics.ndim == 2 else self._targets[:, None])).abs()
+
+    def distance(self, statistics: Tensor, *, slack: Tensor | None = None, enhanced: Tensor | None = None) -> Tensor:
+        """Squared distance of statistics to those of the training data, weighted and summed; a scalar.
+
+        Args:
+            statistics: as `statistics` gave them.
+            slack: `[2, C]`, what gaps may be wide before they count.
+            enhanced: int64 `[B]`, for statistics per image: the layer that counts twice for each image.
+        """
+        weights = self._weights
+        if enhanced is not None:
+            weights = weights * (1 + (self._layer_of == enhanced[:, None]))
+        return statistics_loss(statistics, self._targets, weights, slack)
 
     def _recorder(self, name: str) -> Callable[[Tensor, Tensor], None]:
         def record(inputs: Tensor, statistics: Tensor) -> None:
@@ -104,7 +125,9 @@ class WatchedBatchNorms:
         targets = [self._targets_of[name] for name in order]
         each = [1.0 / part.shape[1] if self._channel_weights == "mean" else 1.0 for part in targets]
         weights = [part.new_full((part.shape[1],), weight) for part, weight in zip(targets, each, strict=True)]
-        self._order, self._targets, self._weights = order, torch.cat(targets, dim=1), torch.cat(weights)
+        layer_of = [part.new_full((part.shape[1],), index) for index, part in enumerate(targets)]
+        self._order, self._layer_of = order, torch.cat(layer_of)
+        self._targets, self._weights = torch.cat(targets, dim=1), torch.cat(weights)
 
 
 class _MeasuredBatchNorm(nn.Module):

@@ -124,9 +124,10 @@ def make_batches(
     settings: LowPass,
     order: Order,
     sizes: list[int],
-    make_batch: Callable[[Batch], Tensor],
+    make_batch: Callable[[Batch], Tensor | tuple[Tensor, Tensor]],
     *,
     iterations: int | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> ImageSet:
     """Make every batch that is not on disk yet from normalised images, and return the image set.
 
@@ -137,19 +138,25 @@ def make_batches(
         settings: the method.
         order: for which network, and where images and progress go.
         sizes: of all batches, those on disk too.
-        make_batch: gives normalised images `[n, C, H, W]`.
+        make_batch: gives normalised images `[n, C, H, W]`, or these and their classes, int64 `[n]`.
         iterations: of a batch, which the progress bar counts; none: it counts images.
+        measured: what was measured of the network to make them, for the manifest.
     """
     steps = sizes if iterations is None else [iterations] * len(sizes)
     title = method if iterations is None else f"{method}, {len(sizes)} x {iterations} iterations"
 
     def make(missing: Sequence[int], bar: Bar) -> Iterator[Made]:
         for index in missing:
-            normalized = make_batch(Batch(index, sizes[index], order.rng.child(f"batch-{index}"), bar))
-            yield Made(order.model.preprocess.pixels(normalized.float()))
+            made = make_batch(Batch(index, sizes[index], order.rng.child(f"batch-{index}"), bar))
+            normalized, labels = (made, None) if isinstance(made, Tensor) else made
+            yield Made(order.model.preprocess.pixels(normalized.float()), labels)
 
     kept = collect(settings, order, sizes, make, title, steps)
-    return in_memory(method, settings, order, kept) if order.writer is None else order.writer.finish(order.progress)
+    if order.writer is not None:
+        return order.writer.finish(order.progress, measured=measured)
+    images = in_memory(method, settings, order, kept)
+    images.manifest = images.manifest.model_copy(update={"measured": dict(measured or {})})
+    return images
 
 
 def open_writer(

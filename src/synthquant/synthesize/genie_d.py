@@ -13,6 +13,7 @@ from torch import Tensor
 from synthquant.core.progress import QUIET, Progress
 from synthquant.methods import SYNTHESIZERS
 from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
+from synthquant.synthesize.diversity import Diversity
 from synthquant.synthesize.generator import Generator, GeneratorKind, make_generator
 from synthquant.synthesize.inversion import (
     Advice,
@@ -26,7 +27,6 @@ from synthquant.synthesize.inversion import (
     adam,
     invert,
 )
-from synthquant.synthesize.low_pass import LowPass
 from synthquant.synthesize.pieces import divided, need_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @SYNTHESIZERS.register("genie_d")
-class GenieD(LowPass):
+class GenieD(Diversity):
     """Genie: Show Me the Data for Quantization (arXiv:2212.04780), GENIE-D.
 
     For each batch a fresh generator and its latents are trained together on
@@ -58,6 +58,8 @@ class GenieD(LowPass):
       with 4/9 of the operations; the linear layer's outputs are read channels-last, a renaming of random weights.
     - One generator serves all batches: weights and optimiser state are started afresh in place.
     - Strided convolutions called several times in one forward pass share their offset; an axis of length 1 has none.
+
+    `slack` and `correlation` are parts of DSG.
     """
 
     needs_batch_norm: ClassVar[bool] = True
@@ -133,8 +135,9 @@ class GenieD(LowPass):
         need = network.need(model.example_images(2))
         network.pieces = divided(sizes[0], need, self._need(generator), model.device, progress)
         order = Order(model, rng, writer, progress)
-        make_batch = partial(self._make_batch, network, generator)
-        return make_batches("genie_d", self, order, sizes, make_batch, iterations=self.iterations)
+        make_batch = partial(self._make_batch, network, generator, model)
+        measured = self.measure(network, model, self.batch_size, shape, rng)
+        return make_batches("genie_d", self, order, sizes, make_batch, iterations=self.iterations, measured=measured)
 
     def _need(self, generator: Generator) -> Need:
         """What the generator and its latents need; values, gradients and Adam's two moments are alike in size."""
@@ -149,7 +152,7 @@ class GenieD(LowPass):
             images: Tensor = generator(latents)
         return images
 
-    def _make_batch(self, network: InvertedNetwork, generator: Generator, batch: Batch) -> Tensor:
+    def _make_batch(self, network: InvertedNetwork, generator: Generator, model: FloatModel, batch: Batch) -> Tensor:
         """Train the generator from scratch for one batch; returns normalised images `[B, C, H, W]`."""
         device, source = generator.device, batch.rng
         generator.reset(source.generator("generator"))
@@ -176,4 +179,5 @@ class GenieD(LowPass):
             swing_generator=source.generator("swing", device),
             advice=Advice(batch.index, rates),
             bar=batch.bar,
+            objective=self.objective(network, model, batch),
         )

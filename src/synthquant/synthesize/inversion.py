@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,21 @@ ComputeType = Literal["float32", "bfloat16"]
 
 ITERATIONS_PER_REPORT = 50
 """Iterations between two looks at the loss; each look waits for the device."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised for a batch beside the distance of its statistics; each term is a scalar of the whole batch."""
+
+    of_images: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """Terms of the normalised images `[B, C, H, W]`."""
+    of_logits: Callable[[Tensor], Tensor] | None = None
+    """A term of what the network returns, float32 `[B, classes]`."""
+    enhanced: Tensor | None = None
+    """int64 `[B]`: the layer whose distance counts twice for each image, where statistics are taken per image."""
+
+
+_STATISTICS_ALONE = Objective()
 
 
 class InvertedNetwork:
@@ -62,11 +77,13 @@ class InvertedNetwork:
         self.epsilon = epsilon
         self._half = compute_dtype == "bfloat16"
         self.pieces = Pieces()  # in which `backward` takes a batch
+        self.slack: Tensor | None = None  # `[2, C]`, what the gaps of statistics may be wide
         if is_untrained(model.module) and not untrained:
             raise UnsupportedModelError(
                 f"{model.name} looks untrained: no batch norm of it has seen a batch, so {method} has nothing to show;"
                 " give --weights FILE, or --set untrained=true to do it anyway"
             )
+        self._model = model
         self._network = copy.deepcopy(model.module).eval().requires_grad_(False)
         _to_channels_last(self._network)
         save_results(self._network)
@@ -81,61 +98,98 @@ class InvertedNetwork:
             raise no_batch_norm(method, model)
         self.swing = SwingOffsets(self._network, model.device) if swing else None
 
-    def loss(self, images: Tensor) -> Tensor:
+    @property
+    def layers(self) -> tuple[tuple[str, int], ...]:
+        """Name and channels of the batch norms in the order in which they ran, once the network has run."""
+        return self._norms.layers
+
+    def loss(self, images: Tensor, objective: Objective = _STATISTICS_ALONE) -> Tensor:
         """Distance of the statistics of normalised images `[B, C, H, W]` to what the network remembers; a scalar.
 
-        Adds the distance of each image's own statistics to mean 0 and deviation 1.
+        Adds the distance of each image's own statistics to mean 0 and deviation 1, and the terms of the objective.
         """
-        statistics, _ = self._statistics(images)
-        return self._distance(statistics) + image_loss(images, epsilon=self.epsilon)
+        seen, _ = self._run(images, objective)
+        return self._of_network(seen, objective) + self._of_images(images, objective)
 
-    def backward(self, images: Tensor) -> Tensor:
+    def backward(self, images: Tensor, objective: Objective = _STATISTICS_ALONE) -> Tensor:
         """Add the gradient of `loss` to whatever `images` were made from, in pieces; returns the loss, detached."""
         parts = list(torch.split(images.detach(), self.pieces.size))
         if len(parts) == 1:
-            loss = self.loss(images)
+            loss = self.loss(images, objective)
             torch.autograd.backward(loss)
             return loss.detach()
         parts = [part.requires_grad_() for part in parts]
         first_kept = len(parts) - self.pieces.kept
-        seen: list[Tensor] = []
+        seen: list[list[Tensor]] = []
         counts: list[Tensor] = []
         for index, part in enumerate(parts):
-            statistics, counted = self._statistics(part)
-            seen.append(statistics if index >= first_kept else statistics.detach())
+            of_piece, counted = self._run(part, objective)
+            seen.append(of_piece if index >= first_kept else [tensor.detach() for tensor in of_piece])
             counts.append(counted)
-        of_pieces = [statistics.detach().requires_grad_() for statistics in seen]
-        if self.per_image:
-            of_batch = torch.cat(of_pieces, 1)
-        else:
-            of_batch = joined(torch.stack(of_pieces), torch.stack(counts), self.epsilon)
-        of_layers = self._distance(of_batch)
-        torch.autograd.backward(of_layers)
+        of_pieces = [[tensor.detach().requires_grad_() for tensor in of_piece] for of_piece in seen]
+        of_network = self._of_network(self._joined(of_pieces, counts), objective)
+        torch.autograd.backward(of_network)
         for index in reversed(range(len(parts))):
-            statistics = seen.pop() if index >= first_kept else self._statistics(parts[index])[0]
-            torch.autograd.backward(statistics, of_pieces[index].grad)
-        of_images = image_loss(images, epsilon=self.epsilon)
+            of_piece = seen.pop() if index >= first_kept else self._run(parts[index], objective)[0]
+            torch.autograd.backward(of_piece, [tensor.grad for tensor in of_pieces[index]])
+        of_images = self._of_images(images, objective)
         gradient = torch.cat([cast(Tensor, part.grad) for part in parts])
         torch.autograd.backward([images, of_images], [gradient, None])
-        return (of_layers + of_images).detach()
+        return (of_network + of_images).detach()
 
     def need(self, example: Tensor) -> Need:
         """Return what a backward pass takes for each image, measured on a few normalised ones."""
         own = [*self._network.parameters(), *self._network.buffers()]
         images = example.requires_grad_()
-        return need_of(lambda: self._distance(self._statistics(images)[0]), len(images), fixed=0, own=own)
+        alone = _STATISTICS_ALONE
+        return need_of(lambda: self._of_network(self._run(images, alone)[0], alone), len(images), fixed=0, own=own)
 
-    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters the batch norms, `[2, C]` or `[2, B, C]`, and over how many values each is taken, `[C]`."""
+    @torch.no_grad()
+    def gaps(self, images: Tensor) -> Tensor:
+        """How far the statistics of normalised images are from those of the training data, `[2, C]` or `[2, B, C]`."""
+        runs = [self._run(part, _STATISTICS_ALONE) for part in torch.split(images, self.pieces.size)]
+        (statistics,) = self._joined([seen for seen, _ in runs], [counts for _, counts in runs])
+        return self._norms.gaps(statistics)
+
+    def _run(self, images: Tensor, objective: Objective) -> tuple[list[Tensor], Tensor]:
+        """What enters the batch norms, `[2, C]` or `[2, B, C]`, and over how many values each is taken, `[C]`.
+
+        With it come the logits, if the objective has a term of them.
+        """
+        returned: list[Any] = []
 
         def run() -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
-                self._network(images.contiguous(memory_format=torch.channels_last))
+                returned.append(self._network(images.contiguous(memory_format=torch.channels_last)))
 
-        return self._norms.statistics(run)
+        statistics, counts = self._norms.statistics(run)
+        if objective.of_logits is None:
+            return [statistics], counts
+        return [statistics, self._model.checked_logits(returned[0], len(images)).float()], counts
 
-    def _distance(self, statistics: Tensor) -> Tensor:
-        return self._norms.distance(statistics)
+    def _joined(self, of_pieces: Sequence[Sequence[Tensor]], counts: Sequence[Tensor]) -> list[Tensor]:
+        """What `_run` would return of the whole batch, of what it returned of its pieces."""
+        statistics, *logits = zip(*of_pieces, strict=True)
+        if self.per_image:
+            of_batch = torch.cat(statistics, 1)
+        elif len(counts) == 1:
+            (of_batch,) = statistics
+        else:
+            of_batch = joined(torch.stack(statistics), torch.stack(list(counts)), self.epsilon)
+        return [of_batch, *(torch.cat(of_logits) for of_logits in logits)]
+
+    def _of_network(self, seen: Sequence[Tensor], objective: Objective) -> Tensor:
+        """Loss of what `_run` returned."""
+        statistics, *logits = seen
+        distance = self._norms.distance(statistics, slack=self.slack, enhanced=objective.enhanced)
+        return distance if objective.of_logits is None else distance + objective.of_logits(logits[0])
+
+    def _of_images(self, images: Tensor, objective: Objective) -> Tensor:
+        """Loss of what the images are, whatever the network makes of them."""
+        loss = image_loss(images, epsilon=self.epsilon)
+        for term in objective.of_images:
+            loss = loss + term(images)
+        return loss
 
 
 def _to_channels_last(network: nn.Module) -> None:
@@ -232,6 +286,7 @@ def invert(
     swing_generator: torch.Generator,
     advice: Advice,
     bar: Bar,
+    objective: Objective = _STATISTICS_ALONE,
 ) -> Tensor:
     """Minimise the network's loss over what `make_images` depends on; returns the images of the last forward pass.
 
@@ -245,7 +300,7 @@ def invert(
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
         images = make_images()
-        loss = network.backward(images)
+        loss = network.backward(images, objective)
         for learner in learners:
             learner.optimizer.step()
             learner.schedule.step(loss, iteration)

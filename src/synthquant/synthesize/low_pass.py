@@ -6,13 +6,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from synthquant.core.settings import Settings, is_none
+from synthquant.core.settings import Settings, is_unset
 
 
 class LowPass(Settings):
     """What every synthesis method can be told about its finished images."""
 
-    low_pass: float | None = Field(default=None, gt=0, exclude_if=is_none)
+    low_pass: float | None = Field(default=None, gt=0, exclude_if=is_unset)
     """Cut-off `D0 / side` of a Gaussian low-pass filter over each finished image, as a share of its side, for example
     0.36; none: no filter (SynQ, ICLR 2025, which uses `D0` = 80 at 224 pixels)."""
 
@@ -20,7 +20,7 @@ class LowPass(Settings):
 def low_passed(pixels: Tensor, low_pass: float | None) -> Tensor:
     """Return images `[N, C, H, W]` in pixel space (uint8 or floats) without their high frequencies; the same type.
 
-    The two-dimensional spectrum is multiplied by `exp(-D^2 / (2 D0^2))` (SynQ, ICLR 2025, section 4.1), with `D` the
+    The two-dimensional spectrum is multiplied by `exp(-D^2 / (2 D0^2))` (SynQ, ICLR 2025), with `D` the
     distance from frequency zero, where the gain is 1, in bins, and `D0` the share `low_pass` of the image's side.
     `D / side` is a frequency in cycles per pixel, and that is what both axes of an image that is not square are
     measured in: the filter is as wide in pixels along one as along the other. Borders wrap around. What the filter

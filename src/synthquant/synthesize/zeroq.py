@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -13,18 +12,10 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.batch_norm_loss import TARGET_EPSILON
 from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
-from synthquant.synthesize.inversion import (
-    Advice,
-    ComputeType,
-    InvertedNetwork,
-    Learner,
-    PlateauSchedule,
-    Statistics,
-    adam,
-    invert,
-)
-from synthquant.synthesize.low_pass import LowPass
-from synthquant.synthesize.pieces import Need, divided
+from synthquant.synthesize.diversity import Diversity
+from synthquant.synthesize.inversion import ComputeType, InvertedNetwork, Statistics
+from synthquant.synthesize.pieces import divided
+from synthquant.synthesize.pixels import need_of_pixels, optimized_pixels
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
@@ -34,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @SYNTHESIZERS.register("zeroq")
-class ZeroQ(LowPass):
+class ZeroQ(Diversity):
     """ZeroQ: A Novel Zero Shot Quantization Framework (arXiv:2001.00281), distilled data.
 
     Minimises over the pixels, with Adam and a falling rate, `sum_l |mean_l(x) - mean_l|^2 + |std_l(x) - std_l|^2`: the
@@ -49,12 +40,15 @@ class ZeroQ(LowPass):
       starts within 0.024 of 0 (`start_std=0.0136` is as narrow).
     - A feature map of 1x1 has deviation 0, where the code divides by zero.
     - As many batches as `count` needs, where the code's script makes one.
+
+    `slack` and `correlation` are parts of DSG; with them images of a batch influence each other.
     """
 
     needs_batch_norm: ClassVar[bool] = True
 
     batch_size: int = Field(default=32, ge=1)
-    """Images optimised together. They do not influence each other while `statistics` is "image"."""
+    """Images optimised together. They do not influence each other while `statistics` is "image", without
+    `correlation`."""
 
     iterations: int = Field(default=500, ge=1)
     """Optimisation steps per batch."""
@@ -106,23 +100,22 @@ class ZeroQ(LowPass):
             untrained=self.untrained,
         )
         shape = (model.preprocess.channels, *model.preprocess.input_size)
-        # Pixels, their gradients and Adam's two moments.
-        pixels_need = Need(0, 4 * math.prod(shape) * 4)
-        network.pieces = divided(sizes[0], network.need(model.example_images(2)), pixels_need, model.device, progress)
+        need = network.need(model.example_images(2))
+        network.pieces = divided(sizes[0], need, need_of_pixels(shape), model.device, progress)
 
         def make_batch(batch: Batch) -> Tensor:
             start = torch.randn(batch.size, *shape, generator=batch.rng.generator("pixels")) * self.start_std
-            pixels = start.to(model.device, memory_format=torch.channels_last).requires_grad_()
-            optimizer, rate = adam([pixels], self.pixel_lr)
-            return invert(
+            return optimized_pixels(
                 network,
-                lambda: pixels,
-                [Learner(optimizer, PlateauSchedule(rate, patience=self.patience))],
+                start,
+                batch,
+                model.device,
+                self.objective(network, model, batch),
                 iterations=self.iterations,
-                swing_generator=batch.rng.generator("swing", model.device),
-                advice=Advice(batch.index, f"pixel_lr (now {self.pixel_lr:g})"),
-                bar=batch.bar,
+                pixel_lr=self.pixel_lr,
+                patience=self.patience,
             )
 
+        measured = self.measure(network, model, self.batch_size, shape, rng)
         order = Order(model, rng, writer, progress)
-        return make_batches("zeroq", self, order, sizes, make_batch, iterations=self.iterations)
+        return make_batches("zeroq", self, order, sizes, make_batch, iterations=self.iterations, measured=measured)

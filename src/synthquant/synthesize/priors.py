@@ -1,0 +1,50 @@
+"""Prior terms of DSG's code: images that the network takes for a class, that are smooth, and not too bright."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """How rough images `[B, C, H, W]` are, averaged over them; a scalar.
+
+    The sum of four Euclidean norms: of the differences between neighbours along rows, columns and both diagonals. The
+    authors' code takes each norm over the batch, so that its weight depends on the batch's size; over B images alike it
+    is `sqrt(B)` times this.
+    """
+    differences = (
+        images[:, :, :, 1:] - images[:, :, :, :-1],
+        images[:, :, 1:] - images[:, :, :-1],
+        images[:, :, 1:, 1:] - images[:, :, :-1, :-1],
+        images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
+    )
+    norms = torch.stack([vector_norm(one.flatten(1), dim=1) for one in differences])
+    return norms.sum(0).mean()
+
+
+def image_norm(images: Tensor) -> Tensor:
+    """Euclidean norm of images `[B, C, H, W]`, averaged over them; a scalar."""
+    norms: Tensor = vector_norm(images.flatten(1), dim=1)
+    return norms.mean()
+
+
+class Smoothness:
+    """Total variation of images whose borders lie elsewhere in each iteration; one batch's, to be called once in each.
+
+    Images are rolled by one offset along both axes, so that what borders hide is smoothed as well.
+    """
+
+    def __init__(self, weight: float, jitter: int, generator: torch.Generator) -> None:
+        """Take the weight, the offsets (from `-jitter` to `jitter - 1`), and their source, on the CPU."""
+        self._weight = weight
+        self._jitter = jitter
+        self._generator = generator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the loss of normalised images `[B, C, H, W]`; a scalar."""
+        if self._jitter:
+            offset = int(torch.randint(-self._jitter, self._jitter, (), generator=self._generator))
+            images = images.roll((offset, offset), (2, 3))
+        return self._weight * total_variation(images)
