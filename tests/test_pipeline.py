@@ -186,6 +186,7 @@ def test_images_that_exist_are_used_as_they_are(recipe: dict[str, Any], tmp_path
     record = pipeline.run(Recipe.parse(given), tmp_path / "run")
     metrics = record.stages["images"].metrics
     assert metrics.pop("suspicious")["looked_at"] == 9
+    assert metrics.pop("diversity")["count"] == 9
     assert metrics == {"method": "given", "source": str(tmp_path / "data"), "count": 9}
     assert not (tmp_path / "run" / "images").exists()
     with pytest.raises(InputError, match=r"images.count is 99 but .* holds 21"):

@@ -17,6 +17,7 @@ from synthquant.core.working_folder import size_of
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
+from synthquant.evaluate.diversity import measure_diversity
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.make import build, image_bytes, quantize, select, synthesize
 from synthquant.measure import costs_and_sqnr, float_beside_quantized
@@ -111,7 +112,13 @@ class ImagesStage(Stage):
         run.images = images = synthesize(run.model, self._section, run.recipe.seed, folder.images, progress)
         if before not in (None, images.fingerprint):
             progress.warn(f"{folder.images} came out otherwise than before; what was made from the images before stays")
-        return {"method": self._section.method, "count": len(images), "fingerprint": images.fingerprint}
+        diversity = measure_diversity(run.model, images).row()
+        return {
+            "method": self._section.method,
+            "count": len(images),
+            "fingerprint": images.fingerprint,
+            "diversity": diversity,
+        }
 
     def take_up(self, run: Run) -> None:
         """Read them."""
@@ -132,7 +139,8 @@ class GivenImagesStage(Stage):
         assert run.images is not None
         source = self._section.source
         found = warn_of_suspicious(run.images, run.progress, source)
-        return {"method": "given", "source": source, "count": len(run.images), **found}
+        diversity = measure_diversity(run.model, run.images).row()
+        return {"method": "given", "source": source, "count": len(run.images), "diversity": diversity, **found}
 
     def take_up(self, run: Run) -> None:
         """Draw `count` images without repetition, or put all of them in a random order.

@@ -59,7 +59,11 @@ def make_run(folder: Path, data: str | None = None, seed: int = 0, **changes: An
     """Write a complete run; `changes` replace metrics, given as `stage__key=value` (none: leave it out)."""
     metrics: dict[str, dict[str, Any]] = {
         "model": {"name": "small", "fingerprint": "f" * 64, "class_names": list(CLASS_NAMES), "num_classes": 3},
-        "images": {"method": "genie_d", "count": 9},
+        "images": {
+            "method": "genie_d",
+            "count": 9,
+            "diversity": {"of": "features", "count": 9, "distance": 1.75, "effective_rank": 4.25},
+        },
         "quantize": {
             "method": "genie_m",
             "scheme": "W4A4 (first and last layer W8A8)",

@@ -174,6 +174,7 @@ def test_given_images_are_shown_too(tmp_path: Path) -> None:
     shutil.rmtree(run / "images")
     _, page = page_of(run, out=tmp_path / "report.html")
     assert page.tags.count("img") == 6 and "Calibration images, given" in page.words
+    assert "Distance of features 1.75 Effective rank 4.25 of 9" in page.words
 
 
 def test_agreement_alone_makes_a_page(tmp_path: Path) -> None:

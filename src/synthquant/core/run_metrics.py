@@ -111,6 +111,15 @@ class FilterRow(Row):
     kept: Count
 
 
+class DiversityRow(Row):
+    """How diverse the images are."""
+
+    of: StrictStr
+    count: Count
+    distance: Size | None = None
+    effective_rank: Size | None = None
+
+
 class Metrics(BaseModel):
     """What one stage measured."""
 
@@ -151,6 +160,7 @@ class ImagesMetrics(Metrics):
     source: StrictStr | None = None
     suspicious: dict[str, Count] | None = None
     fingerprint: StrictStr | None = None
+    diversity: DiversityRow | None = None
 
 
 class SelectMetrics(Metrics):

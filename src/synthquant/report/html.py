@@ -10,7 +10,8 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
     `name` str, `num_classes` int | null, `class_names` list[str] | null, `parameters` int.
 `images`
     `method` str, `count` int; `source` str for images that were given, in the form `open_images` takes. (The sheet,
-    pixel statistics and quality come from `images/manifest.json`.)
+    pixel statistics and quality come from `images/manifest.json`.) `diversity`: `of` ("features" or "pixels"), `count`,
+    `distance` and `effective_rank` [both may be null] (`Diversity.row()` makes it).
 `quantize`
     `method` str and `units`: the fields of a `QuantReport` as JSON (`report.model_dump(mode="json")`); of each unit
     `name`, `loss_start`, `loss_end`, `undecided`, `diverged`, `seconds`, and the sampled curve: `steps` and `losses`.

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
 from synthquant.core.record import RunRecord, StageRecord
-from synthquant.core.run_metrics import METRICS, EvaluateMetrics, QuantizeMetrics, Row
+from synthquant.core.run_metrics import METRICS, EvaluateMetrics, ImagesMetrics, QuantizeMetrics, Row
 from synthquant.nn.coverage import CoverageSummary
 
 _Value = TypeVar("_Value")
@@ -47,6 +47,7 @@ class RunFiles:
         self.record = RunRecord.load(folder / "run.json")
         evaluation = self.record.metrics("evaluate", EvaluateMetrics)
         quantization = self.record.metrics("quantize", QuantizeMetrics)
+        self.diversity = self.record.metrics("images", ImagesMetrics).diversity
         self.accuracy = evaluation.accuracy or ()
         self.sqnr = evaluation.sqnr
         self.set_aside = evaluation.set_aside
