@@ -51,34 +51,36 @@ def told(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in FOUND}
 
 
-def test_what_commands_say_of_the_images_they_read(synthquant: Command, photos: Path, tmp_path: Path) -> None:
+def test_what_commands_say_of_the_images_they_read(
+    synthquant: Command, model_options: list[str], photos: Path, tmp_path: Path
+) -> None:
     limit, run, file = ("--max-pixels", "50000", "--json"), tmp_path / "run", tmp_path / "net.onnx"
-    outcome = synthquant("evaluate", NETWORK, "--data", photos, *limit)
+    outcome = synthquant("evaluate", *model_options, "--data", photos, *limit)
     said(outcome.err, photos)
     assert told(json.loads(outcome.out)) == FOUND and json.loads(outcome.out)["count"] == 8
 
     method = ("--method", "rtn", "--scheme", "W8A8", "--set", "scheme.weights.symmetric=true")
-    outcome = synthquant("quantize", NETWORK, "--images", photos, *method, "--out", run, *limit)
+    outcome = synthquant("quantize", *model_options, "--images", photos, *method, "--out", run, *limit)
     assert outcome.err.count("warning: 2 images set aside, for example ") == 1  # drawn in another order
     assert outcome.err.count(f"{CHANGE}{photos})\n") == 1
     result = json.loads(outcome.out)
     assert told(result["images"])["set_aside_count"] == told(result)["set_aside_count"] == 2
     assert {row["name"] for row in told(result)["set_aside"]} == {"1/cut.png", "3/huge.png"}
 
-    outcome = synthquant("evaluate", run, "--data", photos, *limit)
+    outcome = synthquant("evaluate", run, "--trust-code", "--data", photos, *limit)
     said(outcome.err, photos)
     assert told(json.loads(outcome.out)) == FOUND
 
     lenient = ("--set", "max_mean_error=1", "--set", "min_agreement=0")  # the images are noise
-    outcome = synthquant("export", run, "--out", file, "--data", photos, *limit, *lenient)
+    outcome = synthquant("export", run, "--trust-code", "--out", file, "--data", photos, *limit, *lenient)
     said(outcome.err, photos)
     assert told(json.loads(outcome.out)["verification"]) == FOUND
 
-    outcome = synthquant("evaluate", file, "--data", photos, *limit)
+    outcome = synthquant("evaluate", file, "--trust-code", "--data", photos, *limit)
     said(outcome.err, photos)
     assert told(json.loads(outcome.out)) == FOUND
 
-    pool = ("select", photos, "--model", NETWORK, "--by", "energy:4", "--out", tmp_path / "kept", *limit)
+    pool = ("select", photos, "--model", *model_options, "--by", "energy:4", "--out", tmp_path / "kept", *limit)
     outcome = synthquant(*pool)
     said(outcome.err, "the pool")
     assert told(json.loads(outcome.out)) == FOUND

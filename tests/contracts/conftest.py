@@ -22,6 +22,18 @@ class State:
     types: tuple[str, ...]
 
 
+def state_of(model: FloatModel) -> State:
+    modules, parameters = list(model.module.modules()), list(model.module.parameters())
+    return State(
+        fingerprint=model.fingerprint,
+        training=tuple(module.training for module in modules),
+        requires_grad=tuple(parameter.requires_grad for parameter in parameters),
+        gradients=tuple(parameter.grad is not None for parameter in parameters),
+        hooks=sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
+        types=tuple(type(module).__name__ for module in modules),
+    )
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> FloatModel:
     return small_float_model(tmp_path)
@@ -29,15 +41,4 @@ def model(tmp_path: Path) -> FloatModel:
 
 @pytest.fixture
 def state(model: FloatModel) -> Callable[[], State]:
-    def look() -> State:
-        modules, parameters = list(model.module.modules()), list(model.module.parameters())
-        return State(
-            fingerprint=model.fingerprint,
-            training=tuple(module.training for module in modules),
-            requires_grad=tuple(parameter.requires_grad for parameter in parameters),
-            gradients=tuple(parameter.grad is not None for parameter in parameters),
-            hooks=sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
-            types=tuple(type(module).__name__ for module in modules),
-        )
-
-    return look
+    return lambda: state_of(model)

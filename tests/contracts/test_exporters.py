@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,6 @@ from synthquant.methods import EXPORTERS, exporter_of, runtime_exporters
 
 pytest.importorskip("onnxruntime")
 
-RUNTIMES = [(exporter, name) for exporter in runtime_exporters() for name in exporter.runtimes]
-
 
 def test_every_exporter_is_found_by_its_own_suffix() -> None:
     suffixes = [cls.suffix for _, cls in EXPORTERS.items()]
@@ -25,19 +24,20 @@ def test_every_exporter_is_found_by_its_own_suffix() -> None:
     assert exporter_of("net.unknown") is None and exporter_of("net.pt2") is None
 
 
-@pytest.mark.parametrize(("exporter", "runtime"), RUNTIMES, ids=str)
-def test_what_is_written_is_opened(exporter, runtime: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    if runtime == "openvino":
-        pytest.importorskip("openvino")
+@pytest.mark.parametrize("exporter", runtime_exporters(), ids=str)
+def test_what_is_written_is_opened_by_every_runtime(exporter, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     # Seven bits and the same ends: no sum of products overflows in 16 bits, as CPUs without VNNI add them.
     scheme = {"preset": "W7A8", "weights": {"symmetric": True}, "ends": "same"}
     model = calibrated_model(small_float_model(tmp_path), scheme)
     path = exporter().export(model, tmp_path / f"net{exporter.suffix}")
-    opened = exporter.open(path, runtime, threads=1)
     images = model.float_model.example_images(3)
-    with torch.no_grad():
-        assert (opened.run(images) - model(images)).abs().max() < 0.1 * model(images).std()
-    assert opened.scheme == model.scheme and opened.preprocess == model.float_model.preprocess
-    assert opened.fingerprint == model.float_model.fingerprint and opened.num_classes == 7
+    for runtime in exporter.runtimes:
+        if runtime == "openvino" and find_spec("openvino") is None:
+            continue
+        opened = exporter.open(path, runtime, threads=1)
+        with torch.no_grad():
+            assert (opened.run(images) - model(images)).abs().max() < 0.1 * model(images).std(), runtime
+        assert opened.scheme == model.scheme and opened.preprocess == model.float_model.preprocess
+        assert opened.fingerprint == model.float_model.fingerprint and opened.num_classes == 7
     with pytest.raises(UnknownNameError, match="unknown runtime 'none'"):
         exporter.open(path, "none")

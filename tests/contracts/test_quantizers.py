@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.contracts.conftest import State
-from tests.small_networks import small_images
+from tests.contracts.conftest import State, state_of
+from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import DataError
 from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, QuantReport, QuantStep
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel
@@ -23,86 +24,94 @@ SMALL = {"iterations": 3, "batch_size": 4, "activation_iterations": 3}
 IMAGES = 10
 
 
-@pytest.fixture(params=QUANTIZERS.names())
-def name(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+# Two bits, where codes leave their grid first.
+SCHEME = "W2A4"
 
 
-@pytest.fixture
-def method(name: str) -> QuantStep:
+def build(name: str) -> QuantStep:
     fields: dict[str, Any] = QUANTIZERS.get(name).model_fields  # type: ignore[attr-defined]
     return build_method(QUANTIZERS, name, {key: value for key, value in SMALL.items() if key in fields}, name)
 
 
-def quantized(
-    method: QuantStep, model: FloatModel, seed: int = 0, scheme: str = "W4A4", **options: Any
-) -> tuple[QuantModel, QuantReport]:
-    quant_model = QuantModel.build(model, scheme)
-    report = method.apply(quant_model, small_images(IMAGES), Rng(seed), **options)
-    return quant_model, report
+def quantized(method: QuantStep, model: FloatModel, images: ImageSet, **options: Any) -> tuple[QuantModel, QuantReport]:
+    quant_model = QuantModel.build(model, SCHEME)
+    return quant_model, method.apply(quant_model, images, Rng(3), **options)
 
 
-def test_leaves_the_float_network_as_it_was(method: QuantStep, model: FloatModel, state: Callable[[], State]) -> None:
-    before = state()
-    quantized(method, model)
-    assert state() == before
+@dataclass(frozen=True)
+class Applied:
+    """A method, the network it quantized, and what there was before and after."""
+
+    name: str
+    method: QuantStep
+    float_model: FloatModel
+    model: QuantModel
+    report: QuantReport
+    float_states: tuple[State, State]
+    images: tuple[str, str]
+    random: tuple[torch.Tensor, torch.Tensor]
 
 
-def test_the_network_is_calibrated_and_finite(method: QuantStep, model: FloatModel) -> None:
-    quant_model, _ = quantized(method, model)
-    assert quant_model.calibrated
+@pytest.fixture(scope="module", params=QUANTIZERS.names())
+def applied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Applied:
+    """The method has run once; tests look at it from all sides and leave it as it is."""
+    method, images = build(request.param), small_images(IMAGES)
+    float_model = small_float_model(tmp_path_factory.mktemp(request.param))
+    state, pixels, random = state_of(float_model), images.fingerprint, torch.random.get_rng_state()
+    model, report = quantized(method, float_model, images)
+    return Applied(
+        request.param, method, float_model, model, report,
+        float_states=(state, state_of(float_model)),
+        images=(pixels, images.fingerprint),
+        random=(random, torch.random.get_rng_state()),
+    )  # fmt: skip
+
+
+def test_leaves_the_float_network_as_it_was(applied: Applied) -> None:
+    before, after = applied.float_states
+    assert after == before
+
+
+def test_leaves_the_images_and_the_global_random_state_alone(applied: Applied) -> None:
+    before, after = applied.images
+    assert after == before
+    assert torch.equal(*applied.random)
+
+
+def test_the_network_is_calibrated_and_finite(applied: Applied) -> None:
+    assert applied.model.calibrated
     with torch.no_grad():
-        assert torch.isfinite(quant_model(model.example_images(3))).all()
+        assert torch.isfinite(applied.model(applied.float_model.example_images(3))).all()
 
 
-def test_codes_stay_inside_their_bits(method: QuantStep, model: FloatModel) -> None:
-    quant_model, _ = quantized(method, model, scheme="W2A4")
-    for layer in quant_model.layers.values():
+def test_codes_stay_inside_their_bits(applied: Applied) -> None:
+    for layer in applied.model.layers.values():
         quantizer = layer.weight_quantizer
         assert quantizer is not None and int(quantizer.codes.max()) < 2**quantizer.num_bits
         assert bool((quantizer.scale > 0).all())
 
 
-def test_the_same_seed_gives_the_same_network(method: QuantStep, model: FloatModel) -> None:
-    first, second = (quantized(method, model, seed=3)[0].state() for _ in range(2))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_leaves_the_global_random_state_alone(method: QuantStep, model: FloatModel) -> None:
-    before = torch.random.get_rng_state()
-    quantized(method, model)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_the_report_names_the_method_and_covers_every_layer(name: str, method: QuantStep, model: FloatModel) -> None:
-    quant_model, report = quantized(method, model)
-    assert report.method == name
+def test_the_report_names_the_method_and_covers_every_layer(applied: Applied) -> None:
+    report = applied.report
+    assert report.method == applied.name
     if report.units:
         # a method of two phases goes through the units twice
-        assert {layer for unit in report.units for layer in unit.layers} == set(quant_model.layers)
+        assert {layer for unit in report.units for layer in unit.layers} == set(applied.model.layers)
     assert QuantReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_with_a_working_folder_the_result_is_the_same_and_can_be_taken_up(
-    method: QuantStep, model: FloatModel, tmp_path: Path
-) -> None:
-    without, _ = quantized(method, model)
-    first, report = quantized(method, model, workdir=tmp_path / "work")
-    again, report_again = quantized(method, model, workdir=tmp_path / "work")
+def test_the_same_seed_gives_the_same_network_which_a_working_folder_keeps(applied: Applied, tmp_path: Path) -> None:
+    wanted = applied.model.state()
+    first, report = quantized(applied.method, applied.float_model, small_images(IMAGES), workdir=tmp_path / "work")
+    again, report_again = quantized(
+        applied.method, applied.float_model, small_images(IMAGES), workdir=tmp_path / "work"
+    )
     for other in (first, again):
-        assert all(torch.equal(value, other.state()[key]) for key, value in without.state().items())
+        assert other.state().keys() == wanted.keys()
+        assert all(torch.equal(value, other.state()[key]) for key, value in wanted.items())
     assert report_again == report
 
 
-def test_refuses_an_empty_set(method: QuantStep, model: FloatModel) -> None:
+def test_refuses_an_empty_set(applied: Applied) -> None:
     with pytest.raises(DataError, match="0 images"):
-        method.apply(QuantModel.build(model, "W4A4"), small_images(4).subset([]), Rng(0))
-
-
-def test_the_images_are_left_as_they_were(method: QuantStep, model: FloatModel) -> None:
-    images = small_images(IMAGES)
-    before = images.fingerprint
-    method.apply(QuantModel.build(model, "W4A4"), images, Rng(0))
-    assert images.fingerprint == before
+        applied.method.apply(QuantModel.build(applied.float_model, SCHEME), small_images(4).subset([]), Rng(0))

@@ -66,9 +66,11 @@ def test_weights_need_no_zero_and_activations_do() -> None:
 def test_qdrop_tries_every_zero_point(bits: int) -> None:
     """Values on a grid with its zero at one code, within ends on both sides of 0 that count for next to nothing."""
     top = 2**bits - 1
-    for code in range(top + 1):
-        values = torch.cat([(torch.arange(top + 1) - code) / top, torch.tensor([-1.0, 1.0])])[None]
-        counts = torch.tensor([1 / (top + 1)] * (top + 1) + [1e-9, 1e-9])[None]
-        seen = Samples(values, counts, torch.tensor([-1.0]), torch.tensor([1.0]))
-        scale, zero_point = OBSERVERS.get("qdrop")(seen, bits, symmetric=False, zero_inside=True)
-        assert (float(scale) * top, float(zero_point)) == (pytest.approx(1, rel=1e-4), code)
+    codes, ends = torch.arange(top + 1), torch.ones(top + 1)
+    values = torch.cat([(codes - codes[:, None]) / top, -ends[:, None], ends[:, None]], 1)
+    counts = torch.tensor([1 / (top + 1)] * (top + 1) + [1e-9, 1e-9]).expand(top + 1, -1)
+    scale, zero_point = OBSERVERS.get("qdrop")(
+        Samples(values, counts, -ends, ends), bits, symmetric=False, zero_inside=True
+    )
+    assert zero_point.tolist() == codes.tolist()
+    torch.testing.assert_close(scale * top, ends, rtol=1e-4, atol=0)

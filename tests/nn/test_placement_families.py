@@ -21,7 +21,7 @@ OF_ONE = ("adaptive_avg_pool2d", "mean", "sigmoid")
         ("torchvision/regnet_y_400mf", 32, {"add": 16, "mul": 16, "sigmoid": 16, "adaptive_avg_pool2d": 17}),
         ("timm/efficientnet_b0", 32, {"add": 9, "mul": 65, "sigmoid": 65, "mean": 16}),
         ("timm/convnext_atto", 32, {"add": 12, "gelu": 12, "adaptive_avg_pool2d": 1}),
-        ("timm/vit_tiny_patch16_224", 224, {"add": 25, "matmul": 24, "softmax": 12, "gelu": 12, "layer_norm": 25}),
+        ("timm/vit_tiny_patch16_224", 32, {"add": 25, "matmul": 24, "softmax": 12, "gelu": 12, "layer_norm": 25}),
     ],
 )
 @torch.no_grad()
