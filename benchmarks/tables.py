@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diverse_page
 import generated_tables
 import imagenet_page
 import memory_page
@@ -359,6 +360,8 @@ def main() -> None:
         (folder / "stable-diffusion.md").write_text(stable_diffusion(results))
     if results := load("generated_images"):
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
+    if (parts := load("dsg_parts")) or load("low_pass"):
+        (folder / "diverse-images.md").write_text(diverse_page.page(parts, load("low_pass"), table))
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
     if peaks := load("memory/peaks"):

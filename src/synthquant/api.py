@@ -50,11 +50,12 @@ from synthquant.quantize import AdaRound, Brecq, GenieM, QDrop, Rtn
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
-from synthquant.synthesize import GenieD, Noise, PromptTuning, TextToImage, ZeroQ, tune_prompt
+from synthquant.synthesize import DSG, GenieD, Noise, PromptTuning, TextToImage, ZeroQ, tune_prompt
 
 __version__ = package_version()
 
 __all__ = [
+    "DSG",
     "EXPORTERS",
     "QUANTIZERS",
     "SELECTORS",
