@@ -18,6 +18,7 @@ record = sq.run(recipe, "runs/first")
 - `distributed/`: work over several processes and machines.
 - `evaluate/`: measure a network: accuracy, agreement with the float network, size and operations.
 - `export/`: write a quantized network to files and read it back.
+- `finetune/`: training quantized networks end to end, with the float network as their teacher.
 - `make`: images, choices and quantized networks: what the commands and the stages of a run share.
 - `measure`: networks on images: what the command `evaluate` and the stage of a run share.
 - `methods`: the protocol of every kind of method, and its registry.
@@ -29,6 +30,7 @@ record = sq.run(recipe, "runs/first")
 - `report/`: one self-contained HTML page out of the files of run folders.
 - `resume`: what of a run is there and whole, and what is made again.
 - `run_stages`: the stages of every run, and their order.
+- `runtimes`: exporters whose files a runtime executes, and which one wrote a file.
 - `select/`: keeping what resembles the training data.
 - `stages`: what a stage of a run is, what stages hand on, and the registry of those that a recipe can add.
 - `synthesize/`: making images from a trained network alone, or of its classes.

@@ -28,8 +28,10 @@ from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.write import export_run
+from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ, Distill
 from synthquant.methods import (
     EXPORTERS,
+    FINE_TUNERS,
     QUANTIZERS,
     SELECTORS,
     SYNTHESIZERS,
@@ -56,16 +58,21 @@ __version__ = package_version()
 
 __all__ = [
     "DSG",
+    "DSGQAT",
     "EXPORTERS",
+    "FINE_TUNERS",
+    "GDFQ",
     "QUANTIZERS",
     "SELECTORS",
     "SYNTHESIZERS",
+    "AdaDFQ",
     "AdaRound",
     "BatchNormDistance",
     "BatchNormSensitivity",
     "Brecq",
     "ConsoleProgress",
     "DataError",
+    "Distill",
     "Energy",
     "Evaluation",
     "FloatModel",

@@ -8,11 +8,14 @@ import torch
 
 from synthquant.core.errors import InputError
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
+from synthquant.core.settings import parse_settings
 from synthquant.core.working_folder import require_space, size_of, working_folder
 from synthquant.data.image_set import ImageSet
 from synthquant.data.store import JOURNAL_NAME
 from synthquant.distributed.ray_workers import RayWorkers
+from synthquant.export.checkpoint import load_checkpoint, read_config
 from synthquant.export.onnx import Onnx
 from synthquant.methods import MemoryBudget, QuantReport, is_generating
 from synthquant.models.float_model import FloatModel
@@ -99,15 +102,17 @@ def quantize(
 ) -> tuple[QuantModel, QuantReport]:
     """Do what `section` says: equalise, apply the method, correct biases; say what stays in floating point.
 
-    Without `images` the method makes its own. With a `workdir` finished units are kept there, and the same call goes on
-    after them.
+    Or take the network of the run that it names, with what that run reported. Without `images` the method makes its
+    own. With a `workdir` finished units are kept there, and the same call goes on after them.
 
     Raises:
         SchemeError: the scheme quantizes nothing, a pattern matches nothing, or it is not one for `export_preset`.
         DataError: no image can be read, or `workdir` holds units of another run.
         UnsupportedModelError: equalised, the network computes something else.
-        InputError: there are no images and something needs them.
+        InputError: there are no images and something needs them, or `section.run` is no finished run of this network.
     """
+    if section.run is not None:
+        return _taken(model, section, Path(section.run))
     if images is None and section.needs_images:
         raise InputError(f"there are no images to quantize with, which {section.needs_images[0]} needs")
     quant_model = equalized(build(model, section), section.equalize, images, progress)
@@ -122,6 +127,28 @@ def quantize(
     if section.bias_correction and images is not None:
         report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
     return quant_model, report
+
+
+def require_run(model: FloatModel, section: QuantizeSection) -> RunRecord:
+    """Return the record of the run that `section` names; raises `InputError` if its network cannot be taken."""
+    folder = Path(str(section.run))
+    record = RunRecord.load(folder / "run.json")
+    if "checkpoint" not in record.stages or record.stages["checkpoint"].status != "done":
+        raise InputError(f"{folder} has no quantized network yet: finish that run first")
+    config = read_config(folder / "model")
+    if config.float_model.fingerprint != model.fingerprint:
+        raise InputError(f"{folder} is a run of {config.float_model.name} with other weights than those given")
+    if config.scheme != section.scheme:
+        raise InputError(
+            f"{folder} was quantized to {config.scheme.name}, not as quantize.scheme says; leave method and scheme out"
+        )
+    return record
+
+
+def _taken(model: FloatModel, section: QuantizeSection, folder: Path) -> tuple[QuantModel, QuantReport]:
+    metrics = require_run(model, section).stages["quantize"].metrics
+    found = {name: metrics[name] for name in QuantReport.model_fields if name in metrics}
+    return load_checkpoint(folder / "model", float_model=model), parse_settings(QuantReport, found, str(folder))
 
 
 def build(model: FloatModel, section: QuantizeSection) -> QuantModel:

@@ -18,7 +18,6 @@ from synthquant.data.quality import say_what_was_read
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model, wilson_interval
 from synthquant.evaluate.cost import float_cost, quantized_cost
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config
-from synthquant.methods import RuntimeExporter
 from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
@@ -26,6 +25,7 @@ from synthquant.models.samples import none_readable
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection
+from synthquant.runtimes import RuntimeExporter
 
 
 def evaluate(

@@ -17,11 +17,11 @@ Recipe keys, `synthquant list` and `show`, `--set` and the contract tests follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard
 
 from pydantic import Field
 
@@ -33,13 +33,12 @@ from synthquant.core.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from synthquant.core.run_metrics import FineTuneMetrics
     from synthquant.data.image_set import ImageSet
-    from synthquant.data.preprocess import Preprocess
     from synthquant.data.store import ImageSetWriter
-    from synthquant.models.float_model import FloatModel, RecordedSource
+    from synthquant.models.float_model import FloatModel
     from synthquant.models.samples import Samples
     from synthquant.nn.quant_model import QuantModel
-    from synthquant.nn.scheme import QuantScheme
 
 
 Equalize = Literal["none", "weights", "activations"]
@@ -120,6 +119,18 @@ class QuantReport(Settings):
     def diverged(self) -> tuple[str, ...]:
         """Names of the units that were put back to their start."""
         return tuple(unit.name for unit in self.units if unit.diverged)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What fine-tuning came to."""
+
+    best: QuantModel
+    """The network with the best agreement on images held out: the result."""
+    last: QuantModel
+    """The network of the last step."""
+    report: FineTuneMetrics
+    """What was done and measured."""
 
 
 class Synthesizer(Protocol):
@@ -273,6 +284,28 @@ def is_generating(step: QuantStep) -> TypeGuard[GeneratingStep]:
     return not getattr(step, "needs_images", True)
 
 
+class FineTuner(Protocol):
+    """Trains a quantized network end to end, with the float network as its teacher."""
+
+    needs_images: ClassVar[bool]
+    """Whether it cannot do without given images."""
+
+    def train(
+        self,
+        quant_model: QuantModel,
+        images: ImageSet | None,
+        rng: Rng,
+        *,
+        progress: Progress = QUIET,
+        workdir: Path | None = None,
+    ) -> FineTuned:
+        """Train a copy of `quant_model`, which stays as it is, and choose the best state on images held out.
+
+        With a `workdir` its state is kept there, and a killed training goes on to the same bytes.
+        """
+        ...
+
+
 class Exporter(Protocol):
     """Writes a quantized model in a form that something else loads; its fields are its options."""
 
@@ -300,85 +333,9 @@ class Exporter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class ExportedNetwork:
-    """A file that an exporter wrote, opened: what it computes, and what it says about itself."""
-
-    run: Callable[[Tensor], Tensor]
-    """Images `[B, C, H, W]`, normalised, to logits `[B, classes]`, both on the CPU."""
-    preprocess: Preprocess
-    """How images become input."""
-    scheme: QuantScheme
-    """How the network is quantized."""
-    name: str
-    """Short name of the network before quantization."""
-    source: RecordedSource
-    """Where that came from."""
-    fingerprint: str
-    """Hash of its weights."""
-    num_classes: int | None
-    """Number of logits."""
-    class_names: tuple[str, ...] | None
-    """Names of the classes, where known."""
-
-
-class SpeedTest(Settings):
-    """How the speed of an exported network is measured."""
-
-    batch: int = Field(default=1, ge=1, le=65_536)
-    """Images in one call."""
-    threads: int = Field(default=2, ge=1, le=1024)
-    """Threads of the runtime."""
-    seconds: float = Field(default=10.0, ge=0.1, le=86_400)
-    """Time to measure each of the two networks for."""
-
-
-class RuntimeExporter(Exporter, Protocol):
-    """An exporter whose files a runtime executes: `evaluate` and `benchmark` find it by the suffix of a file."""
-
-    runtimes: ClassVar[tuple[str, ...]]
-    """Names of runtimes that `open` knows, the usual one first."""
-
-    @classmethod
-    def open(cls, path: Path, runtime: str | None = None, *, threads: int | None = None) -> ExportedNetwork:
-        """Load what `export` wrote into a runtime, by default the usual one; runs no code that the file names.
-
-        Raises `ModelError` if it cannot be loaded or was not written by `export`, `UnknownNameError` if there is no
-        such runtime.
-        """
-        ...
-
-    @classmethod
-    def benchmark(
-        cls,
-        path: Path,
-        test: SpeedTest,
-        *,
-        model: str | None = None,
-        trust_code: bool = False,
-        progress: Progress = QUIET,
-    ) -> dict[str, Any]:
-        """Measure a file beside the float network in the same form and runtime, in turns.
-
-        Returns rows `float` and `quantized` (`milliseconds`, `images_per_second`, `bytes`), `speedup`, `size_ratio`,
-        `vnni` and `environment`. `model` is the name of the network that was quantized, which lets code of its run, as
-        `trust_code` does.
-        """
-        ...
-
-
 _HOME = "synthquant.api"
 SYNTHESIZERS: Registry[type[Synthesizer]] = Registry("synthesis method", home=_HOME)
 SELECTORS: Registry[type[Selector]] = Registry("selection method", home=_HOME)
 QUANTIZERS: Registry[type[QuantStep]] = Registry("quantization method", home=_HOME)
+FINE_TUNERS: Registry[type[FineTuner]] = Registry("fine-tuning method", home=_HOME)
 EXPORTERS: Registry[type[Exporter]] = Registry("exporter", home=_HOME)
-
-
-def runtime_exporters() -> tuple[type[RuntimeExporter], ...]:
-    """Return the exporters whose files a runtime executes, sorted by name."""
-    return tuple(cast("type[RuntimeExporter]", one) for _, one in EXPORTERS.items() if hasattr(one, "runtimes"))
-
-
-def exporter_of(path: Path | str) -> type[RuntimeExporter] | None:
-    """Return the exporter whose files end as `path` does and can be executed; none if there is none."""
-    return next((exporter for exporter in runtime_exporters() if str(path).endswith(exporter.suffix)), None)

@@ -40,7 +40,7 @@ def run(recipe: Recipe, out: str | Path, progress: Progress = QUIET) -> RunRecor
     """
     device, stages = resolve_device(recipe.device), stages_of(recipe)
     given = recipe.images.source if isinstance(recipe.images, SourceSection) else None
-    require_outside(Path(out), (given, recipe.evaluate.data if recipe.evaluate else None))
+    require_outside(Path(out), (given, recipe.quantize.run, recipe.evaluate.data if recipe.evaluate else None))
     with working_folder(Path(out), _WORTHLESS):
         folder = RunFolder(Path(out), recipe.resolved(), device=device, seed=recipe.seed, place=_PLACE)
         take_back_what_is_gone(folder, stages, progress)

@@ -17,25 +17,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from synthquant.core.errors import RecipeError, SchemeError, did_you_mean
+from synthquant.core.errors import RecipeError, SchemeError
+from synthquant.core.method_settings import build_method, require_mapping, split_section
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.plain_yaml import LONGEST, parse_yaml
-from synthquant.core.registry import Registry
-from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
+from synthquant.core.record import RunRecord
+from synthquant.core.settings import LARGEST_INT, Settings, is_unset, parse_settings
 from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.export.presets import find_preset
 from synthquant.methods import (
+    FINE_TUNERS,
     QUANTIZERS,
     SELECTORS,
     SYNTHESIZERS,
     Equalize,
+    FineTuner,
     MemoryBudget,
     QuantStep,
     Selector,
@@ -46,8 +49,6 @@ from synthquant.models.float_model import ModelSource
 from synthquant.nn.scheme import QuantScheme
 from synthquant.select.sequence import require_enough
 from synthquant.stages import STAGES
-
-M = TypeVar("M")
 
 
 class SynthesizeSection(Settings):
@@ -63,7 +64,7 @@ class SynthesizeSection(Settings):
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> SynthesizeSection:
         """Return the section that `method`, `count` and the fields of the method make; raises as `Recipe.parse`."""
-        own, settings = _split(values, cls, SYNTHESIZERS, "images", where)
+        own, settings = split_section(values, cls, SYNTHESIZERS, "images", where)
         return parse_settings(cls, {**own, "settings": settings}, f"{where}: images")
 
     def build(self) -> Synthesizer:
@@ -98,8 +99,8 @@ class FilterSection(Settings):
     def parse(cls, values: object, where: str, name: str = "select") -> FilterSection:
         """Return the filter that `METHOD:KEEP`, or `method` and its fields make; raises as `Recipe.parse`."""
         place = f"{where}: {name}"
-        known = expand_filter(values, place) if isinstance(values, str) else _mapping(values, place)
-        own, settings = _split(known, cls, SELECTORS, name, where)
+        known = expand_filter(values, place) if isinstance(values, str) else require_mapping(values, place)
+        own, settings = split_section(known, cls, SELECTORS, name, where)
         return parse_settings(cls, {**own, "settings": settings}, f"{where}: {name}")
 
     def build(self) -> Selector:
@@ -146,6 +147,9 @@ class QuantizeSection(Settings):
     export_preset: str | None = None
     """Preset of `synthquant export --to onnx` that the network is meant for: what it cannot express is refused before
     anything is made; none: no check."""
+    run: str | None = Field(default=None, exclude_if=is_unset)
+    """Folder of a finished run whose quantized network is taken as it is; the other settings then are those that it was
+    made with, and may be left out."""
     settings: dict[str, Any]
     """All fields of the method; written beside `method` in a recipe."""
 
@@ -156,8 +160,13 @@ class QuantizeSection(Settings):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> QuantizeSection:
-        """Return the section that `method`, `scheme` and the fields of the method make; raises as `Recipe.parse`."""
-        own, settings = _split(values, cls, QUANTIZERS, "quantize", where)
+        """Return the section that `method`, `scheme` and the fields of the method make; raises as `Recipe.parse`.
+
+        With `run` alone the settings are read from that run.
+        """
+        if values.get("run") is not None and "method" not in values:
+            values = {**_quantize_section_of(str(values["run"])), **values}
+        own, settings = split_section(values, cls, QUANTIZERS, "quantize", where)
         if "scheme" in own:
             if not isinstance(own["scheme"], str | Mapping | QuantScheme):
                 raise SchemeError(
@@ -174,12 +183,33 @@ class QuantizeSection(Settings):
     @property
     def needs_images(self) -> tuple[str, ...]:
         """What of this cannot be done without given images, in words."""
+        if self.run is not None:
+            return ()
         asked = {
             f"quantize.method {self.method}": not is_generating(self.build()),
             f"quantize.equalize {self.equalize}": self.equalize == "activations",
             "quantize.bias_correction": self.bias_correction,
         }
         return tuple(name for name, needs in asked.items() if needs)
+
+
+class FineTuneSection(Settings):
+    """How the quantized network is trained."""
+
+    method: str
+    """Registered name of a fine-tuning method."""
+    settings: dict[str, Any]
+    """All fields of the method; written beside `method` in a recipe."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: str) -> FineTuneSection:
+        """Return the section that `method` and the fields of the method make; raises as `Recipe.parse`."""
+        own, settings = split_section(values, cls, FINE_TUNERS, "finetune", where)
+        return parse_settings(cls, {**own, "settings": settings}, f"{where}: finetune")
+
+    def build(self) -> FineTuner:
+        """Return the method with its settings."""
+        return build_method(FINE_TUNERS, self.method, self.settings, "finetune")
 
 
 class EvaluateSection(Settings):
@@ -210,6 +240,8 @@ class Recipe(Settings):
     """Which of these images are used; a plain list is its `by`; none: all."""
     quantize: QuantizeSection
     """How the network is quantized."""
+    finetune: FineTuneSection | None = Field(default=None, exclude_if=is_unset)
+    """How the quantized network is trained; none: it is not."""
     evaluate: EvaluateSection | None = None
     """What to measure on; a plain string is its `data`; none: only what needs no labelled images is measured."""
     seed: int = Field(default=0, ge=0, le=LARGEST_INT)
@@ -225,6 +257,8 @@ class Recipe(Settings):
     def _enough_images(self) -> Recipe:
         if self.images is None:
             needs = [*self.quantize.needs_images, *(["select"] if self.select is not None else [])]
+            if self.finetune is not None and self.finetune.build().needs_images:
+                needs.append(f"finetune.method {self.finetune.method}")
             if needs or self.evaluate is None:
                 why = f"{needs[0]} needs them" if needs else "without evaluate the network is measured on them"
                 raise ValueError(f"'images' is missing: {why}")
@@ -242,18 +276,25 @@ class Recipe(Settings):
             SchemeError: a scheme that makes no sense.
         """
         known = _expand(values)
-        for section in ("images", "select"):
+        for section in ("images", "select", "finetune"):
             if known.get(section) is None:
                 known.pop(section, None)
-        sections = (("images", _read_images), ("select", SelectSection.parse), ("quantize", QuantizeSection.parse))
-        for section, read in sections:
+        sections = {
+            "images": _read_images,
+            "select": SelectSection.parse,
+            "quantize": QuantizeSection.parse,
+            "finetune": FineTuneSection.parse,
+        }
+        for section, read in sections.items():
             if section in known:
-                known[section] = read(_mapping(known[section], f"{where}: {section}"), where)
+                known[section] = read(require_mapping(known[section], f"{where}: {section}"), where)
         if "added" in known:
             raise RecipeError(f"{where}: unknown setting 'added'; write a stage under its own name")
         stages = {name: known.pop(name) for name in STAGES.names() if name in known}
         known["added"] = {
-            name: parse_settings(cast(Any, STAGES.get(name)), _mapping(values, f"{where}: {name}"), f"{where}: {name}")
+            name: parse_settings(
+                cast(Any, STAGES.get(name)), require_mapping(values, f"{where}: {name}"), f"{where}: {name}"
+            )
             for name, values in stages.items()
         }
         return parse_settings(cls, known, where)
@@ -274,13 +315,13 @@ class Recipe(Settings):
             values = parse_yaml(text)
         except RecipeError as error:
             raise RecipeError(f"{path} {error}") from error
-        return cls.parse(apply_overrides(_expand(_mapping(values, str(path))), overrides), str(path))
+        return cls.parse(apply_overrides(_expand(require_mapping(values, str(path))), overrides), str(path))
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain data with every default written out; `parse` gives an equal recipe back."""
         values = self.model_dump(mode="json")
-        for section in ("images", "quantize"):
-            if values[section] is not None:
+        for section in ("images", "quantize", "finetune"):
+            if values.get(section) is not None:
                 values[section] |= values[section].pop("settings", {})
         values |= values.pop("added")
         if self.select is not None:
@@ -290,22 +331,6 @@ class Recipe(Settings):
     def to_yaml(self) -> str:
         """Return `resolved()` as YAML text."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=120)
-
-
-def build_method(registry: Registry[type[M]], name: str, values: Mapping[str, Any], where: str) -> M:
-    """Return the method registered as `name` with its fields set.
-
-    Raises:
-        UnknownNameError: no such method.
-        RecipeError: an unknown or bad field.
-    """
-    method: M = parse_settings(cast(Any, registry.get(name)), values, where)
-    return method
-
-
-def method_settings(method: object) -> dict[str, Any]:
-    """Return all fields of a method as plain data."""
-    return cast(Settings, method).model_dump(mode="json")
 
 
 def _expand(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,32 +370,7 @@ def _read_images(values: Mapping[str, Any], where: str) -> SynthesizeSection | S
     return SynthesizeSection.parse(values, where)
 
 
-def _split(
-    values: Mapping[str, Any], section: type[Settings], registry: Registry[type[M]], name: str, where: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide a section into its own fields and the resolved settings of the method it names."""
-    if not isinstance(values.get("method"), str):
-        raise RecipeError(f"{where}: {name}.method is missing; available: {', '.join(registry.names())}")
-    method = values["method"]
-    own_names = [field for field in section.model_fields if field != "settings"]
-    settings = cast(type[Settings], registry.get(method))
-    method_names = list(settings.model_fields)
-    for key in values:
-        if key in settings.renamed:
-            raise RecipeError(f"{where}: setting '{name}.{key}' is now called '{name}.{settings.renamed[key]}'")
-        if key not in own_names and key not in method_names:
-            known = [f"{name}.{field}" for field in (*own_names, *method_names)]
-            path = f"{name}.{key}"
-            raise RecipeError(
-                f"{where}: unknown setting {path!r};{did_you_mean(path, known)} known for {method}: "
-                f"{', '.join((*own_names, *method_names))}"
-            )
-    own = {key: value for key, value in values.items() if key in own_names}
-    fields = {key: value for key, value in values.items() if key not in own_names}
-    return own, method_settings(build_method(registry, method, fields, f"{where}: {name}"))
-
-
-def _mapping(values: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"{where} must be a mapping of settings, not {type(values).__name__}")
-    return values
+def _quantize_section_of(folder: str) -> Mapping[str, Any]:
+    """How a run was quantized, from its record; raises `InputError` if there is no such record."""
+    section = RunRecord.load(Path(folder) / "run.json").recipe.get("quantize")
+    return require_mapping(section, f"{folder}/run.json: quantize")

@@ -19,12 +19,12 @@ from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.evaluate.diversity import measure_diversity
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.make import build, image_bytes, quantize, select, synthesize
+from synthquant.make import build, image_bytes, quantize, require_run, select, synthesize
 from synthquant.measure import costs_and_sqnr, float_beside_quantized
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.coverage import summarize
-from synthquant.recipe import Recipe, SourceSection, SynthesizeSection
+from synthquant.recipe import FineTuneSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.resume import checkpoint_hash, require_recorded
 from synthquant.select.sequence import require_supported
 from synthquant.select.write import selection_metrics
@@ -45,7 +45,8 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         stages.append(GivenImagesStage(recipe.images))
     if recipe.select is not None:
         stages.append(SelectStage())
-    stages += [QuantizeStage(), CheckpointStage(), EvaluateStage()]
+    tuning = [] if recipe.finetune is None else [FineTuneStage(recipe.finetune)]
+    stages += [QuantizeStage(), *tuning, CheckpointStage(), EvaluateStage()]
     for stage in recipe.added.values():
         names = [one.name for one in stages]
         for named in (stage.after, stage.kept_by or stage.after):
@@ -200,8 +201,13 @@ class QuantizeStage(Stage):
     kept_by = "checkpoint"
 
     def check(self, run: Run) -> None:
-        """Raise `SchemeError` if the network is meant for a preset that cannot express its scheme."""
-        if run.recipe.quantize.export_preset is not None and not self.is_done(run.folder):
+        """Raise `SchemeError` if the network is meant for a preset that cannot express its scheme.
+
+        And `InputError` if it is to be taken from a run that does not have it.
+        """
+        if run.recipe.quantize.run is not None and not self.is_done(run.folder):
+            require_run(run.model, run.recipe.quantize)
+        elif run.recipe.quantize.export_preset is not None and not self.is_done(run.folder):
             build(run.model, run.recipe.quantize)
 
     def space(self, run: Run) -> dict[str, int]:
@@ -229,6 +235,43 @@ class QuantizeStage(Stage):
             "coverage": [asdict(row) for row in coverage],
             "coverage_summary": asdict(summarize(coverage)),
         }
+
+
+class FineTuneStage(Stage):
+    """The quantized network, trained; the best one is handed on, that of the last step stays beside it."""
+
+    name = "finetune"
+    kept_by = "checkpoint"
+
+    def __init__(self, section: FineTuneSection) -> None:
+        self._section = section
+
+    def check(self, run: Run) -> None:
+        """Raise `UnsupportedModelError` if the network gives no logits."""
+        run.model.require_logits()
+
+    def space(self, run: Run) -> dict[str, int]:
+        """Bytes of the state of training: what is learned, what the optimiser knows of it, the best and the last."""
+        if self.is_done(run.folder):
+            return {}
+        return {"training": max(0, 4 * torch.float32.itemsize * _codes(run) - size_of(self._work(run))) + _codes(run)}
+
+    def do(self, run: Run) -> dict[str, Any]:
+        """Train; a training that was killed goes on."""
+        assert run.quant_model is not None
+        tuned = self._section.build().train(
+            run.quant_model,
+            run.images,
+            Rng(run.recipe.seed).child("finetune"),
+            progress=run.progress,
+            workdir=self._work(run),
+        )
+        run.quant_model = tuned.best
+        save_checkpoint(tuned.last, run.folder.last)
+        return tuned.report.model_dump(mode="json")
+
+    def _work(self, run: Run) -> Path:
+        return run.folder.work / self.name
 
 
 class CheckpointStage(Stage):

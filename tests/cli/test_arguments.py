@@ -17,7 +17,7 @@ from tests.small_networks import small_float_model, small_images
 from synthquant.cli.app import app
 from synthquant.core.errors import RecipeError
 from synthquant.core.settings import LARGEST_INT, parse_settings
-from synthquant.methods import EXPORTERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
+from synthquant.methods import EXPORTERS, FINE_TUNERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.pipeline import run
 from synthquant.recipe import Recipe
 
@@ -111,6 +111,7 @@ def right(command: str, things: dict[str, Path]) -> dict[str, list[str]]:
         "synthesize": {"model": model, "out": out, "method": ["noise"], "count": ["2"], **flags},
         "select": {"images": data, "model": model, "by": ["energy:0.5"], "out": out, **flags},
         "quantize": {"model": model, "images": data, "out": out, "method": ["rtn"], "scheme": ["W4A4"], **flags},
+        "finetune": {"run": [str(things["run"])], "model": model, "out": out, "device": ["cpu"]},
         "evaluate": {"model": model, "data": data, **flags},
         "export": {"run": [str(things["run"])], "out": [f"{out[0]}.onnx"], "preset": ["simulate"]},
         "benchmark": {"file": ["none.onnx"]},
@@ -194,6 +195,9 @@ def test_what_is_read_is_not_written_over(synthquant: Command, things: dict[str,
     assert "lies inside" in synthquant(*model, "--out", data).error
     chosen = command_line("select", {**right("select", things), "out": []})
     assert "lies inside" in synthquant(*chosen, "--out", data).error
+    tuned = ["finetune", run, "--model", things["model"]]
+    assert "lies inside" in synthquant(*tuned, "--out", run / "inside").error
+    assert "lies inside" in synthquant(*tuned, "--out", run).error
     assert "is a folder; give the name of a file" in synthquant("export", run, "--out", run).error
     assert "is a file of the run" in synthquant("export", run, "--out", run / "run.json").error
     assert "must end in .html" in synthquant("report", run, "--out", run / "run.json").error
@@ -215,7 +219,7 @@ def test_filters_that_keep_more_than_there_will_be_are_refused_before_synthesis(
 
 METHODS = [
     pytest.param(cls, id=name)
-    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, EXPORTERS)
+    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, FINE_TUNERS, EXPORTERS)
     for name, cls in registry.items()
 ]
 

@@ -16,10 +16,11 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import Checkpoint, load_checkpoint, read_config, save_checkpoint
-from synthquant.methods import EXPORTERS, ExportedNetwork, SpeedTest
+from synthquant.methods import EXPORTERS
 from synthquant.nn.quant_model import QuantModel
 from synthquant.pipeline import run as run_recipe
 from synthquant.recipe import Recipe
+from synthquant.runtimes import ExportedNetwork, SpeedTest
 
 pytest.importorskip("onnxruntime")
 

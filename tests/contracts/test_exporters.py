@@ -10,7 +10,8 @@ import torch
 from tests.small_networks import calibrated_model, small_float_model
 
 from synthquant.core.errors import UnknownNameError
-from synthquant.methods import EXPORTERS, exporter_of, runtime_exporters
+from synthquant.methods import EXPORTERS
+from synthquant.runtimes import exporter_of, runtime_exporters
 
 pytest.importorskip("onnxruntime")
 

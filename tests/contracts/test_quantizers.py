@@ -12,12 +12,12 @@ from tests.contracts.conftest import State, state_of
 from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import DataError
+from synthquant.core.method_settings import build_method
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import QUANTIZERS, QuantReport, QuantStep
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel
-from synthquant.recipe import build_method
 
 # The least work that still is the method; 10 images are not a multiple of the batch of 4.
 SMALL = {"iterations": 3, "batch_size": 4, "activation_iterations": 3}

@@ -13,11 +13,11 @@ from tests.select.networks import Plain, Tokens, float_model
 from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import DataError, UnsupportedModelError
+from synthquant.core.method_settings import build_method
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import SELECTORS, Selector
 from synthquant.models.float_model import FloatModel
-from synthquant.recipe import build_method
 
 COUNT = 23  # no multiple of any batch
 SMALL = {"set_size": 6, "partitions": 2, "points": 128}

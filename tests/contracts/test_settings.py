@@ -12,17 +12,17 @@ import pytest
 
 import synthquant
 from synthquant.core.settings import Settings
-from synthquant.methods import EXPORTERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
+from synthquant.methods import EXPORTERS, FINE_TUNERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 
 METHODS = {
     f"{registry.kind}: {name}": cls
-    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, EXPORTERS)
+    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, FINE_TUNERS, EXPORTERS)
     for name, cls in registry.items()
 }
 
 PUBLISHED = {
     name: cls
-    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS)
+    for registry in (SYNTHESIZERS, SELECTORS, QUANTIZERS, FINE_TUNERS)
     for name, cls in registry.items()
     if name != "rtn"  # rounding to nearest is nobody's
 }

@@ -12,12 +12,12 @@ import torch
 from tests.contracts.conftest import State
 
 from synthquant.core.errors import InputError
+from synthquant.core.method_settings import build_method
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.store import ImageSetWriter
 from synthquant.methods import SYNTHESIZERS, Synthesizer
 from synthquant.models.float_model import FloatModel
-from synthquant.recipe import build_method
 from synthquant.synthesize.batches import open_writer
 from synthquant.synthesize.low_pass import low_passed
 

@@ -4,6 +4,7 @@
 - `command`: what all commands do beside their own work.
 - `endings`: what a command says when it ends early: what is kept, and what to lower where memory ran out.
 - `export`: `export` and `benchmark`: files for runtimes, and how fast they run.
+- `finetune`: `finetune`: train the quantized network of a run.
 - `options`: options that several commands share; their help is the docstring of the setting they stand for.
 - `output`: results on standard output: a table for people, JSON for programs.
 - `run`: `run` and `demo`: the whole flow.

@@ -22,7 +22,12 @@ def kept_in_folder(out: Path) -> str:
         if done := _finished_stages(record):
             name = record.parent.relative_to(out)
             found.append(f"{'' if name == Path() else f'{name}: '}{', '.join(done)}")
-    for pattern, one, many in (("part-*.parquet", "part of images", "parts of images"), ("unit-*", "unit", "units")):
+    kinds = (
+        ("part-*.parquet", "part of images", "parts of images"),
+        ("unit-*", "unit", "units"),
+        ("training.safetensors", "state of training", "states of training"),
+    )
+    for pattern, one, many in kinds:
         if count := len(list(out.rglob(pattern))):
             found.append(f"{count} {one if count == 1 else many}")
     return f"{out} keeps {'; '.join(found)}; {_GOES_ON}" if found else f"nothing was finished yet; {_AGAIN}"
@@ -85,6 +90,7 @@ ENDINGS = {
     "quantize": Ending(
         "choose another --out and lower --set batch_size, --input-size or the number of images", kept_in_folder
     ),
+    "finetune": Ending("choose another --out and lower --set batch_size", kept_in_folder),
     "evaluate": Ending("lower --set batch_size or --input-size"),
     "export": Ending("verify on fewer images with --data, or leave that out with --no-verify"),
     "benchmark": Ending("lower --batch or --threads"),

@@ -11,12 +11,13 @@ import typer
 from synthquant.cli import options
 from synthquant.cli.output import print_json
 from synthquant.core.errors import ModelError, RecipeError
+from synthquant.core.method_settings import build_method
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.export.write import export_run
-from synthquant.methods import EXPORTERS, SpeedTest, exporter_of, runtime_exporters
-from synthquant.recipe import build_method
+from synthquant.methods import EXPORTERS
+from synthquant.runtimes import SpeedTest, exporter_of, runtime_exporters
 
 
 def _with_field(field: str) -> list[tuple[str, type[Settings]]]:

@@ -12,7 +12,7 @@ from synthquant.core.errors import RecipeError
 from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.data.codec import MOST_PIXELS
 from synthquant.distributed.ray_workers import RayWorkers
-from synthquant.methods import QUANTIZERS, SYNTHESIZERS
+from synthquant.methods import FINE_TUNERS, QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource, Task
 from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 
@@ -66,6 +66,7 @@ Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSec
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
 MaxPixels = Annotated[int, typer.Option(min=1, max=MOST_PIXELS, help=setting_help(SourceSection, "max_pixels"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
+FineTuneMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(FINE_TUNERS.names())}.")]
 QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
 
 Count = Annotated[int, typer.Option(min=1, help=setting_help(SynthesizeSection, "count"))]

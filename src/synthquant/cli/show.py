@@ -17,7 +17,7 @@ from synthquant.core.errors import UnknownNameError
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.registry import Registry
 from synthquant.core.settings import Settings, allowed_range, settings_in
-from synthquant.methods import EXPORTERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
+from synthquant.methods import EXPORTERS, FINE_TUNERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.models.zoo import ZOO
 from synthquant.report.html import write_report
 
@@ -27,6 +27,7 @@ _METHODS: dict[str, Registry[Any]] = {
     "synthesize": SYNTHESIZERS,
     "select": SELECTORS,
     "quantize": QUANTIZERS,
+    "finetune": FINE_TUNERS,
     "export": EXPORTERS,
 }
 

@@ -16,10 +16,10 @@ from synthquant.core.files import require_writable
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
-from synthquant.methods import exporter_of, runtime_exporters
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection
+from synthquant.runtimes import exporter_of, runtime_exporters
 
 _RUNTIMES = [name for exporter in runtime_exporters() for name in exporter.runtimes]
 ModelOrRun = Annotated[

@@ -10,6 +10,7 @@
 - `hub`: the hub where published weights and datasets lie, and what to do where it cannot be reached.
 - `locks`: locks of the operating system on folders and temporary files, and what killed processes left behind.
 - `memory`: telling that memory ran out from all other errors: every library says it in its own way.
+- `method_settings`: sections of plain data that name a method and set its fields.
 - `modules`: finding, replacing and watching parts of a network.
 - `overrides`: changing nested settings by texts such as `quantize.iterations=500`.
 - `plain_yaml`: YAML of recipes and of values on the command line, as plain data and without its traps.

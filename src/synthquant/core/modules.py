@@ -58,6 +58,18 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Switch gradients of all parameters off; afterwards each parameter has its own former setting again."""
+    former = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        module.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in former:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
 def forwards_replaced(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Let modules run other functions in place of their forward for a while; hooks still run around them.
 

@@ -1,6 +1,6 @@
 """A folder that a flow of stages fills, and that a later call can take up again.
 
-RUN/  recipe.yaml   run.json   images/   selected/   model/   report.html   (work/ while it is unfinished)
+RUN/  recipe.yaml   run.json   images/   selected/   model/   last/   report.html   (work/ while it is unfinished)
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ _TELLING = (
     *("model", "images.source", "images.method", "images.count", "select"),
     *("quantize.scheme.preset", "quantize.scheme", "quantize.method", "seed"),
 )
+
+RECORD_NAME = "run.json"
+"""The record of a run in its folder."""
+_IMAGES, _SELECTED = "images", "selected"
+
+
+def images_of(folder: Path) -> Path | None:
+    """Return the image set in a run's folder that it quantized with: the choice from its pool, or all that it made."""
+    return next((folder / name for name in (_SELECTED, _IMAGES) if (folder / name).is_dir()), None)
 
 
 class RunFolder:
@@ -48,8 +57,8 @@ class RunFolder:
         self.device = device
         require_writable(path)
         self._require_places()
-        if (path / "run.json").exists():
-            self.record = RunRecord.load(path / "run.json")
+        if (path / RECORD_NAME).exists():
+            self.record = RunRecord.load(path / RECORD_NAME)
             self._require_same(recipe, place)
             self.record.recipe = dict(recipe)
             remove_leftovers(path, deep=True)
@@ -61,17 +70,22 @@ class RunFolder:
     @property
     def images(self) -> Path:
         """The image set the run made."""
-        return self.path / "images"
+        return self.path / _IMAGES
 
     @property
     def selected(self) -> Path:
         """The images chosen from the run's pool."""
-        return self.path / "selected"
+        return self.path / _SELECTED
 
     @property
     def checkpoint(self) -> Path:
         """The quantized network."""
         return self.path / "model"
+
+    @property
+    def last(self) -> Path:
+        """The network of the last step of fine-tuning, where the best one is the result."""
+        return self.path / "last"
 
     @property
     def report(self) -> Path:
@@ -122,17 +136,17 @@ class RunFolder:
 
     def _require_places(self) -> None:
         """Raise `OutputError` if a file is where the run makes a folder, or the other way round: known before work."""
-        for one in (self.images, self.selected, self.checkpoint, self.work):
+        for one in (self.images, self.selected, self.checkpoint, self.last, self.work):
             if not one.is_dir() and (one.exists() or one.is_symlink()):
                 raise OutputError(f"{one} is in the way: a run has a folder there; move it away")
-        for one in (self.path / "recipe.yaml", self.path / "run.json", self.report):
+        for one in (self.path / "recipe.yaml", self.path / RECORD_NAME, self.report):
             if one.is_dir():
                 raise OutputError(f"{one} is in the way: a run has a file there; move it away")
 
     def _require_same(self, recipe: Mapping[str, Any], place: Collection[str]) -> None:
         before, after = flat(self.record.recipe), flat(recipe)
         # A stage that a recipe may lack can only be added as long as the stage behind it has not begun.
-        behind = {"images": (), "select": ("quantize",), "quantize": (), "evaluate": ()}
+        behind = {"images": (), "select": ("quantize",), "quantize": (), "finetune": ("checkpoint",), "evaluate": ()}
         free = [name for name, later in behind.items() if not any(map(self._begun, (name, *later)))]
         differing = differences(
             {name: value for name, value in before.items() if name not in place and name.partition(".")[0] not in free},
@@ -148,4 +162,4 @@ class RunFolder:
         return stage in self.record.stages and self.record.stages[stage].status != "pending"
 
     def _save(self) -> None:
-        self.record.save(self.path / "run.json")
+        self.record.save(self.path / RECORD_NAME)

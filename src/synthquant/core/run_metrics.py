@@ -96,6 +96,25 @@ class CoverageTotals(Row):
     floating: dict[str, Share]
 
 
+class FineTunePoint(Row):
+    """What was measured of a network while it was trained.
+
+    Attributes:
+        step: steps that were made; 0 is the network that training started from.
+        loss: mean of the steps since the point before, on images varied at random; none at the start.
+        held_out: agreement with the float network on images held out of training.
+        training: the same on as many of the images that are trained on, as they are: higher where those were learned
+            by heart.
+        kl: mean divergence from the float network on images held out [nats].
+    """
+
+    step: Count
+    loss: Number | None = None
+    held_out: Share
+    training: Share
+    kl: Size
+
+
 class SetAside(Row):
     """An image that was not used."""
 
@@ -188,6 +207,19 @@ class QuantizeMetrics(ReadMetrics):
     coverage_summary: CoverageTotals | None = None
 
 
+class FineTuneMetrics(Metrics):
+    """What training made of it: the network of `best_step`, which agrees best with the float one on images held out."""
+
+    required = ("method", "steps", "best_step", "points")
+
+    method: StrictStr | None = None
+    steps: Count | None = None
+    best_step: Count | None = None
+    held_out_count: Count | None = None
+    diverged: StrictBool = False
+    points: tuple[FineTunePoint, ...] | None = None
+
+
 class CheckpointMetrics(Metrics):
     """The files of the quantized network."""
 
@@ -217,6 +249,7 @@ METRICS: Mapping[str, type[Metrics]] = {
     "images": ImagesMetrics,
     "select": SelectMetrics,
     "quantize": QuantizeMetrics,
+    "finetune": FineTuneMetrics,
     "checkpoint": CheckpointMetrics,
     "evaluate": EvaluateMetrics,
     "report": ReportMetrics,

@@ -7,6 +7,7 @@
 - `channels`: which channels of which tensors can be scaled together, so that a network computes the same.
 - `class_labels`: which class of a network each label of a data set means.
 - `float_model`: the full-precision network as every stage sees it.
+- `held_out`: samples held out of training, by which a state of a network is chosen.
 - `imagenet`: what the 1,000 classes of ImageNet are called, from timm's copy of WordNet.
 - `libraries`: networks of timm, torchvision and transformers, the door to these.
 - `open`: from the name of a model to a `FloatModel`.

@@ -111,6 +111,40 @@ def learned_step_quantize(
     return result
 
 
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def scaled_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """`x` itself, whose gradient is multiplied by `factor` (LSQ's gradient scale, arXiv:1902.08153, section 2.2)."""
+    result: torch.Tensor = _ScaledGradient.apply(x, factor)
+    return result
+
+
+def round_straight_through(x: torch.Tensor) -> torch.Tensor:
+    """`x` rounded to the nearest whole number, with the gradient of the identity.
+
+    The sum below is exact: `round(x) - x` is, and it is what `x` lacks.
+    """
+    return x + (torch.round(x) - x).detach()
+
+
+def clip_codes(codes: torch.Tensor, quant_max: int) -> torch.Tensor:
+    """Whole numbers brought to the grid `0 .. quant_max`; those on it, its ends too, pass their gradient on.
+
+    `torch.clamp` has no agreed gradient at its ends, where many codes lie.
+    """
+    on_grid = (codes >= 0) & (codes <= quant_max)
+    return torch.where(on_grid, codes, codes.detach().clamp(0, quant_max))
+
+
 def random_keep(like: torch.Tensor, probability: float, generator: torch.Generator | None) -> torch.Tensor:
     """A mask shaped and laid out as `like`, 1 with the given probability and else 0, in the dtype of `like`.
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from synthquant.core.run_metrics import CoverageRow, SqnrRow, UnitRow
+    from synthquant.core.run_metrics import CoverageRow, FineTunePoint, SqnrRow, UnitRow
 
 P = ParamSpec("P")
 
@@ -90,6 +90,27 @@ def loss_curves(units: Sequence[UnitRow], figure_id: str) -> Markup:
         axes.margins(x=0.01)
         _legend(axes, "first to last unit" if len(drawn) > 1 else None)
         return _svg(figure, figure_id, f"Reconstruction loss of {len(drawn)} units over the iterations")
+
+
+@_drawn
+def fine_tuning(points: Sequence[FineTunePoint], figure_id: str) -> Markup:
+    """Draw agreement with the float network on images held out and trained on, and below the loss, over the steps."""
+    if len(points) < 2:
+        return Markup()
+    steps = [point.step for point in points]
+    losses = [(point.step, point.loss) for point in points if point.loss is not None]
+    with _style():
+        figure, (above, below) = _figure(4.6, 2)
+        above.plot(steps, [100 * point.held_out for point in points], color=_SERIES[0], label="held out")
+        above.plot(steps, [100 * point.training for point in points], color=_SERIES[1], label="trained on")
+        above.set_ylabel("agreement, %")
+        _legend(above)
+        below.plot([step for step, _ in losses], [loss for _, loss in losses], color=_SERIES[2], label="training loss")
+        below.plot(steps, [point.kl for point in points], color=_SERIES[0], label="KL, held out")
+        below.set_xlabel("step")
+        below.set_ylabel("loss; nats")
+        _legend(below)
+        return _svg(figure, figure_id, "Agreement and loss over the steps of fine-tuning")
 
 
 @_drawn

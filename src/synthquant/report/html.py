@@ -20,6 +20,9 @@ Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key 
     execution order; bits are int | null (null: left in float), `macs` for one image, `reason` str | null. Weights,
     matrix products and other operations outside of layers have rows too. `coverage_summary`: the fields of a
     `CoverageSummary`.
+`finetune`
+    `method` str, `steps`, `best_step`, `held_out_count` int, `diverged` bool, `points`: list of `{step, loss, held_out,
+    training, kl}`, see `core.run_metrics.FineTunePoint`.
 `evaluate`
     `data` str, the source the accuracy was measured on, in the form `open_images` takes (real images of the sheet).
     `count` int, `set_aside` list of `{name, reason}`, `set_aside_count` int, `changed` object of int.
@@ -91,6 +94,7 @@ class RunSection:
     problems: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     loss_figure: Markup = field(default_factory=Markup)
+    tuning_figure: Markup = field(default_factory=Markup)
     sqnr_figure: Markup = field(default_factory=Markup)
     bits_figure: Markup = field(default_factory=Markup)
     layers: list[LayerRow] = field(default_factory=list)
@@ -168,6 +172,7 @@ def _section(run: RunFiles, anchor: str) -> RunSection:
     if run.selected_folder is not None:
         section.selection = selection_section(run.selected_folder, run.class_names, f"{anchor}-selection")
     section.loss_figure = figures.loss_curves(run.units, f"{anchor}-loss")
+    section.tuning_figure = figures.fine_tuning(run.finetune.points or (), f"{anchor}-finetune")
     section.sqnr_figure = figures.layer_sqnr(run.sqnr, f"{anchor}-sqnr")
     section.bits_figure = figures.layer_bits([row for row in run.coverage if row.macs != 0], f"{anchor}-bits")
     coverage = {row.name: row for row in run.coverage}

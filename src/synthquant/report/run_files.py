@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
 from synthquant.core.record import RunRecord, StageRecord
-from synthquant.core.run_metrics import METRICS, EvaluateMetrics, ImagesMetrics, QuantizeMetrics, Row
+from synthquant.core.run_metrics import METRICS, EvaluateMetrics, FineTuneMetrics, ImagesMetrics, QuantizeMetrics, Row
 from synthquant.nn.coverage import CoverageSummary
 
 _Value = TypeVar("_Value")
@@ -53,6 +53,7 @@ class RunFiles:
         self.set_aside = evaluation.set_aside
         self.units = quantization.units
         self.coverage = quantization.coverage
+        self.finetune = self.record.metrics("finetune", FineTuneMetrics)
         summary = quantization.coverage_summary
         self.coverage_summary = summary and CoverageSummary(**summary.model_dump())
         config = folder / "model" / "quant_config.json"

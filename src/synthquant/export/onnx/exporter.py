@@ -20,9 +20,10 @@ from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
 from synthquant.export.deploy import require_takes
 from synthquant.export.onnx.metadata import OnnxMetadata, seal
 from synthquant.export.presets import find_preset
-from synthquant.methods import EXPORTERS, ExportedNetwork, SpeedTest
+from synthquant.methods import EXPORTERS
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
+from synthquant.runtimes import ExportedNetwork, SpeedTest
 
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

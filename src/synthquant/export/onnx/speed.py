@@ -14,9 +14,9 @@ from synthquant.core.record import environment
 from synthquant.export.flat import input_names, output_names
 from synthquant.export.onnx.build import export_module
 from synthquant.export.onnx.runtime import has_vnni, ort_function, read_metadata, session
-from synthquant.methods import SpeedTest
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
+from synthquant.runtimes import SpeedTest
 
 T = TypeVar("T")
 

@@ -1,0 +1,101 @@
+"""Images that a network is trained on: in memory where they fit, read anew in each epoch where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from synthquant.core.errors import DataError
+from synthquant.core.progress import Progress
+from synthquant.core.rng import Rng
+from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import input_batches, model_inputs
+from synthquant.models.float_model import FloatModel
+
+_IN_MEMORY = 2**30
+"""Bytes of normalised images that are kept."""
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one step learns from."""
+
+    images: Tensor
+    """Normalised, float32 `[B, C, H, W]`, on the device of the network."""
+    labels: Tensor | None
+    """int64 `[B]`, -1 where an image has no label; none if no image has one."""
+
+
+class ImagePool:
+    """Batches of a fixed set of images, shuffled in each epoch; which are in one depends on its number alone."""
+
+    def __init__(self, images: ImageSet, chosen: Tensor, model: FloatModel, batch_size: int, rng: Rng) -> None:
+        """Serve the images at the positions `chosen`; raises `DataError` for labels that are no classes."""
+        self._images, self._chosen, self._model, self._rng = images, chosen, model, rng
+        self._size = min(batch_size, len(chosen))
+        self._labels = _checked_labels(images, model)
+        self._kept: Tensor | None = None
+        if len(chosen) * _bytes_of(model) <= _IN_MEMORY:
+            self._kept = self._prepared(model_inputs(images, model.preprocess, chosen.tolist()))
+            if len(self._kept) < len(chosen):
+                raise DataError(
+                    f"{len(chosen) - len(self._kept)} of {len(chosen)} images cannot be read"
+                    f" ({images.set_aside[-1].reason}); leave them out"
+                )
+
+    def prepare(self, progress: Progress) -> None:
+        """Nothing: the images are there."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: which images are in a batch depends on its number."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+    def batches(self, start: int = 0) -> Iterator[TrainingBatch]:
+        """Yield batches without end, from batch `start` (0 is the first) on."""
+        each = len(self._chosen) // self._size
+        epoch, first = divmod(start, each)
+        while True:
+            order = torch.randperm(len(self._chosen), generator=self._rng.generator(f"epoch-{epoch}"))
+            order = order[first * self._size : each * self._size]
+            yield from self._epoch(order)
+            epoch, first = epoch + 1, 0
+
+    def _epoch(self, order: Tensor) -> Iterator[TrainingBatch]:
+        device = self._model.device
+        if self._kept is not None:
+            for rows in torch.split(order, self._size):
+                labels = None if self._labels is None else self._labels[self._chosen[rows]].to(device)
+                yield TrainingBatch(self._kept[rows.to(device)], labels)
+            return
+        positions = self._chosen[order].tolist()
+        for batch in input_batches(self._images, self._model.preprocess, self._size, positions):
+            labels = None if self._labels is None else self._labels[batch.indices].to(device)
+            yield TrainingBatch(self._prepared(batch.inputs), labels)
+
+    def _prepared(self, inputs: Tensor) -> Tensor:
+        # As for all quantization (`CalibrationSet`): pixels beyond black and white are cut off for both networks.
+        return self._model.preprocess.cut_off(inputs).to(self._model.device)
+
+
+def _bytes_of(model: FloatModel) -> int:
+    height, width = model.preprocess.input_size
+    return model.preprocess.channels * height * width * torch.float32.itemsize
+
+
+def _checked_labels(images: ImageSet, model: FloatModel) -> Tensor | None:
+    labels = images.labels
+    if labels is None or not len(labels) or model.num_classes is None:
+        return labels
+    highest = int(labels.max())
+    if highest >= model.num_classes:
+        raise DataError(
+            f"the images have labels up to {highest} but {model.name} has {model.num_classes} classes "
+            f"(0 to {model.num_classes - 1}); give images of its classes, or leave labels out"
+        )
+    return labels
