@@ -11,6 +11,7 @@
 - `generator`: the generator: from noise and classes to normalised images.
 - `losses`: distillation, labels, feature maps and attention.
 - `optimize`: optimisers, and how their rates rise and fall.
+- `renewal`: images made anew, while a network is trained, where it still disagrees with its teacher.
 - `state_file`: where a training stands, for one that was killed.
 - `student`: the quantized network while it is trained.
 """

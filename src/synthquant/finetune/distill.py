@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import Field
+
+from synthquant.core.settings import is_unset
 from synthquant.finetune.batches import ImagePool
 from synthquant.finetune.fine_tuning import FineTuning
+from synthquant.finetune.renewal import Renewal, RenewedPool
 from synthquant.methods import FINE_TUNERS
 
 if TYPE_CHECKING:
@@ -36,6 +40,9 @@ class Distill(FineTuning):
 
     needs_images: ClassVar[bool] = True
 
+    renewal: Renewal | None = Field(default=None, exclude_if=is_unset)
+    """Make images anew, from time to time, where the network still disagrees with its teacher; none: never."""
+
     @property
     def name(self) -> str:
         """What the method is registered as."""
@@ -43,4 +50,6 @@ class Distill(FineTuning):
 
     def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng) -> ImagePool:
         """The images that are not held out, shuffled in each epoch."""
+        if self.renewal is not None:
+            return RenewedPool(images, parts.training, student, self.batch_size, rng, self.renewal)
         return ImagePool(images, parts.training, student.network.float_model, self.batch_size, rng)
