@@ -15,7 +15,7 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.models.float_model import FloatModel
 from synthquant.synthesize.generator import GENIE_WIDTHS, LIGHT_WIDTHS, Generator
 from synthquant.synthesize.genie_d import GenieD
-from synthquant.synthesize.inversion import InvertedNetwork
+from synthquant.synthesize.inversion import InvertedNetwork, Objective
 from synthquant.synthesize.swing import SwingOffsets
 
 MakeModel = Callable[..., FloatModel]
@@ -140,8 +140,8 @@ def test_every_step_of_a_batch_is_the_paper_s(make_model: MakeModel, monkeypatch
     offsets: list[Tensor] = []
     loss_of, draw = InvertedNetwork.loss, SwingOffsets.draw
 
-    def kept_loss(self: InvertedNetwork, images: Tensor) -> Tensor:
-        loss = loss_of(self, images)
+    def kept_loss(self: InvertedNetwork, images: Tensor, objective: Objective) -> Tensor:
+        loss = loss_of(self, images, objective)
         losses.append(float(loss.detach()))
         return loss
 
