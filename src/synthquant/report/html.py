@@ -40,6 +40,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress
 
 def render_report(sections: Sequence[RunSection]) -> str:
     """Return the page as HTML text; the same sections give the same text."""
-    environment = _environment()
+    environment = _environment("" if figures.available() else _NO_PLOTS)
     runs = [section.run for section in sections]
     comparison = Markup()
     if len(runs) > 1:
@@ -147,11 +148,14 @@ def render_report(sections: Sequence[RunSection]) -> str:
 
 def render_selection(section: SelectionSection, title: str) -> str:
     """Return the page about a selection alone as HTML text."""
-    page = _environment().get_template("selection_page.html.jinja").render(section=section, title=title)
+    environment = _environment("" if figures.available() else _NO_PLOTS)
+    page = environment.get_template("selection_page.html.jinja").render(section=section, title=title)
     return formatting.printable(page)
 
 
-def _environment() -> Environment:
+@cache
+def _environment(no_plots: str) -> Environment:
+    """The templates, which are compiled once; `no_plots` stands where figures would."""
     environment = Environment(
         loader=PackageLoader("synthquant.report", "."),
         autoescape=True,
@@ -162,7 +166,7 @@ def _environment() -> Environment:
     for name in ("percent", "signed_percent", "number", "significant", "count", "size", "quantity", "duration"):
         environment.filters[name] = getattr(formatting, name)
     environment.globals["span"] = _interval_geometry
-    environment.globals["no_plots"] = "" if figures.available() else _NO_PLOTS
+    environment.globals["no_plots"] = no_plots
     return environment
 
 
