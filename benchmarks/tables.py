@@ -371,6 +371,7 @@ def main() -> None:
     imagenet = imagenet_page.promise(networks, table)
     fill(ROOT / "README.md", {"demo": demo(), "zero_shot": promise(), "imagenet": imagenet})
     fill(ROOT / "docs" / "guides" / "export.md", {"kinds": kinds()})
+    fill(ROOT / "docs" / "guides" / "fine-tuning.md", {"speed": tuning_speed()})
 
 
 def fill(page: Path, contents: dict[str, str]) -> None:
@@ -389,6 +390,23 @@ def kinds() -> str:
         for kind in QUANTIZER_KINDS.names()
     ]
     return table(["kind", *(f"`{name}`" for name in PRESETS)], body)
+
+
+def tuning_speed() -> str:
+    """The fine-tuning guide's table: what a step takes beside one of training the float network."""
+    results = load("fine_tuning_speed")
+    body = [
+        [
+            f"`{result['model']}`",
+            *(f"{1000 * result['seconds'][part]:.0f}" for part in ("float", "fine_tuning")),
+            f"{result['ratio']:.2f}",
+            f"{1000 * result['seconds']['teacher']:.0f}",
+        ]
+        for result in results
+    ]
+    header = ["network, 64 images", "float step, ms", "fine-tuning step, ms", "ratio", "teacher beside it, ms"]
+    where = results[0]["environment"]
+    return table(header, body) + f"\n\nProcessor time on {where['cpu']}, one thread, torch {where['torch']}."
 
 
 def demo() -> str:

@@ -150,6 +150,27 @@ class FineTuning(Settings, ABC):
         """
         return _Training(self, quant_model, images, rng, progress, workdir).run()
 
+    def trainer(self, student: Student) -> Trainer:
+        """Return the optimiser of a student, at the rates of the self."""
+        by_group = {
+            "weights": self.weight_lr,
+            "weight_scales": self.weight_scale_lr,
+            "activation_scales": self.activation_scale_lr,
+            "others": self.other_lr,
+        }
+        # A step of AdamW is of the length of the rate, one of SGD goes with the gradient, which a unit changes as well.
+        power = 1 if self.optimizer == "adamw" else 2
+        rates = {name: by_group[group] * student.units[name] ** power for name, group in student.groups.items()}
+        decays = {name: self.weight_decay * (group == "weights") for name, group in student.groups.items()}
+        return Trainer(
+            student.parameters,
+            rates,
+            decays,
+            optimizer=self.optimizer,
+            momentum=self.momentum,
+            clip=self.clip,
+        )
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -186,7 +207,7 @@ class _Training:
         self._half = settings.compute_dtype == "bfloat16"
         self._student = Student(quant_model, settings.form, lsq_gradient_scale=settings.lsq_gradient_scale)
         self._source = settings.source(self._student, images, self._parts, rng.child("images"))
-        self._trainer = self._new_trainer()
+        self._trainer = settings.trainer(self._student)
         self._average = self._student.values() if settings.average > 0 else None
         self._looks = self._looks_at(images)
         self._features: LastFeatures | None = None
@@ -343,27 +364,6 @@ class _Training:
         self._trainer.load(found.tensors.get("optimizer", {}))
         if self._average is not None:
             self._average = {name: found.tensors["average"][name].to(self._device) for name in self._average}
-
-    def _new_trainer(self) -> Trainer:
-        settings, student = self._settings, self._student
-        by_group = {
-            "weights": settings.weight_lr,
-            "weight_scales": settings.weight_scale_lr,
-            "activation_scales": settings.activation_scale_lr,
-            "others": settings.other_lr,
-        }
-        # A step of AdamW is of the length of the rate, one of SGD goes with the gradient, which a unit changes as well.
-        power = 1 if settings.optimizer == "adamw" else 2
-        rates = {name: by_group[group] * student.units[name] ** power for name, group in student.groups.items()}
-        decays = {name: settings.weight_decay * (group == "weights") for name, group in student.groups.items()}
-        return Trainer(
-            student.parameters,
-            rates,
-            decays,
-            optimizer=settings.optimizer,
-            momentum=settings.momentum,
-            clip=settings.clip,
-        )
 
     def _report(self) -> FineTuneMetrics:
         best = max(self._state.points, key=_merit)
