@@ -64,27 +64,42 @@ class Listen(Progress):
         self.warnings.append(text)
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> FloatModel:
-    return small_float_model(tmp_path)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> FloatModel:
+    return small_float_model(tmp_path_factory.mktemp("network"))
 
 
-@pytest.fixture
-def recipe(model: FloatModel, tmp_path: Path) -> dict[str, Any]:
-    small_images(21).save(tmp_path / "data")
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("given") / "data"
+    small_images(21).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recipe(model: FloatModel, data: str) -> dict[str, Any]:
     return {
         "model": model.source.model_dump(mode="json"),
         "images": {"method": "genie_d", "count": 11, "batch_size": 4, "iterations": 3, "latent_size": 8},
         "quantize": {"method": "genie_m", "scheme": "W4A4", "iterations": 4, "batch_size": 4},
-        "evaluate": {"data": str(tmp_path / "data"), "batch_size": 8},
+        "evaluate": {"data": data, "batch_size": 8},
         "device": "cpu",
     }
 
 
+@pytest.fixture(scope="module")
+def whole(recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of it; do not change it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pipeline.run(Recipe.parse(recipe), folder)
+    return folder
+
+
+STAGES = ["model", "images", "quantize", "checkpoint", "evaluate", "report"]
 SELECT = ["energy:0.7", {"method": "bn_sensitivity", "keep": 4, "set_size": 6}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def choosing(recipe: dict[str, Any]) -> dict[str, Any]:
     """The quickest recipe that selects."""
     images, quantize = {"method": "noise", "count": 11, "batch_size": 4}, {"method": "rtn", "scheme": "W8A8"}
@@ -99,21 +114,26 @@ def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256_file(path) for path in paths}
 
 
-def test_a_run_leaves_everything_that_was_promised(recipe: dict[str, Any], model: FloatModel, tmp_path: Path) -> None:
-    before = model.fingerprint
-    record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+@pytest.fixture(scope="module")
+def whole_choosing(choosing: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of that; do not change it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pipeline.run(Recipe.parse(choosing), folder)
+    return folder
+
+
+def test_a_run_leaves_everything_that_was_promised(recipe: dict[str, Any], model: FloatModel, whole: Path) -> None:
+    record = RunRecord.load(whole / "run.json")
+    names = {path.name for path in whole.iterdir()}
     assert names == {"recipe.yaml", "run.json", "images", "model", "report.html"}
-    names = ["model", "images", "quantize", "checkpoint", "evaluate", "report"]
-    assert list(record.stages) == names and {stage.status for stage in record.stages.values()} == {"done"}
-    assert len(ImageSet.open(tmp_path / "run" / "images")) == 11
-    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == Recipe.parse(recipe)
-    assert RunRecord.load(tmp_path / "run" / "run.json") == record
-    assert model.fingerprint == before
+    assert set(record.stages) == set(STAGES) and {stage.status for stage in record.stages.values()} == {"done"}
+    assert len(ImageSet.open(whole / "images")) == 11
+    assert Recipe.load(whole / "recipe.yaml") == Recipe.parse(recipe)
+    assert record.stages["model"].metrics["fingerprint"] == model.fingerprint
 
 
-def test_float_stands_beside_quantized(recipe: dict[str, Any], tmp_path: Path) -> None:
-    metrics = pipeline.run(Recipe.parse(recipe), tmp_path / "run").stages["evaluate"].metrics
+def test_float_stands_beside_quantized(whole: Path) -> None:
+    metrics = RunRecord.load(whole / "run.json").stages["evaluate"].metrics
     before, after = metrics["accuracy"]
     assert (before["name"], after["name"]) == ("float", "W4A4")
     assert after["recovery"] == pytest.approx(after["top1"] / before["top1"])
@@ -122,46 +142,49 @@ def test_float_stands_beside_quantized(recipe: dict[str, Any], tmp_path: Path) -
     assert len(metrics["sqnr"]) == 8
 
 
-def test_the_checkpoint_is_the_network_that_was_measured(
-    recipe: dict[str, Any], model: FloatModel, tmp_path: Path
-) -> None:
-    record = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
-    section = EvaluateSection(data=str(tmp_path / "data"), batch_size=8)
-    row = measure.evaluate(tmp_path / "run", section, "cpu", trust_code=True)
-    measured = record.stages["evaluate"].metrics["accuracy"][1]
+def test_the_checkpoint_is_the_network_that_was_measured(whole: Path, data: str) -> None:
+    section = EvaluateSection(data=data, batch_size=8)
+    row = measure.evaluate(whole, section, "cpu", trust_code=True)
+    measured = RunRecord.load(whole / "run.json").stages["evaluate"].metrics["accuracy"][1]
     same = ("top1", "top5", "agreement", "kl", "recovery", "size_bytes", "count")
     assert {key: row[key] for key in same} == {key: measured[key] for key in same}
-    assert measure.evaluate(tmp_path / "run" / "model", section, "cpu", trust_code=True)["top1"] == row["top1"]
+    assert measure.evaluate(whole / "model", section, "cpu", trust_code=True)["top1"] == row["top1"]
 
 
-def test_equal_recipes_give_equal_files_and_another_seed_gives_others(recipe: dict[str, Any], tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pipeline.run(Recipe.parse(recipe | {"seed": seed}), tmp_path / name)
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert files(tmp_path / "a")["model/model.safetensors"] != files(tmp_path / "c")["model/model.safetensors"]
+def test_equal_recipes_give_equal_files_and_another_seed_gives_others(
+    recipe: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("b", 0), ("c", 1)):
+        record = pipeline.run(Recipe.parse(recipe | {"seed": seed}), tmp_path / name)
+        assert list(record.stages) == STAGES and record == RunRecord.load(tmp_path / name / "run.json")
+    assert files(whole) == files(tmp_path / "b")
+    assert files(whole)["model/model.safetensors"] != files(tmp_path / "c")["model/model.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("title", "step"), [("genie_d", 5), ("weights", 9), ("evaluate float", 8), ("evaluate quantized", 8)]
 )
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    recipe: dict[str, Any], tmp_path: Path, title: str, step: int
+    recipe: dict[str, Any], whole: Path, tmp_path: Path, title: str, step: int
 ) -> None:
-    pipeline.run(Recipe.parse(recipe), tmp_path / "whole")
     with pytest.raises(Killed):
         pipeline.run(Recipe.parse(recipe), tmp_path / "killed", KillAt(title, step))
     assert not (tmp_path / "killed" / "report.html").exists()
     pipeline.run(Recipe.parse(recipe), tmp_path / "killed")
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert files(tmp_path / "killed") == files(whole)
 
 
-def test_a_finished_run_is_read_not_repeated(recipe: dict[str, Any], tmp_path: Path) -> None:
-    first = pipeline.run(Recipe.parse(recipe), tmp_path / "run")
-    (tmp_path / "small_network.py").unlink()
-    assert pipeline.run(Recipe.parse(recipe), tmp_path / "run") == first
+def test_a_finished_run_is_read_not_repeated(recipe: dict[str, Any], whole: Path) -> None:
+    first, source = RunRecord.load(whole / "run.json"), Path(recipe["model"]["source"].partition(":")[0])
+    hidden = source.rename(source.with_suffix(".hidden"))
+    try:
+        assert pipeline.run(Recipe.parse(recipe), whole) == first
+    finally:
+        hidden.rename(source)
 
 
 def test_a_run_of_other_weights_is_not_continued(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe | {"model": small_float_model(tmp_path).source.model_dump(mode="json")}
     with pytest.raises(Killed):
         pipeline.run(Recipe.parse(recipe), tmp_path / "run", KillAt("genie_d", 5))
     source = tmp_path / "small_network.py"
@@ -178,21 +201,19 @@ def test_without_evaluation_data_agreement_is_measured_on_the_images(recipe: dic
     assert metrics["data"] is None
 
 
-def test_images_that_exist_are_used_as_they_are(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_images_that_exist_are_used_as_they_are(recipe: dict[str, Any], data: str, tmp_path: Path) -> None:
     given = recipe | {
-        "images": {"source": str(tmp_path / "data"), "count": 9},
+        "images": {"source": data, "count": 9},
         "quantize": {"method": "rtn", "scheme": "W8A8"},
     }
     record = pipeline.run(Recipe.parse(given), tmp_path / "run")
     metrics = record.stages["images"].metrics
     assert metrics.pop("suspicious")["looked_at"] == 9
     assert metrics.pop("diversity")["count"] == 9
-    assert metrics == {"method": "given", "source": str(tmp_path / "data"), "count": 9}
+    assert metrics == {"method": "given", "source": data, "count": 9}
     assert not (tmp_path / "run" / "images").exists()
     with pytest.raises(InputError, match=r"images.count is 99 but .* holds 21"):
-        pipeline.run(
-            Recipe.parse(given | {"images": {"source": str(tmp_path / "data"), "count": 99}}), tmp_path / "run2"
-        )
+        pipeline.run(Recipe.parse(given | {"images": {"source": data, "count": 99}}), tmp_path / "run2")
     assert not (tmp_path / "run2").exists()
 
 
@@ -232,7 +253,7 @@ def test_broken_images_are_set_aside_and_told(recipe: dict[str, Any], tmp_path: 
         Image.new("RGB", (16, 16), (label * 30, 9, 99)).save(folder / str(label) / "a.png")
     (folder / "3" / "b.png").write_bytes(b"not an image")
     told = Listen()
-    recipe |= {
+    recipe = recipe | {
         "evaluate": str(folder),
         "images": {"method": "noise", "count": 4},
         "quantize": {"method": "rtn", "scheme": "W8A8"},
@@ -242,20 +263,16 @@ def test_broken_images_are_set_aside_and_told(recipe: dict[str, Any], tmp_path: 
     assert any("1 image set aside" in text and "3/b.png" in text for text in told.warnings)
 
 
-def test_loading_the_checkpoint_again_gives_the_same_logits(
-    recipe: dict[str, Any], model: FloatModel, tmp_path: Path
-) -> None:
-    pipeline.run(Recipe.parse(recipe), tmp_path / "run")
+def test_loading_the_checkpoint_again_gives_the_same_logits(model: FloatModel, whole: Path) -> None:
     inputs = model.example_images(5, seed=1)
     with torch.no_grad():
-        first = load_checkpoint(tmp_path / "run" / "model", trust_code=True)(inputs)
-        second = load_checkpoint(tmp_path / "run" / "model", float_model=model)(inputs)
+        first = load_checkpoint(whole / "model", trust_code=True)(inputs)
+        second = load_checkpoint(whole / "model", float_model=model)(inputs)
     assert torch.equal(first, second)
 
 
-def test_the_record_is_plain_json(recipe: dict[str, Any], tmp_path: Path) -> None:
-    pipeline.run(Recipe.parse(recipe), tmp_path / "run")
-    content = json.loads((tmp_path / "run" / "run.json").read_text())
+def test_the_record_is_plain_json(whole: Path) -> None:
+    content = json.loads((whole / "run.json").read_text())
     assert content["environment"]["torch"] == torch.__version__
     assert content["recipe"]["quantize"]["method"] == "genie_m"
     assert content["stages"]["quantize"]["peak_memory_bytes"] > 0
@@ -285,18 +302,19 @@ def test_a_selection_stands_between_images_and_quantization(
 
 
 @pytest.mark.parametrize(("title", "step"), [("score images", 11), ("look at real", 9), ("save selected", 1)])
-def test_a_run_killed_while_selecting_goes_on(choosing: dict[str, Any], tmp_path: Path, title: str, step: int) -> None:
-    pipeline.run(Recipe.parse(choosing), tmp_path / "whole")
+def test_a_run_killed_while_selecting_goes_on(
+    choosing: dict[str, Any], whole_choosing: Path, tmp_path: Path, title: str, step: int
+) -> None:
     with pytest.raises(Killed):
         pipeline.run(Recipe.parse(choosing), tmp_path / "killed", KillAt(title, step))
     assert not (tmp_path / "killed" / "selected").exists()
     pipeline.run(Recipe.parse(choosing), tmp_path / "killed")
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert files(tmp_path / "killed") == files(whole_choosing)
 
 
-def test_a_selection_of_given_images_needs_no_copy_of_them(choosing: dict[str, Any], tmp_path: Path) -> None:
+def test_a_selection_of_given_images_needs_no_copy_of_them(choosing: dict[str, Any], data: str, tmp_path: Path) -> None:
     given = choosing | {
-        "images": {"source": str(tmp_path / "data"), "count": 20},
+        "images": {"source": data, "count": 20},
         "select": "energy:5",
         "evaluate": None,
     }
@@ -347,8 +365,8 @@ def test_the_python_of_the_readme_runs(
     assert isinstance(names["quant_model"], QuantModel)
 
 
-def test_public_functions_take_names_as_well_as_paths(recipe: dict[str, Any], tmp_path: Path) -> None:
-    run, out = str(tmp_path / "run"), str(tmp_path / "copy")
+def test_public_functions_take_names_as_well_as_paths(recipe: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    run, out = str(whole), str(tmp_path / "copy")
     sq.run(Recipe.parse(recipe), run)
     sq.save_checkpoint(sq.load_checkpoint(f"{run}/model", trust_code=True), out)
     assert files(Path(out)) == files(Path(run) / "model")

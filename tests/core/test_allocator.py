@@ -45,7 +45,7 @@ from synthquant.synthesize.genie_d import GenieD
 model = open_model("zoo/cifar10-resnet20")
 
 def images():
-    return GenieD(batch_size=4, iterations=5).synthesize(model, 4, Rng(0)).fingerprint
+    return GenieD(batch_size=4, iterations=2).synthesize(model, 4, Rng(0)).fingerprint
 
 usual = images()
 ALLOCATOR.keep_freed()
