@@ -3,7 +3,7 @@
     python benchmarks/fine_tuning.py --real TRAIN.parquet --test bundled/cifar10-test --work WORK
 
 Rows come in the order of `rows()`; called again, finished ones are left out and a killed one goes on. Each row keeps
-which images it got right, so that rows are compared in pairs (`evaluate.paired`). Nothing is chosen by the test images.
+what it did on each image, so that rows are compared in pairs (`evaluate.paired`). Nothing is chosen by the test images.
 `--only PART` does the rows whose names have that part in them, `--dry-run` says which are missing.
 """
 
@@ -20,9 +20,10 @@ import torch
 
 from synthquant.core.files import write_json
 from synthquant.core.progress import ConsoleProgress
-from synthquant.core.record import environment
+from synthquant.core.record import RunRecord, environment
 from synthquant.data.preprocess import input_batches
 from synthquant.data.sources import open_images
+from synthquant.evaluate.paired import PerImage
 from synthquant.export.checkpoint import load_checkpoint
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
@@ -120,21 +121,22 @@ def measure(args: argparse.Namespace, row: Row) -> dict[str, Any]:
 
 @torch.no_grad()
 def results(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Accuracy rows of a run, which images it and the float network got right, and the points of training."""
-    from synthquant.core.record import RunRecord
-
+    """Accuracy rows of a run, what it and the float network did on each image, and the points of training."""
     record = RunRecord.load(folder / "run.json")
     model = open_model(ModelSource(source=args.model))
     network, data = load_checkpoint(folder / "model", float_model=model), open_images(args.test)
-    right: dict[str, list[int]] = {"float": [], "quantized": []}
+    reference, logits, labels = [], [], []
     for batch in input_batches(data, model.preprocess, 250):
         assert batch.labels is not None
-        for name, one in (("float", model.module), ("quantized", network)):
-            right[name] += (one(batch.inputs).argmax(1) == batch.labels).int().tolist()
+        reference.append(model.module(batch.inputs))
+        logits.append(network(batch.inputs))
+        labels.append(batch.labels)
+    of_float = PerImage.of(torch.cat(reference), torch.cat(labels), torch.cat(reference))
+    of_network = PerImage.of(torch.cat(logits), torch.cat(labels), torch.cat(reference))
     tuned = record.stages["finetune"].metrics if "finetune" in record.stages else {}
     return {
         "accuracy": record.stages["evaluate"].metrics["accuracy"],
-        "right": {name: "".join(map(str, each)) for name, each in right.items()},
+        "images": {"float": of_float.packed(), "quantized": of_network.packed()},
         "points": tuned.get("points"),
         "best_step": tuned.get("best_step"),
         "recipe": record.recipe,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diverse_page
+import fine_tuning_page
 import generated_tables
 import imagenet_page
 import memory_page
@@ -362,6 +363,8 @@ def main() -> None:
         (folder / "generated-images.md").write_text(generated_tables.page(results, folder, table))
     if (parts := load("dsg_parts")) or load("low_pass"):
         (folder / "diverse-images.md").write_text(diverse_page.page(parts, load("low_pass"), table))
+    if results := load("fine_tuning"):
+        (folder / "fine-tuning.md").write_text(fine_tuning_page.page(results, table))
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
     if peaks := load("memory/peaks"):
