@@ -65,12 +65,13 @@ def of_scheme(results: list[Result], scheme: str, table: Table) -> list[str]:
         "beside float",
         "step",
     ]
+    units, trained = settings["unit_iterations"], settings["images"]
     return [
         "",
         f"## {scheme} of {settings['model']}",
         "",
-        f"{settings['count']} images of {settings['synthesis_iterations']} iterations,",
-        f"{settings['unit_iterations']} for each block of the start, then {settings['images']} images of training, {settings['batch_size']} a step.",
+        f"{settings['count']} images of {settings['synthesis_iterations']} iterations, {units} for each block of the",
+        f"start, then {trained} images of training, {settings['batch_size']} a step.",
         *([aim(scheme)] if scheme in LOSES else []),
         "",
         table([*header, "processor s"], body),
