@@ -290,6 +290,10 @@ class FineTuner(Protocol):
     needs_images: ClassVar[bool]
     """Whether it cannot do without given images."""
 
+    def check(self, model: FloatModel) -> None:
+        """Raise `UnsupportedModelError` if a network cannot be trained so; asked before anything is quantized."""
+        ...
+
     def train(
         self,
         quant_model: QuantModel,

@@ -247,8 +247,8 @@ class FineTuneStage(Stage):
         self._section = section
 
     def check(self, run: Run) -> None:
-        """Raise `UnsupportedModelError` if the network gives no logits."""
-        run.model.require_logits()
+        """Raise `UnsupportedModelError` if the network cannot be trained so."""
+        self._section.build().check(run.model)
 
     def space(self, run: Run) -> dict[str, int]:
         """Bytes of the state of training: what is learned, what the optimiser knows of it, the best and the last."""

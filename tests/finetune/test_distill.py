@@ -237,6 +237,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(quant_model: QuantModel) 
     wrong = ImageSet.from_tensors(torch.stack([images[0].image] * 4), torch.tensor([0, 1, 2, CLASSES]))
     with pytest.raises(DataError, match=f"labels up to {CLASSES} but .* has {CLASSES} classes"):
         method.train(quant_model, wrong, Rng(0))
+    with pytest.raises(ValueError, match="so there is no loss"):
+        Distill(distillation=0.0)
     with pytest.raises(DataError, match="1 samples are too few"):
         method.train(quant_model, small_images(1), Rng(0))
     with pytest.raises(DataError, match="needs images"):

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,16 +11,20 @@ from tests.small_networks import CLASSES, calibrated_model, small_float_model, s
 from torch import Tensor
 from torch.nn import functional as F
 
+from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.core.progress import QUIET
 from synthquant.core.rng import Rng
 from synthquant.core.tensor_file import digest_of
-from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ
+from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ, Distill
 from synthquant.finetune import fine_tuning as loop
 from synthquant.finetune.adadfq import agreement_of, game_loss
 from synthquant.finetune.generated import GeneratedFineTuning, GeneratedImages
 from synthquant.finetune.generator import ClassGenerator
+from synthquant.finetune.renewal import Renewal
 from synthquant.finetune.student import Student
 from synthquant.nn.quant_model import QuantModel
+from synthquant.recipe import FineTuneSection
+from synthquant.run_stages import FineTuneStage
 
 SMALL: dict[str, Any] = {"iterations": 6, "batch_size": 8, "evaluations": 3, "generator_warm_up": 4, "latent_size": 6}
 METHODS = [GDFQ, DSGQAT, AdaDFQ]
@@ -172,3 +177,29 @@ def test_the_game_moves_the_generator_and_not_the_network(quant_model: QuantMode
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(term(images), images)
     assert gradient.abs().sum() > 0 and source.classes == CLASSES
+
+
+@pytest.mark.parametrize("method", [GDFQ(), Distill(renewal=Renewal())], ids=["gdfq", "renewal"])
+def test_a_network_without_statistics_is_refused_before_anything_is_quantized(
+    quant_model: QuantModel, tmp_path: Path, method: GDFQ | Distill
+) -> None:
+    without = small_float_model(tmp_path)
+    stage = FineTuneStage(FineTuneSection.parse({"method": method.name, **method.model_dump()}, "test"))
+    stage.check(cast(Any, SimpleNamespace(model=quant_model.float_model)))
+    batch_norms = [one for one in without.module.modules() if isinstance(one, torch.nn.BatchNorm2d)]
+    for one in batch_norms:
+        one.reset_running_stats()
+    with pytest.raises(UnsupportedModelError, match=r"looks untrained: .* --weights FILE$"):
+        stage.check(cast(Any, SimpleNamespace(model=without)))
+    for one in batch_norms:
+        one.running_mean = one.running_var = None
+    with pytest.raises(UnsupportedModelError, match=r"no batch norm with running statistics.* use the method distill"):
+        stage.check(cast(Any, SimpleNamespace(model=without)))
+
+
+def test_what_a_generator_cannot_be_trained_with_is_said_when_it_is_known(quant_model: QuantModel) -> None:
+    with pytest.raises(ValueError, match="unknown observer 'widest'"):
+        GDFQ(observer="widest")
+    wild = source_of(GDFQ(**SMALL, generator_lr=1e30), quant_model)
+    with pytest.raises(InputError, match=r"the generator diverged .* lower generator_lr"):
+        wild.prepare(QUIET)

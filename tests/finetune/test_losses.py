@@ -73,5 +73,11 @@ def test_the_last_feature_map_is_found_and_watched_in_both_networks() -> None:
         teacher(images), student(images)
     torch.testing.assert_close(found.of_teacher, teacher[0](images))
     torch.testing.assert_close(found.of_student, student[0](images))
+    teacher[0].append(nn.Identity())  # a body that ends, before what works in place on its maps
+    after = nn.Sequential(teacher[0], nn.ReLU(inplace=True), nn.Flatten()).requires_grad_(False)
+    maps = LastFeatures(teacher, student, torch.zeros(2, 3, 6, 6))
+    with maps.watched():
+        out = after(images).sum()
+    assert torch.autograd.grad(out, maps.of_teacher)[0].shape == maps.of_teacher.shape
     with pytest.raises(UnsupportedModelError, match="no feature map in common"):
         LastFeatures(nn.Flatten(), nn.Flatten(), torch.zeros(2, 3, 6, 6))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from synthquant.core.errors import UnsupportedModelError
 from synthquant.finetune.optimize import Optimizer, Trainer, rate_at
 
 
@@ -54,3 +55,8 @@ def test_gradients_are_clipped_and_weights_decay() -> None:
     train(decayed, trainer(decayed, "sgd", decay=10.0), 1, 1)
     assert (clipped["fast"] - 1).abs().max() < 1e-3 < (free["fast"] - 1).abs().max()
     assert (decayed["fast"] < free["fast"]).all() and torch.equal(decayed["slow"], free["slow"])
+
+
+def test_nothing_to_learn_is_said() -> None:
+    with pytest.raises(UnsupportedModelError, match="training would change nothing"):
+        Trainer({}, {}, {}, optimizer="adamw", momentum=0.9, clip=0.0)

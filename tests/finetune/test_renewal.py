@@ -106,3 +106,12 @@ def test_images_that_do_not_fit_into_memory_are_not_renewed(
     monkeypatch.undo()
     kept = Distill(**SMALL).train(quant_model, small_images(20), Rng(0))
     assert digest_of(streamed.last.state()) == digest_of(kept.last.state())
+
+
+def test_images_that_were_given_keep_their_labels(quant_model: QuantModel) -> None:
+    images = small_images(20)
+    assert images.labels is not None
+    before = images.labels.clone()
+    settings = {"iterations": 1, "pixel_lr": 0.1, "images": 6, "every": 1}
+    Distill(**{**SMALL, "iterations": 2}, renewal=settings).train(quant_model, images, Rng(0))
+    assert torch.equal(images.labels, before)

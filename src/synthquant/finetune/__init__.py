@@ -9,6 +9,7 @@
 - `gdfq`: GDFQ: a class-conditional generator learns beside the network.
 - `generated`: what methods with a generator share: its training in turns, warm-up, ranges, state.
 - `generator`: the generator: from noise and classes to normalised images.
+- `inverted`: the float network whose batch norms images are made to fit.
 - `losses`: distillation, labels, feature maps and attention.
 - `optimize`: optimisers, and how their rates rise and fall.
 - `renewal`: images made anew, while a network is trained, where it still disagrees with its teacher.

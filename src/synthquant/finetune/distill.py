@@ -9,13 +9,15 @@ from pydantic import Field
 from synthquant.core.settings import is_unset
 from synthquant.finetune.batches import ImagePool
 from synthquant.finetune.fine_tuning import FineTuning
-from synthquant.finetune.renewal import Renewal, RenewedPool
+from synthquant.finetune.inverted import require_statistics
+from synthquant.finetune.renewal import NEEDING, Renewal, RenewedPool
 from synthquant.methods import FINE_TUNERS
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
     from synthquant.finetune.student import Student
+    from synthquant.models.float_model import FloatModel
     from synthquant.models.held_out import HeldOut
 
 _NAME = "distill"
@@ -47,6 +49,12 @@ class Distill(FineTuning):
     def name(self) -> str:
         """What the method is registered as."""
         return _NAME
+
+    def check(self, model: FloatModel) -> None:
+        """Raise `UnsupportedModelError` if the network gives no logits, or has no statistics to renew images from."""
+        super().check(model)
+        if self.renewal is not None:
+            require_statistics(model, NEEDING)
 
     def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng) -> ImagePool:
         """The images that are not held out, shuffled in each epoch."""

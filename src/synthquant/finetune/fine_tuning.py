@@ -40,6 +40,7 @@ from synthquant.nn.quant_model import QuantModel
 if TYPE_CHECKING:
     from synthquant.data.image_set import ImageSet
     from synthquant.finetune.batches import TrainingBatch
+    from synthquant.models.float_model import FloatModel
 
 _LOOKED_AT_ONCE = 128
 _LOSSES_AT_MOST = 200
@@ -129,7 +130,13 @@ class FineTuning(Settings, ABC):
     def _learns(self) -> FineTuning:
         if not any((self.weight_lr, self.weight_scale_lr, self.activation_scale_lr, self.other_lr)):
             raise ValueError("all learning rates are 0, so nothing would be learned")
+        if not any((self.distillation, self.cross_entropy, self.features, self.attention)):
+            raise ValueError("distillation, cross_entropy, features and attention are all 0, so there is no loss")
         return self
+
+    def check(self, model: FloatModel) -> None:
+        """Raise `UnsupportedModelError` if this cannot train a network; asked before anything is quantized."""
+        model.require_logits()
 
     def train(
         self,
@@ -145,7 +152,8 @@ class FineTuning(Settings, ABC):
         With a `workdir` its state is kept there, and a killed training goes on to the same bytes.
 
         Raises:
-            UnsupportedModelError: the network gives no logits, or has no feature maps that `features` could compare.
+            UnsupportedModelError: the network gives no logits, has no feature maps that `features` could compare, or
+                nothing that any of the learning rates above 0 would move.
             DataError: there are too few images, or labels that are no classes; or `workdir` holds another training.
         """
         return _Training(self, quant_model, images, rng, progress, workdir).run()
@@ -198,7 +206,7 @@ class _Training:
         workdir: Path | None,
     ) -> None:
         model = quant_model.float_model
-        model.require_logits()
+        settings.check(model)
         if images is None:
             raise DataError(f"{settings.name} needs images, to train on and to choose the best state by")
         self._settings, self._model, self._rng, self._progress = settings, model, rng, progress

@@ -8,24 +8,28 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from synthquant.core.errors import DataError
+from synthquant.core.errors import DataError, InputError
 from synthquant.core.modules import frozen
 from synthquant.core.progress import Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.finetune.batches import TrainingBatch
 from synthquant.finetune.fine_tuning import FineTuning
 from synthquant.finetune.generator import ClassGenerator
+from synthquant.finetune.inverted import inverted_network, require_statistics
+from synthquant.nn.observers import OBSERVERS
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations
-from synthquant.synthesize.inversion import InvertedNetwork, Objective
+from synthquant.synthesize.inversion import Objective
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.finetune.student import Student
+    from synthquant.models.float_model import FloatModel
     from synthquant.models.held_out import HeldOut
+    from synthquant.synthesize.inversion import InvertedNetwork
 
 _RECALIBRATED_WITH = 256
 
@@ -47,6 +51,17 @@ class GeneratedFineTuning(FineTuning):
     """Set ranges of activations anew, on images of the warmed-up generator, before the network learns."""
     observer: str = "minmax"
     """How these ranges are searched: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+
+    @field_validator("observer")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        OBSERVERS.get(value)  # known before the generator has warmed up
+        return value
+
+    def check(self, model: FloatModel) -> None:
+        """Raise `UnsupportedModelError` if the network gives no logits, or no batch norm has learned statistics."""
+        super().check(model)
+        require_statistics(model, self.name)
 
     def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng) -> GeneratedImages:
         """The generator's images; those that are given serve to choose the best state, and nothing else."""
@@ -82,9 +97,7 @@ class GeneratedImages:
         ).to(model.device)
         parameters = list(self._generator.parameters())
         self._optimizer = torch.optim.Adam(parameters, lr=settings.generator_lr, betas=(0.5, 0.999), fused=True)
-        self._network = InvertedNetwork(
-            model, method=settings.name, statistics="batch", channel_weights="mean", swing=False
-        )
+        self._network = inverted_network(model, settings.name)
         self._network.gaps(model.example_images(2))  # runs it, so that its layers are known
         self.layers = len(self._network.layers)
         settings.setup(self._network, self, rng)
@@ -107,6 +120,11 @@ class GeneratedImages:
                 self._made(self._rng.child(f"calibration-{index}"), settings.batch_size)[0].detach()
                 for index in range(max(1, _RECALIBRATED_WITH // settings.batch_size))
             ]
+            if not bool(torch.isfinite(torch.cat(made)).all()):
+                raise InputError(
+                    f"{settings.name}: the generator diverged while it was warmed up; lower generator_lr (now"
+                    f" {settings.generator_lr:g})"
+                )
             pixels = self._model.preprocess.pixels(torch.cat(made)).to("cpu", torch.float16).contiguous()
             images = CalibrationSet(self.student.network, ImageSet.from_tensors(pixels, framing="cropped"))
             with frozen(self.student.network), torch.no_grad():

@@ -79,7 +79,7 @@ class LastFeatures:
                 del module, args
                 own = output if output.requires_grad else output.detach().requires_grad_()
                 self.seen[index] = own
-                return own
+                return own.clone()  # what follows may work in place
 
             return hook
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from synthquant.core.errors import UnsupportedModelError
+
 Optimizer = Literal["adamw", "sgd"]
 
 
@@ -25,8 +27,16 @@ class Trainer:
         momentum: float,
         clip: float,
     ) -> None:
-        """Learn `parameters` at `rates`, pulled to zero by `decays`; those at a rate of 0 stay as they are."""
+        """Learn `parameters` at `rates`, pulled to zero by `decays`; those at a rate of 0 stay as they are.
+
+        Raises `UnsupportedModelError` if that is all of them.
+        """
         self._names = [name for name in parameters if rates[name] > 0]
+        if not self._names:
+            raise UnsupportedModelError(
+                "the network has nothing of what is to be learned, so training would change nothing; give another"
+                " learning rate than those that are above 0"
+            )
         self._rates = [rates[name] for name in self._names]
         self._learned = [parameters[name] for name in self._names]
         self._clip = clip

@@ -16,14 +16,18 @@ from synthquant.core.modules import frozen
 from synthquant.core.progress import QUIET
 from synthquant.core.settings import Settings
 from synthquant.finetune.batches import ImagePool, TrainingBatch
+from synthquant.finetune.inverted import inverted_network
 from synthquant.synthesize.batches import Batch
-from synthquant.synthesize.inversion import InvertedNetwork, Objective
+from synthquant.synthesize.inversion import Objective
 from synthquant.synthesize.pixels import optimized_pixels
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
     from synthquant.finetune.student import Student
+
+NEEDING = "renewal"
+"""What an error about the network calls it."""
 
 
 class Renewal(Settings):
@@ -64,9 +68,9 @@ class RenewedPool(ImagePool):
         if self._kept is None:
             raise InputError(f"{len(chosen)} images are too many to be renewed: they are kept in memory; give fewer")
         self._pool, self._student, self._settings = self._kept, student, settings
-        self._network = InvertedNetwork(
-            model, method="renewal", statistics="batch", channel_weights="mean", swing=False
-        )
+        self._network = inverted_network(model, NEEDING)
+        if self._labels is not None:
+            self._labels = self._labels.clone()  # those of the images stay as they are
 
     def batches(self, start: int = 0) -> Iterator[TrainingBatch]:
         """Yield batches as the pool does, and renew images before batch `every`, twice `every` and so on."""
