@@ -241,5 +241,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(quant_model: QuantModel) 
         Distill(distillation=0.0)
     with pytest.raises(DataError, match="1 samples are too few"):
         method.train(quant_model, small_images(1), Rng(0))
+    with pytest.raises(DataError, match=r"needs images.*; a Tensor is no image set"):
+        method.train(quant_model, torch.rand(8, 3, 16, 16), Rng(0))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="needs images"):
         method.train(quant_model, None, Rng(0))

@@ -19,6 +19,7 @@ from synthquant.core.rng import Rng
 from synthquant.core.run_metrics import FineTuneMetrics, FineTunePoint
 from synthquant.core.settings import Settings
 from synthquant.core.tensor_file import digest_of
+from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import model_inputs
 from synthquant.evaluate.accuracy import image_kl
 from synthquant.finetune.augment import flip, shift
@@ -38,7 +39,6 @@ from synthquant.models.held_out import HeldOut, agreement, hold_out
 from synthquant.nn.quant_model import QuantModel
 
 if TYPE_CHECKING:
-    from synthquant.data.image_set import ImageSet
     from synthquant.finetune.batches import TrainingBatch
     from synthquant.models.float_model import FloatModel
 
@@ -207,8 +207,9 @@ class _Training:
     ) -> None:
         model = quant_model.float_model
         settings.check(model)
-        if images is None:
-            raise DataError(f"{settings.name} needs images, to train on and to choose the best state by")
+        if not isinstance(images, ImageSet):
+            what = "" if images is None else f"; a {type(images).__name__} is no image set, which read_loader makes"
+            raise DataError(f"{settings.name} needs images, to train on and to choose the best state by{what}")
         self._settings, self._model, self._rng, self._progress = settings, model, rng, progress
         self._parts = hold_out(len(images), settings.held_out, rng)
         self._device = quant_model.device
