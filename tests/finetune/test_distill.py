@@ -186,6 +186,13 @@ def test_each_term_of_the_loss_is_learned_from(
     assert 0 < points[-1].loss < share * points[1].loss
 
 
+def test_attention_is_learned_by_the_layer_behind_the_features_too(quant_model: QuantModel) -> None:
+    """Which channels matter to a class is what the classifier's weights say."""
+    settings = {**SMALL, "distillation": 0.0, "attention": 1.0, "weight_lr": 0.2, "other_lr": 0.0}
+    found = Distill(**settings).train(quant_model, small_images(20), Rng(0)).last.state()
+    assert not torch.equal(found["fc.weight_codes"], quant_model.state()["fc.weight_codes"])
+
+
 def test_images_without_labels_take_the_class_of_the_teacher(quant_model: QuantModel) -> None:
     images = small_images(20)
     bare = ImageSet.from_tensors(torch.stack([images[index].image for index in range(20)]))
