@@ -88,6 +88,9 @@ def test_images_held_out_are_never_trained_on(quant_model: QuantModel) -> None:
     parts = hold_out(20, 0.25, Rng(0))
     assert len(parts.held_out) == 5 and sorted([*parts.held_out.tolist(), *parts.training.tolist()]) == list(range(20))
     assert not torch.equal(hold_out(20, 0.25, Rng(1)).held_out, parts.held_out)
+    student = Student(quant_model, "offsets", lsq_gradient_scale=True)
+    own = Distill(**SMALL).source(student, small_images(20), parts, Rng(0))
+    assert torch.equal(own._chosen, parts.training)
     model = quant_model.float_model
     labels = torch.arange(20) % CLASSES
     images = ImageSet.from_tensors(torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).repeat(1, 3, 16, 16), labels)
@@ -191,6 +194,18 @@ def test_attention_is_learned_by_the_layer_behind_the_features_too(quant_model: 
     settings = {**SMALL, "distillation": 0.0, "attention": 1.0, "weight_lr": 0.2, "other_lr": 0.0}
     found = Distill(**settings).train(quant_model, small_images(20), Rng(0)).last.state()
     assert not torch.equal(found["fc.weight_codes"], quant_model.state()["fc.weight_codes"])
+
+
+def test_images_are_varied_otherwise_in_each_step(quant_model: QuantModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def watch(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return images
+
+    monkeypatch.setattr(loop, "flip", watch)
+    Distill(**SMALL, shift=0.0).train(quant_model, small_images(20), Rng(0))
+    assert len(set(seeds)) == len(seeds) == 12
 
 
 def test_images_without_labels_take_the_class_of_the_teacher(quant_model: QuantModel) -> None:
