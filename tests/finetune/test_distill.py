@@ -175,6 +175,16 @@ def test_each_rate_moves_its_own_part(quant_model: QuantModel) -> None:
         assert changed and all(key.endswith(ending) for key in changed), (name, changed)
 
 
+def test_rates_of_activations_are_shares_of_their_step_sizes(quant_model: QuantModel) -> None:
+    student = Student(quant_model, "offsets", lsq_gradient_scale=True)
+    own = {name: student.parameters[name] for name, group in student.groups.items() if group == "activation_scales"}
+    assert len({float(scale) for scale in own.values()}) == len(own) > 2
+    for optimizer, power in (("adamw", 1), ("sgd", 2)):
+        groups = Distill(optimizer=optimizer, activation_scale_lr=0.02).trainer(student).optimizer.param_groups
+        rates = {id(group["params"][0]): group["lr"] for group in groups}
+        assert all(rates[id(scale)] == pytest.approx(0.02 * float(scale) ** power) for scale in own.values())
+
+
 @pytest.mark.parametrize(
     ("term", "weight_lr", "other_lr", "share"),
     [("cross_entropy", 0.05, 2e-3, 0.995), ("features", 0.005, 5e-4, 0.9), ("attention", 0.02, 5e-4, 0.9)],
