@@ -103,6 +103,18 @@ def test_ranges_are_set_anew_on_generated_images_unless_they_are_to_stay(quant_m
     assert changed and all(name.endswith((".scale", ".zero_point")) for name in changed)
 
 
+def test_a_state_holds_the_grids_that_no_optimiser_knows(quant_model: QuantModel) -> None:
+    source = source_of(GDFQ(**SMALL), quant_model)
+    kept = source.state()
+    quantizers = source.student.network.quantizers
+    before = {name: {part: value.clone() for part, value in one.grid().items()} for name, one in quantizers.items()}
+    for one in quantizers.values():
+        one.load_grid({part: value + 1 for part, value in one.grid().items()})
+    source.load(kept)
+    for name, one in quantizers.items():
+        assert all(torch.equal(value, before[name][part]) for part, value in one.grid().items())
+
+
 def warmed(settings: GeneratedFineTuning, quant_model: QuantModel) -> tuple[Tensor, Tensor]:
     source = source_of(settings, quant_model)
     source.prepare(QUIET)
