@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,13 +19,14 @@ from synthquant.data.store import JOURNAL_NAME
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.export.checkpoint import load_checkpoint, read_config
 from synthquant.export.onnx import Onnx
-from synthquant.methods import MemoryBudget, QuantReport, is_generating
+from synthquant.methods import FineTuned, MemoryBudget, QuantReport, is_generating
+from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.equalize import equalized
-from synthquant.recipe import QuantizeSection, SelectSection, SynthesizeSection
+from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, SourceSection, SynthesizeSection
 from synthquant.select.write import write_selection
 from synthquant.synthesize.batches import image_form, open_writer
 
@@ -54,6 +57,22 @@ def synthesize(
         if ray is not None:
             return ray.synthesize(method, model, section.count, rng, writer, progress)
         return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
+
+
+def given_images(section: SourceSection, model: FloatModel, seed: int, progress: Progress) -> ImageSet:
+    """Draw `count` images without repetition, or put all of them in a random order.
+
+    Folders are sorted by class, and methods that look at a few images only take the first ones. Images that a
+    method made have no such order: they stay as they are, so that `synthesize` and `quantize` do what `run` does.
+    """
+    count, source = section.count, section.source
+    images = in_classes_of(section.open(), classes_of(model), source, progress)
+    if count is not None and count > len(images):
+        raise InputError(f"images.count is {count} but {source} holds {len(images)}; lower it or leave it out")
+    if count is not None or images.manifest.method is None:
+        order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
+        images = images.subset(order[:count])
+    return images
 
 
 def select(
@@ -127,6 +146,37 @@ def quantize(
     if section.bias_correction and images is not None:
         report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
     return quant_model, report
+
+
+def finetune(
+    quant_model: QuantModel,
+    section: FineTuneSection,
+    images: ImageSet | None,
+    seed: int,
+    progress: Progress = QUIET,
+    *,
+    workdir: Path | None = None,
+) -> FineTuned:
+    """Train a copy of `quant_model` as `section` says; raises as `FineTuning.train`."""
+    rng = Rng(seed).child("finetune")
+    return section.build().train(quant_model, images, rng, progress=progress, workdir=workdir)
+
+
+def sent(quant_model: QuantModel) -> dict[str, Any]:
+    """What another process, which has the float network, makes the same quantized network of."""
+    return {
+        "scheme": quant_model.scheme,
+        "equalization": quant_model.equalization,
+        "fold": quant_model.fold,
+        "state": {name: tensor.cpu() for name, tensor in quant_model.state().items()},
+    }
+
+
+def received(model: FloatModel, parts: Mapping[str, Any]) -> QuantModel:
+    """The network that was `sent`."""
+    quant_model = QuantModel.build(model, parts["scheme"], parts["equalization"], fold=parts["fold"])
+    quant_model.load_state(parts["state"])
+    return quant_model
 
 
 def require_run(model: FloatModel, section: QuantizeSection) -> RunRecord:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from synthquant.core.errors import DataError, InputError, ModelError, RecipeError, did_you_mean
+from synthquant.core.errors import DataError, ModelError, RecipeError, did_you_mean
 from synthquant.core.progress import Progress
-from synthquant.core.rng import Rng
 from synthquant.core.run_folder import RunFolder
 from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, SelectMetrics
 from synthquant.core.working_folder import size_of
@@ -19,7 +18,7 @@ from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.evaluate.diversity import measure_diversity
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.make import build, image_bytes, quantize, require_run, select, synthesize
+from synthquant.make import build, finetune, given_images, image_bytes, quantize, require_run, select, sent, synthesize
 from synthquant.measure import costs_and_sqnr, float_beside_quantized
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
@@ -144,19 +143,8 @@ class GivenImagesStage(Stage):
         return {"method": "given", "source": source, "count": len(run.images), "diversity": diversity, **found}
 
     def take_up(self, run: Run) -> None:
-        """Draw `count` images without repetition, or put all of them in a random order.
-
-        Folders are sorted by class, and methods that look at a few images only take the first ones. Images that a
-        method made have no such order: they stay as they are, so that `synthesize` and `quantize` do what `run` does.
-        """
-        count, source = self._section.count, self._section.source
-        images = in_classes_of(self._section.open(), classes_of(run.model), source, run.progress)
-        if count is not None and count > len(images):
-            raise InputError(f"images.count is {count} but {source} holds {len(images)}; lower it or leave it out")
-        if count is not None or images.manifest.method is None:
-            order = torch.randperm(len(images), generator=Rng(run.recipe.seed).generator("draw images"))
-            images = images.subset(order[:count])
-        run.images = images
+        """Choose the same."""
+        run.images = given_images(self._section, run.model, run.recipe.seed, run.progress)
 
 
 class SelectStage(Stage):
@@ -258,14 +246,10 @@ class FineTuneStage(Stage):
 
     def do(self, run: Run) -> dict[str, Any]:
         """Train; a training that was killed goes on."""
-        assert run.quant_model is not None
-        tuned = self._section.build().train(
-            run.quant_model,
-            run.images,
-            Rng(run.recipe.seed).child("finetune"),
-            progress=run.progress,
-            workdir=self._work(run),
-        )
+        quant_model, images, seed = run.quant_model, run.images, run.recipe.seed
+        assert quant_model is not None
+        with run.followers.called(lambda: sent(quant_model)):
+            tuned = finetune(quant_model, self._section, images, seed, run.progress, workdir=self._work(run))
         run.quant_model = tuned.best
         save_checkpoint(tuned.last, run.folder.last)
         return tuned.report.model_dump(mode="json")

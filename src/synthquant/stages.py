@@ -17,10 +17,11 @@ A further one is a `Stage` that is `Settings` as well: its fields are a section 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from synthquant.core.processes import ALONE, Followers
 from synthquant.core.progress import Progress
 from synthquant.core.registry import Registry
 from synthquant.core.run_folder import RunFolder
@@ -50,6 +51,8 @@ class Run:
     """Images to quantize with; none: there are none yet, or the step makes its own."""
     quant_model: QuantModel | None = None
     """The quantized network, once there is one."""
+    followers: Followers = field(default_factory=lambda: Followers(ALONE))
+    """Other processes, which do their part of what they are called to."""
 
 
 class Stage(ABC):

@@ -8,11 +8,12 @@ import torch
 from tests.small_networks import CLASSES, calibrated_model, small_float_model, small_images
 
 from synthquant.core.errors import DataError
+from synthquant.core.processes import ALONE
 from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.core.tensor_file import digest_of, read_sealed_tensors
 from synthquant.data.image_set import ImageSet
-from synthquant.finetune import Distill
+from synthquant.finetune import Distill, looks
 from synthquant.finetune import fine_tuning as loop
 from synthquant.finetune.batches import ImagePool
 from synthquant.finetune.student import Student
@@ -70,7 +71,7 @@ def test_the_best_by_agreement_on_images_held_out_is_the_result(
 ) -> None:
     """What is measured there decides alone, whatever the images that are trained on say."""
     answers = iter([0.2, 0.2, 0.4, 0.2, 0.6, 0.2, 0.4, 0.9, 0.3, 1.0])  # of images held out and trained on, in turns
-    monkeypatch.setattr(loop, "agreement", lambda reference, logits: next(answers))
+    monkeypatch.setattr(looks, "agreement", lambda reference, logits: next(answers))
     states: list[str] = []
     look = loop._Training._look
 
@@ -89,7 +90,7 @@ def test_images_held_out_are_never_trained_on(quant_model: QuantModel) -> None:
     assert len(parts.held_out) == 5 and sorted([*parts.held_out.tolist(), *parts.training.tolist()]) == list(range(20))
     assert not torch.equal(hold_out(20, 0.25, Rng(1)).held_out, parts.held_out)
     student = Student(quant_model, "offsets", lsq_gradient_scale=True)
-    own = Distill(**SMALL).source(student, small_images(20), parts, Rng(0))
+    own = Distill(**SMALL).source(student, small_images(20), parts, Rng(0), ALONE)
     assert torch.equal(own._chosen, parts.training)
     model = quant_model.float_model
     labels = torch.arange(20) % CLASSES
@@ -209,7 +210,7 @@ def test_attention_is_learned_by_the_layer_behind_the_features_too(quant_model: 
 def test_images_are_varied_otherwise_in_each_step(quant_model: QuantModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def watch(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def watch(images: torch.Tensor, generator: torch.Generator, processes: object) -> torch.Tensor:
         seeds.append(generator.initial_seed())
         return images
 

@@ -14,7 +14,8 @@ from synthquant.cli import export, finetune, select, show, stages, tune_prompt
 from synthquant.cli import run as run_commands
 from synthquant.cli.command import Command, MemoryRanOut, Stopped
 from synthquant.cli.stop import STOP, show_cursor
-from synthquant.core.errors import SynthquantError
+from synthquant.core.errors import OtherProcessError, SynthquantError
+from synthquant.core.processes import launched
 
 app = typer.Typer(
     name="synthquant",
@@ -49,8 +50,11 @@ def run(arguments: Sequence[str] | None) -> int:
         return _fail(f"{error.format_message()} (see synthquant --help)", 2)
     except Stopped as stopped:
         show_cursor()
-        print(STOP.line(str(stopped)), file=sys.stderr)
+        if launched().is_first:
+            print(STOP.line(str(stopped)), file=sys.stderr)
         return STOP.status
+    except OtherProcessError as error:
+        return _fail(str(error)) if launched().is_first else 1
     except (SynthquantError, MemoryRanOut) as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output, for example `head`, has seen enough

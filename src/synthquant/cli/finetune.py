@@ -12,6 +12,7 @@ from synthquant.cli import options
 from synthquant.cli.output import print_run
 from synthquant.core.errors import InputError
 from synthquant.core.overrides import apply_overrides
+from synthquant.core.processes import launched
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.record import RunRecord
 from synthquant.core.run_folder import RECORD_NAME, images_of
@@ -60,7 +61,8 @@ def finetune(
         "seed": seed,
     }
     record = pipeline.run(Recipe.parse(values, "command line"), out, ConsoleProgress())
-    print_run(out, record, as_json=json)
+    if launched().is_first:
+        print_run(out, record, as_json=json)
 
 
 def _images(run: Path, recorded: dict[str, Any], where: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
 from synthquant.core.overrides import apply_overrides
+from synthquant.core.processes import launched
 from synthquant.core.progress import ConsoleProgress
 from synthquant.recipe import QuantizeSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.report.html import write_report
@@ -45,7 +46,8 @@ def run(
     """
     given = [f"{name}={value}" for name, value in (("device", device), ("seed", seed)) if value is not None]
     record = pipeline.run(Recipe.load(recipe, [*(settings or []), *given]), out, ConsoleProgress())
-    print_run(out, record, as_json=json)
+    if launched().is_first:
+        print_run(out, record, as_json=json)
 
 
 def demo(

@@ -14,6 +14,7 @@
 - `modules`: finding, replacing and watching parts of a network.
 - `overrides`: changing nested settings by texts such as `quantize.iterations=500`.
 - `plain_yaml`: YAML of recipes and of values on the command line, as plain data and without its traps.
+- `processes`: several processes that do one piece of work together.
 - `progress`: progress bars and messages; nothing else in the package writes to the terminal.
 - `ranking`: which classes a network puts first: the one rule for ties.
 - `record`: what a run did, with what, on what: `run.json`.

@@ -11,6 +11,7 @@
     +-- OutputError (OSError)               a result could not be written
     +-- MissingExtraError (ImportError)     an optional package is not installed
     +-- VerificationError                   a result was written and is not what was promised
+    +-- OtherProcessError                   another of several processes that work together failed
 
 Each message is one line: what is wrong, where, and what to do.
 
@@ -107,6 +108,10 @@ class MissingExtraError(SynthquantError, ImportError):
 
 class VerificationError(SynthquantError):
     """A result was written and does not hold what was promised."""
+
+
+class OtherProcessError(SynthquantError):
+    """Another of several processes that work together failed, or is gone; the first of them says what it was."""
 
 
 def did_you_mean(name: str, available: Iterable[str]) -> str:

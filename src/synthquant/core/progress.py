@@ -62,6 +62,16 @@ QUIET = Progress()
 """The default wherever a function takes `progress`."""
 
 
+class Silent(Progress):
+    """Says nothing at all: of several processes that do the same, one tells it."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing."""
+
+
 class ConsoleProgress(Progress):
     """Bars on a terminal; elsewhere one line for each finished bar.
 

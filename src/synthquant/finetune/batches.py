@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from synthquant.core.errors import DataError
+from synthquant.core.processes import ALONE, Processes
 from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
@@ -29,13 +31,44 @@ class TrainingBatch:
     """int64 `[B]`, -1 where an image has no label; none if no image has one."""
 
 
+class BatchSource(Protocol):
+    """Where the images of each step come from; of several processes each has its own, which yields its shares."""
+
+    def prepare(self, progress: Progress) -> None:
+        """Do what comes before the first step; not called where a killed training goes on."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What it has learned so far, by name; copies."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state` gave."""
+        ...
+
+    def batches(self, start: int = 0) -> Iterator[TrainingBatch]:
+        """Yield batches without end, from the one of step `start` (0 is the first) on."""
+        ...
+
+
 class ImagePool:
     """Batches of a fixed set of images, shuffled in each epoch; which are in one depends on its number alone."""
 
-    def __init__(self, images: ImageSet, chosen: Tensor, model: FloatModel, batch_size: int, rng: Rng) -> None:
-        """Serve the images at the positions `chosen`; raises `DataError` for labels that are no classes."""
+    def __init__(
+        self,
+        images: ImageSet,
+        chosen: Tensor,
+        model: FloatModel,
+        batch_size: int,
+        rng: Rng,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Serve this process's share of batches of the images at the positions `chosen`.
+
+        Raises `DataError` for labels that are no classes, or if there are too few images for all processes.
+        """
         self._images, self._chosen, self._model, self._rng = images, chosen, model, rng
-        self._size = min(batch_size, len(chosen))
+        self._size, self._processes = batch_of(batch_size, len(chosen), processes), processes
         self._labels = _checked_labels(images, model)
         self._kept: Tensor | None = None
         if len(chosen) * _bytes_of(model) <= _IN_MEMORY:
@@ -69,18 +102,36 @@ class ImagePool:
     def _epoch(self, order: Tensor) -> Iterator[TrainingBatch]:
         device = self._model.device
         if self._kept is not None:
-            for rows in torch.split(order, self._size):
+            for rows in map(self._processes.share, torch.split(order, self._size)):
                 labels = None if self._labels is None else self._labels[self._chosen[rows]].to(device)
                 yield TrainingBatch(self._kept[rows.to(device)], labels)
             return
-        positions = self._chosen[order].tolist()
-        for batch in input_batches(self._images, self._model.preprocess, self._size, positions):
+        # No process decodes images of others.
+        rows = torch.cat([self._processes.share(rows) for rows in torch.split(order, self._size)])
+        size = self._size // self._processes.count
+        for batch in input_batches(self._images, self._model.preprocess, size, self._chosen[rows].tolist()):
+            if self._processes.count > 1 and len(batch.indices) < size:
+                raise DataError(
+                    f"an image cannot be read ({self._images.set_aside[-1].reason}); leave it out: several processes"
+                    " need shares of one size"
+                )
             labels = None if self._labels is None else self._labels[batch.indices].to(device)
             yield TrainingBatch(self._prepared(batch.inputs), labels)
 
     def _prepared(self, inputs: Tensor) -> Tensor:
         # As for all quantization (`CalibrationSet`): pixels beyond black and white are cut off for both networks.
         return self._model.preprocess.cut_off(inputs).to(self._model.device)
+
+
+def batch_of(batch_size: int, count: int, processes: Processes) -> int:
+    """Images of a batch: all `count` if there are fewer; raises `DataError` if processes then do not divide them."""
+    size = min(batch_size, count)
+    if size % processes.count:
+        raise DataError(
+            f"the {count} images to train on are fewer than a batch, and {processes.count} processes do not divide"
+            f" them; give more images, or set batch_size to {max(1, size // processes.count) * processes.count}"
+        )
+    return size
 
 
 def _bytes_of(model: FloatModel) -> int:

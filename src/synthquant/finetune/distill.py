@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from synthquant.core.settings import is_unset
-from synthquant.finetune.batches import ImagePool
+from synthquant.finetune.batches import ImagePool, batch_of
+from synthquant.finetune.dealt import from_first
 from synthquant.finetune.fine_tuning import FineTuning
 from synthquant.finetune.inverted import require_statistics
 from synthquant.finetune.renewal import NEEDING, Renewal, RenewedPool
 from synthquant.methods import FINE_TUNERS
 
 if TYPE_CHECKING:
+    from synthquant.core.processes import Processes
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
+    from synthquant.finetune.batches import BatchSource
     from synthquant.finetune.student import Student
     from synthquant.models.float_model import FloatModel
     from synthquant.models.held_out import HeldOut
@@ -56,8 +59,13 @@ class Distill(FineTuning):
         if self.renewal is not None:
             require_statistics(model, NEEDING)
 
-    def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng) -> ImagePool:
+    def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng, processes: Processes) -> BatchSource:
         """The images that are not held out, shuffled in each epoch."""
-        if self.renewal is not None:
-            return RenewedPool(images, parts.training, student, self.batch_size, rng, self.renewal)
-        return ImagePool(images, parts.training, student.network.float_model, self.batch_size, rng)
+        model, chosen = student.network.float_model, parts.training
+        renewal = self.renewal
+        if renewal is None:
+            return ImagePool(images, chosen, model, self.batch_size, rng, processes)
+        size = batch_of(self.batch_size, len(chosen), processes)
+        return from_first(
+            lambda: RenewedPool(images, chosen, student, self.batch_size, rng, renewal), size, model, processes
+        )

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from synthquant.core.errors import DataError, InputError
-from synthquant.core.progress import QUIET, Bar, Progress
+from synthquant.core.processes import Processes
+from synthquant.core.progress import QUIET, Bar, Progress, Silent
 from synthquant.core.rng import Rng
 from synthquant.core.run_metrics import FineTuneMetrics, FineTunePoint
 from synthquant.core.settings import Settings
 from synthquant.core.tensor_file import digest_of
 from synthquant.data.image_set import ImageSet
-from synthquant.data.preprocess import model_inputs
-from synthquant.evaluate.accuracy import image_kl
 from synthquant.finetune.augment import flip, shift
+from synthquant.finetune.looks import Looks
 from synthquant.finetune.losses import (
     LastFeatures,
     attention_map,
@@ -35,36 +34,15 @@ from synthquant.finetune.optimize import Optimizer, Trainer, rate_at
 from synthquant.finetune.state_file import StateFile, TrainingState
 from synthquant.finetune.student import Student, WeightForm
 from synthquant.methods import FineTuned
-from synthquant.models.held_out import HeldOut, agreement, hold_out
+from synthquant.models.held_out import HeldOut, hold_out
 from synthquant.nn.quant_model import QuantModel
 
 if TYPE_CHECKING:
-    from synthquant.finetune.batches import TrainingBatch
+    from synthquant.finetune.batches import BatchSource, TrainingBatch
     from synthquant.models.float_model import FloatModel
 
-_LOOKED_AT_ONCE = 128
 _LOSSES_AT_MOST = 200
 """Steps whose loss is looked at; each look waits for the device."""
-
-
-class BatchSource(Protocol):
-    """Where the images of each step come from."""
-
-    def prepare(self, progress: Progress) -> None:
-        """Do what comes before the first step; not called where a killed training goes on."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """What it has learned so far, by name; copies."""
-        ...
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state` gave."""
-        ...
-
-    def batches(self, start: int = 0) -> Iterator[TrainingBatch]:
-        """Yield batches without end, from the one of step `start` (0 is the first) on."""
-        ...
 
 
 class FineTuning(Settings, ABC):
@@ -73,7 +51,7 @@ class FineTuning(Settings, ABC):
     iterations: int = Field(default=2000, ge=1)
     """Training steps."""
     batch_size: int = Field(default=64, ge=1)
-    """Images in a step."""
+    """Images in a step, over all processes."""
     form: WeightForm = "offsets"
     """What is learned of a weight: `offsets` of the codes that quantization came to (GenQ, arXiv:2312.05272, eq. 12 and
     13), so that training starts with that very network; or `weights`, the float ones with straight-through rounding
@@ -151,15 +129,24 @@ class FineTuning(Settings, ABC):
 
         With a `workdir` its state is kept there, and a killed training goes on to the same bytes.
 
+        Where `torch.distributed` has a group, all its processes call this with the same arguments. Each learns from its
+        share of every batch, gradients are averaged, and all get the same result; the first one alone writes and tells.
+
         Raises:
             UnsupportedModelError: the network gives no logits, has no feature maps that `features` could compare, or
                 nothing that any of the learning rates above 0 would move.
             DataError: there are too few images, or labels that are no classes; or `workdir` holds another training.
+            InputError: processes do not divide `batch_size`, or have other networks, images or settings.
+            OtherProcessError: another process failed.
         """
-        return _Training(self, quant_model, images, rng, progress, workdir).run()
+        processes = Processes.current()
+        if not processes.is_first:
+            progress, workdir = Silent(), None
+        training = processes.together(lambda: _Training(self, quant_model, images, rng, progress, workdir, processes))
+        return training.run()
 
     def trainer(self, student: Student) -> Trainer:
-        """Return the optimiser of a student, at the rates of the self."""
+        """Return the optimiser of a student, at the rates of the settings."""
         by_group = {
             "weights": self.weight_lr,
             "weight_scales": self.weight_scale_lr,
@@ -185,8 +172,8 @@ class FineTuning(Settings, ABC):
         """What the method is registered as."""
 
     @abstractmethod
-    def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng) -> BatchSource:
-        """What is trained on: those images that are not held out, or others."""
+    def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng, processes: Processes) -> BatchSource:
+        """What is trained on: those images that are not held out, or others; this process's share of them."""
 
     def rate_at(self, step: int) -> float:
         """Share of the learning rates at a step (1 .. iterations)."""
@@ -204,39 +191,50 @@ class _Training:
         rng: Rng,
         progress: Progress,
         workdir: Path | None,
+        processes: Processes,
     ) -> None:
         model = quant_model.float_model
         settings.check(model)
+        if settings.batch_size % processes.count:
+            raise InputError(
+                f"batch_size is the images of a step over all processes, and {processes.count} processes do not divide"
+                f" {settings.batch_size}; choose a multiple of {processes.count}"
+            )
         if not isinstance(images, ImageSet):
             what = "" if images is None else f"; a {type(images).__name__} is no image set, which read_loader makes"
             raise DataError(f"{settings.name} needs images, to train on and to choose the best state by{what}")
         self._settings, self._model, self._rng, self._progress = settings, model, rng, progress
+        self._processes = processes
         self._parts = hold_out(len(images), settings.held_out, rng)
         self._device = quant_model.device
         self._half = settings.compute_dtype == "bfloat16"
         self._student = Student(quant_model, settings.form, lsq_gradient_scale=settings.lsq_gradient_scale)
-        self._source = settings.source(self._student, images, self._parts, rng.child("images"))
+        self._source = settings.source(self._student, images, self._parts, rng.child("images"), processes)
         self._trainer = settings.trainer(self._student)
         self._average = self._student.values() if settings.average > 0 else None
-        self._looks = self._looks_at(images)
+        self._looks = Looks(images, self._parts, self._student) if processes.is_first else None
         self._features: LastFeatures | None = None
         if settings.features > 0 or settings.attention > 0:
             example = model.example_images(2)
             self._features = LastFeatures(model.module, self._student.network.module, example)
         start = digest_of(quant_model.state())
         made_from = (model.fingerprint, start, images.fingerprint, settings.name, settings.model_dump(), rng)
+        names = ("float networks", "quantized networks", "images", "methods", "settings", "seeds")
+        self._made_from = dict(zip(names, map(repr, made_from), strict=True))
         self._file = StateFile(workdir, made_from, progress)
         self._state = TrainingState()
 
     def run(self) -> FineTuned:
-        settings = self._settings
+        settings, processes = self._settings, self._processes
+        processes.require_same(self._made_from)
         self._resume()
         due = {round(settings.iterations * part / settings.evaluations) for part in range(1, settings.evaluations + 1)}
         each = max(1, -(-settings.iterations // _LOSSES_AT_MOST))
         with self._progress.bar(settings.name, settings.iterations) as bar:
             bar.advance(self._state.step)
             if not self._state.points:
-                self._source.prepare(self._progress)
+                processes.together(lambda: self._source.prepare(self._progress))
+                self._take_start()
                 self._average = self._student.values() if settings.average > 0 else None
                 self._look([], bar)
             batches = self._source.batches(self._state.step)
@@ -247,22 +245,26 @@ class _Training:
                 self._state.step = number
                 bar.advance(1)
                 if number % each == 0 or number in due:
+                    processes.average([loss])
                     losses.append(float(loss))
                 if number in due or (losses and not math.isfinite(losses[-1])):
                     self._look(losses, bar)
                     losses = []
-        best = self._finished(self._state.tensors["best"])
+        self._state.points, values = processes.from_first((self._state.points, self._state.tensors.get("best", {})))
+        best = self._finished(values)
         last = best if self._state.diverged else self._finished(self._learned())
         return FineTuned(best, last, self._report())
 
     def _step(self, number: int, batch: TrainingBatch) -> Tensor:
         """Make one training step; returns its loss, detached."""
         generator = self._rng.child("augment").generator(f"step-{number}")
-        images = flip(batch.images, generator) if self._settings.flip else batch.images
-        images = shift(images, self._settings.shift, generator) if self._settings.shift > 0 else images
+        share, processes = self._settings.shift, self._processes
+        images = flip(batch.images, generator, processes) if self._settings.flip else batch.images
+        images = shift(images, share, generator, processes) if share > 0 else images
         with self._student.training(), self._watched():
             loss = self._loss(images, batch.labels)
             torch.autograd.backward(loss)
+            self._average_gradients()
             self._trainer.step(self._settings.rate_at(number))
             self._student.keep_legal()
         if self._average is not None:
@@ -293,10 +295,25 @@ class _Training:
             loss = loss + settings.attention * (wanted - found).square().sum((1, 2)).mean()
         return loss
 
+    def _average_gradients(self) -> None:
+        """Let all processes learn from the gradient of the whole batch."""
+        if self._processes.count == 1:
+            return
+        for parameter in self._trainer.learned:
+            if parameter.grad is None:  # which parameters a forward pass uses may depend on the images
+                parameter.grad = torch.zeros_like(parameter)
+        self._processes.average([parameter.grad for parameter in self._trainer.learned if parameter.grad is not None])
+
     def _look(self, losses: list[float], bar: Bar) -> None:
-        """Measure the student on images held out and on as many of those trained on; keep the best, and the state."""
+        """Measure the student and keep the best, and the state; the first process does."""
+        self._processes.together(lambda: self._measure(losses, bar))
+        self._state.diverged = self._processes.from_first(self._state.diverged)
+
+    def _measure(self, losses: list[float], bar: Bar) -> None:
+        if self._looks is None:
+            return
         state, values = self._state, self._learned()
-        point = self._measured(values, sum(losses) / len(losses) if losses else None)
+        point = self._looks.measure(values, state.step, sum(losses) / len(losses) if losses else None)
         best = max(state.points, key=_merit, default=None)
         if point is not None:
             state.points.append(point)
@@ -319,40 +336,6 @@ class _Training:
             state.tensors["average"] = dict(self._average)
         self._file.save(state)
 
-    def _measured(self, values: dict[str, Tensor], loss: float | None) -> FineTunePoint | None:
-        """What the student is with `values`; none if something is not finite."""
-        if loss is not None and not math.isfinite(loss):
-            return None
-        with self._student.holding(values):
-            held, seen = ([self._logits(images), teacher] for images, teacher in self._looks)
-        if not all(bool(torch.isfinite(logits).all()) for logits, _ in (held, seen)):
-            return None
-        return FineTunePoint(
-            step=self._state.step,
-            loss=loss,
-            held_out=agreement(held[1], held[0]),
-            training=agreement(seen[1], seen[0]),
-            kl=max(0.0, float(image_kl(held[1], held[0]).mean())),
-        )
-
-    @torch.no_grad()
-    def _logits(self, images: Tensor) -> Tensor:
-        size = self._model.samples_at_once(_LOOKED_AT_ONCE)
-        parts = [self._student.network(part.to(self._device)).float().cpu() for part in torch.split(images, size)]
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def _looks_at(self, images: ImageSet) -> list[tuple[Tensor, Tensor]]:
-        """Images held out, and as many of those trained on, each with the teacher's logits."""
-        held, trained = self._parts.held_out, self._parts.training
-        looks = []
-        for chosen in (held, trained[: len(held)]):
-            inputs = self._model.preprocess.cut_off(model_inputs(images, self._model.preprocess, chosen.tolist()))
-            size = self._model.samples_at_once(_LOOKED_AT_ONCE)
-            parts = [self._model.module(part.to(self._device)).float().cpu() for part in torch.split(inputs, size)]
-            looks.append((inputs, torch.cat(parts)))
-        return looks
-
     def _learned(self) -> dict[str, Tensor]:
         """What counts as the result so far: the running average, if there is one."""
         if self._average is None:
@@ -364,7 +347,7 @@ class _Training:
             return self._student.finished()
 
     def _resume(self) -> None:
-        found = self._file.load()
+        found = self._processes.from_first(self._processes.together(self._file.load))
         if found is None:
             return
         self._state = found
@@ -373,6 +356,19 @@ class _Training:
         self._trainer.load(found.tensors.get("optimizer", {}))
         if self._average is not None:
             self._average = {name: found.tensors["average"][name].to(self._device) for name in self._average}
+        self._take_start()
+
+    def _take_start(self) -> None:
+        """Begin where the student of the first process stands: its ranges may just have been set there."""
+        if self._processes.count == 1:
+            return
+        quantizers = self._student.network.quantizers
+        grids = {name: {part: value.cpu() for part, value in one.grid().items()} for name, one in quantizers.items()}
+        values = {name: value.cpu() for name, value in self._student.values().items()}
+        values, grids = self._processes.from_first((values, grids))
+        for name, one in quantizers.items():
+            one.load_grid(grids[name])
+        self._student.load(values)
 
     def _report(self) -> FineTuneMetrics:
         best = max(self._state.points, key=_merit)

@@ -17,6 +17,7 @@ from synthquant.core.modules import frozen
 from synthquant.core.progress import Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.finetune.batches import TrainingBatch
+from synthquant.finetune.dealt import from_first
 from synthquant.finetune.fine_tuning import FineTuning
 from synthquant.finetune.generator import ClassGenerator
 from synthquant.finetune.inverted import inverted_network, require_statistics
@@ -25,7 +26,9 @@ from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations
 from synthquant.synthesize.inversion import Objective
 
 if TYPE_CHECKING:
+    from synthquant.core.processes import Processes
     from synthquant.core.rng import Rng
+    from synthquant.finetune.batches import BatchSource
     from synthquant.finetune.student import Student
     from synthquant.models.float_model import FloatModel
     from synthquant.models.held_out import HeldOut
@@ -63,10 +66,14 @@ class GeneratedFineTuning(FineTuning):
         super().check(model)
         require_statistics(model, self.name)
 
-    def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng) -> GeneratedImages:
-        """The generator's images; those that are given serve to choose the best state, and nothing else."""
+    def source(self, student: Student, images: ImageSet, parts: HeldOut, rng: Rng, processes: Processes) -> BatchSource:
+        """The generator's images; those that are given serve to choose the best state, and nothing else.
+
+        Of several processes the first one has the generator, for batch statistics are those of all images of a batch.
+        """
         del images, parts
-        return GeneratedImages(self, student, rng)
+        model = student.network.float_model
+        return from_first(lambda: GeneratedImages(self, student, rng), self.batch_size, model, processes)
 
     def setup(self, network: InvertedNetwork, images: GeneratedImages, rng: Rng) -> None:
         """Measure what the generator's loss needs to know of the network."""

@@ -15,7 +15,11 @@ Optimizer = Literal["adamw", "sgd"]
 
 
 class Trainer:
-    """An optimiser over named parameters, each with a rate of its own."""
+    """An optimiser over named parameters, each with a rate of its own.
+
+    Attributes:
+        learned: those that it moves.
+    """
 
     def __init__(
         self,
@@ -38,7 +42,7 @@ class Trainer:
                 " learning rate than those that are above 0"
             )
         self._rates = [rates[name] for name in self._names]
-        self._learned = [parameters[name] for name in self._names]
+        self.learned = [parameters[name] for name in self._names]
         self._clip = clip
         groups = [
             {"params": [parameters[name]], "lr": rates[name], "weight_decay": decays[name]} for name in self._names
@@ -52,7 +56,7 @@ class Trainer:
     def step(self, share: float) -> None:
         """Make a step along the gradients that there are, at a share of the rates, and drop these."""
         if self._clip > 0:
-            nn.utils.clip_grad_norm_(self._learned, self._clip, foreach=True)
+            nn.utils.clip_grad_norm_(self.learned, self._clip, foreach=True)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         self.optimizer.step()
