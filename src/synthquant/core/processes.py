@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class Processes:
         values: list[T | None] = [None] * self.count
         with _talking():
             dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]
+        return cast("list[T]", values)
 
 
 ALONE = Processes()
