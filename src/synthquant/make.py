@@ -203,7 +203,7 @@ def _taken(model: FloatModel, section: QuantizeSection, folder: Path) -> tuple[Q
 
 def build(model: FloatModel, section: QuantizeSection) -> QuantModel:
     """The network that is to be quantized; raises `SchemeError` if it is meant for a preset that cannot express it."""
-    quant_model = QuantModel.build(model, section.scheme)
+    quant_model = QuantModel.build(model, section.scheme, fold=section.fold_batch_norms)
     if section.export_preset is not None:
         Onnx(preset=section.export_preset).check(quant_model)
     return quant_model

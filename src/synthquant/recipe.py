@@ -142,6 +142,9 @@ class QuantizeSection(Settings):
     equalize: Equalize = "none"
     """Scale channels before, in a network that computes the same: `weights` (DFQ: ranges of weights), `activations`
     (ranges on the images against those of weights, whole residual streams alike) or `none`."""
+    fold_batch_norms: bool = Field(default=True, exclude_if=bool)
+    """Fold batch norms into layers; otherwise all stay, in floating point and with the statistics that they have, so
+    that fine-tuning trains their factors and offsets beside weights that no batch norm has scaled."""
     bias_correction: bool = False
     """Take the mean error that rounded weights make at each layer's output out of its bias (DFQ, arXiv:1906.04721)."""
     export_preset: str | None = None
@@ -157,6 +160,14 @@ class QuantizeSection(Settings):
     @classmethod
     def _known(cls, value: str | None) -> str | None:
         return None if value is None else find_preset(value).name
+
+    @model_validator(mode="after")
+    def _can_equalize(self) -> QuantizeSection:
+        if self.equalize != "none" and not self.fold_batch_norms:
+            raise ValueError(
+                f"equalize {self.equalize!r} scales channels of folded batch norms; leave fold_batch_norms on"
+            )
+        return self
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str) -> QuantizeSection:

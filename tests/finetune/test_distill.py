@@ -7,13 +7,13 @@ import pytest
 import torch
 from tests.small_networks import CLASSES, calibrated_model, small_float_model, small_images
 
-from synthquant.core.errors import DataError
+from synthquant.core.errors import DataError, ModelError
 from synthquant.core.processes import ALONE
 from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.core.tensor_file import digest_of, read_sealed_tensors
 from synthquant.data.image_set import ImageSet
-from synthquant.finetune import Distill, looks
+from synthquant.finetune import Distill, batches, looks
 from synthquant.finetune import fine_tuning as loop
 from synthquant.finetune.batches import ImagePool
 from synthquant.finetune.student import Student
@@ -135,6 +135,19 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     assert resumed.report == whole.report
     with pytest.raises(DataError, match="state of another training"):
         Distill(**{**SMALL, "weight_lr": 0.02}).train(quant_model, images, Rng(0), workdir=tmp_path)
+
+
+def test_images_that_do_not_fit_into_memory_are_read_anew_to_the_same_network(
+    quant_model: QuantModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, images = Distill(**SMALL), small_images(20)
+    expected = settings.train(quant_model, images, Rng(0))
+    monkeypatch.setattr(batches, "_IN_MEMORY", 0)
+    found = settings.train(quant_model, images, Rng(0))
+    assert state(found.last) == state(expected.last) and found.report == expected.report
+    student = Student(quant_model, "offsets", lsq_gradient_scale=True)
+    looked_at = looks.Looks(images, hold_out(20, 0.5, Rng(0)), student)._looks
+    assert all(inputs.kept is None and len(logits) == 10 for inputs, logits in looked_at)
 
 
 def test_a_damaged_state_is_not_used(quant_model: QuantModel, tmp_path: Path) -> None:
@@ -278,3 +291,5 @@ def test_what_cannot_be_trained_is_refused_in_one_line(quant_model: QuantModel) 
         method.train(quant_model, torch.rand(8, 3, 16, 16), Rng(0))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="needs images"):
         method.train(quant_model, None, Rng(0))
+    with pytest.raises(ModelError, match="not calibrated yet"):
+        method.train(QuantModel.build(quant_model.float_model, "W4A4"), images, Rng(0))

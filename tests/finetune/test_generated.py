@@ -103,6 +103,18 @@ def test_ranges_are_set_anew_on_generated_images_unless_they_are_to_stay(quant_m
     assert changed and all(name.endswith((".scale", ".zero_point")) for name in changed)
 
 
+def test_rates_are_shares_of_the_ranges_that_training_begins_with(quant_model: QuantModel) -> None:
+    """Where ranges are set anew, those that the network came with decide nothing."""
+    other, images = quant_model.trainable_copy(), small_images(20)
+    with torch.no_grad():
+        for quantizer in other.quantizers.values():
+            for part in [] if quantizer.fixed else quantizer.learnable():
+                part.mul_(50)
+    settings = GDFQ(**SMALL, activation_scale_lr=0.01)
+    one, two = (settings.train(model, images, Rng(0)) for model in (quant_model, other))
+    assert state(one.last) == state(two.last)
+
+
 def test_a_state_holds_the_grids_that_no_optimiser_knows(quant_model: QuantModel) -> None:
     source = source_of(GDFQ(**SMALL), quant_model)
     kept = source.state()

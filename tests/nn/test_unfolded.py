@@ -10,14 +10,17 @@ import torch
 from tests.small_networks import small_float_model, small_images
 from torch import nn
 
-from synthquant.core.errors import ModelError
+from synthquant.core.errors import ModelError, RecipeError
 from synthquant.core.rng import Rng
+from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, save_checkpoint
+from synthquant.make import quantize
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize import Rtn
 from synthquant.quantize.equalize import equalized
+from synthquant.recipe import QuantizeSection
 
 
 @pytest.fixture
@@ -50,6 +53,22 @@ def test_batch_norms_stay_and_the_checkpoint_knows(model: FloatModel, deploy: st
     assert "fold" not in folded and folded["format_version"] == 2
     with pytest.raises(ModelError, match="channels are equalised in a network whose batch norms are folded"):
         equalized(quant_model, "weights", small_images(4))
+
+
+def test_a_recipe_keeps_batch_norms(model: FloatModel, tmp_path: Path) -> None:
+    values = {"method": "rtn", "scheme": "W4A8", "fold_batch_norms": False}
+    section = QuantizeSection.parse(values, "recipe")
+    quant_model, _ = quantize(model, section, small_images(8), 0)
+    assert norms(quant_model) == [name for name, part in model.module.named_modules() if type(part) is nn.BatchNorm2d]
+    assert QuantizeSection.model_validate(section.model_dump()).fold_batch_norms is False
+    folded = QuantizeSection.parse({**values, "fold_batch_norms": True}, "recipe").model_dump()
+    assert "fold_batch_norms" not in folded, "files without it stay the bytes they were"
+    with pytest.raises(
+        RecipeError, match=r"equalize 'weights' scales channels of folded .*; leave fold_batch_norms on"
+    ):
+        QuantizeSection.parse({**values, "equalize": "weights"}, "recipe")
+    loaded = load_checkpoint(save_checkpoint(quant_model, tmp_path / "model"), float_model=model)
+    assert measure_sqnr(loaded, small_images(4), float_model=model) == measure_sqnr(quant_model, small_images(4))
 
 
 def test_a_trainable_copy_takes_gradients_where_nothing_is_quantized(model: FloatModel) -> None:

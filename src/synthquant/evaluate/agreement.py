@@ -178,7 +178,7 @@ def _reference(quant_model: QuantModel, float_model: FloatModel | None) -> Quant
             f"{quant_model.float_model.name}: loaded from a checkpoint, which holds no float weights;"
             " give the float model too"
         )
-    return QuantModel.build(float_model, quant_model.scheme, quant_model.equalization)
+    return QuantModel.build(float_model, quant_model.scheme, quant_model.equalization, fold=quant_model.fold)
 
 
 def _weight_ratio(reference: QuantLayer, layer: QuantLayer) -> float | None:

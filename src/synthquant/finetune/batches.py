@@ -51,6 +51,33 @@ class BatchSource(Protocol):
         ...
 
 
+class ImageInputs:
+    """What a network is given of images in a fixed order.
+
+    Attributes:
+        kept: all of them, `[N, C, H, W]` on the device of the network; none where they do not fit into memory.
+    """
+
+    def __init__(self, images: ImageSet, chosen: Tensor, model: FloatModel) -> None:
+        """Take the images at the positions `chosen`, int64 `[N]`."""
+        self._images, self._chosen, self._model = images, chosen, model
+        self.kept: Tensor | None = None
+        if len(chosen) * _bytes_of(model) <= _IN_MEMORY:
+            self.kept = self.prepared(model_inputs(images, model.preprocess, chosen.tolist()))
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield all of them in their order, `size` at a time; those that cannot be read are left out."""
+        if self.kept is not None:
+            yield from torch.split(self.kept, size)
+            return
+        for batch in input_batches(self._images, self._model.preprocess, size, self._chosen.tolist()):
+            yield self.prepared(batch.inputs)
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """Inputs as both networks get them: as for all quantization, cut off beyond black and white."""
+        return self._model.preprocess.cut_off(inputs).to(self._model.device)
+
+
 class ImagePool:
     """Batches of a fixed set of images, shuffled in each epoch; which are in one depends on its number alone."""
 
@@ -70,14 +97,13 @@ class ImagePool:
         self._images, self._chosen, self._model, self._rng = images, chosen, model, rng
         self._size, self._processes = batch_of(batch_size, len(chosen), processes), processes
         self._labels = _checked_labels(images, model)
-        self._kept: Tensor | None = None
-        if len(chosen) * _bytes_of(model) <= _IN_MEMORY:
-            self._kept = self._prepared(model_inputs(images, model.preprocess, chosen.tolist()))
-            if len(self._kept) < len(chosen):
-                raise DataError(
-                    f"{len(chosen) - len(self._kept)} of {len(chosen)} images cannot be read"
-                    f" ({images.set_aside[-1].reason}); leave them out"
-                )
+        self._inputs = ImageInputs(images, chosen, model)
+        kept = self._inputs.kept
+        if kept is not None and len(kept) < len(chosen):
+            raise DataError(
+                f"{len(chosen) - len(kept)} of {len(chosen)} images cannot be read"
+                f" ({images.set_aside[-1].reason}); leave them out"
+            )
 
     def prepare(self, progress: Progress) -> None:
         """Nothing: the images are there."""
@@ -100,11 +126,11 @@ class ImagePool:
             epoch, first = epoch + 1, 0
 
     def _epoch(self, order: Tensor) -> Iterator[TrainingBatch]:
-        device = self._model.device
-        if self._kept is not None:
+        device, kept = self._model.device, self._inputs.kept
+        if kept is not None:
             for rows in map(self._processes.share, torch.split(order, self._size)):
                 labels = None if self._labels is None else self._labels[self._chosen[rows]].to(device)
-                yield TrainingBatch(self._kept[rows.to(device)], labels)
+                yield TrainingBatch(kept[rows.to(device)], labels)
             return
         # No process decodes images of others.
         rows = torch.cat([self._processes.share(rows) for rows in torch.split(order, self._size)])
@@ -116,11 +142,7 @@ class ImagePool:
                     " need shares of one size"
                 )
             labels = None if self._labels is None else self._labels[batch.indices].to(device)
-            yield TrainingBatch(self._prepared(batch.inputs), labels)
-
-    def _prepared(self, inputs: Tensor) -> Tensor:
-        # As for all quantization (`CalibrationSet`): pixels beyond black and white are cut off for both networks.
-        return self._model.preprocess.cut_off(inputs).to(self._model.device)
+            yield TrainingBatch(self._inputs.prepared(batch.inputs), labels)
 
 
 def batch_of(batch_size: int, count: int, processes: Processes) -> int:

@@ -63,7 +63,7 @@ class FineTuning(Settings, ABC):
     weight_scale_lr: float = Field(default=5e-4, ge=0)
     """Learning rate of step sizes of weights, as a share of themselves."""
     activation_scale_lr: float = Field(default=5e-4, ge=0)
-    """Learning rate of step sizes of activations, as a share of what they are at the start."""
+    """Learning rate of step sizes of activations, as a share of what they are when training begins."""
     other_lr: float = Field(default=5e-4, ge=0)
     """Learning rate of biases, batch norms that were kept, and layers left in floating point."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -136,6 +136,7 @@ class FineTuning(Settings, ABC):
             UnsupportedModelError: the network gives no logits, has no feature maps that `features` could compare, or
                 nothing that any of the learning rates above 0 would move.
             DataError: there are too few images, or labels that are no classes; or `workdir` holds another training.
+            ModelError: `quant_model` is not calibrated.
             InputError: processes do not divide `batch_size`, or have other networks, images or settings.
             OtherProcessError: another process failed.
         """
@@ -147,6 +148,12 @@ class FineTuning(Settings, ABC):
 
     def trainer(self, student: Student) -> Trainer:
         """Return the optimiser of a student, at the rates of the settings."""
+        decays = {name: self.weight_decay * (group == "weights") for name, group in student.groups.items()}
+        learned, rates = student.parameters, self.rates(student)
+        return Trainer(learned, rates, decays, optimizer=self.optimizer, momentum=self.momentum, clip=self.clip)
+
+    def rates(self, student: Student) -> dict[str, float]:
+        """Return the learning rates of all that a student can learn, by name, in units of the parameters."""
         by_group = {
             "weights": self.weight_lr,
             "weight_scales": self.weight_scale_lr,
@@ -155,16 +162,7 @@ class FineTuning(Settings, ABC):
         }
         # A step of AdamW is of the length of the rate, one of SGD goes with the gradient, which a unit changes as well.
         power = 1 if self.optimizer == "adamw" else 2
-        rates = {name: by_group[group] * student.units[name] ** power for name, group in student.groups.items()}
-        decays = {name: self.weight_decay * (group == "weights") for name, group in student.groups.items()}
-        return Trainer(
-            student.parameters,
-            rates,
-            decays,
-            optimizer=self.optimizer,
-            momentum=self.momentum,
-            clip=self.clip,
-        )
+        return {name: by_group[group] * student.units[name] ** power for name, group in student.groups.items()}
 
     @property
     @abstractmethod
@@ -195,6 +193,7 @@ class _Training:
     ) -> None:
         model = quant_model.float_model
         settings.check(model)
+        quant_model.require_calibrated()
         if settings.batch_size % processes.count:
             raise InputError(
                 f"batch_size is the images of a step over all processes, and {processes.count} processes do not divide"
@@ -235,8 +234,10 @@ class _Training:
             if not self._state.points:
                 processes.together(lambda: self._source.prepare(self._progress))
                 self._take_start()
+                self._student.measure_units()  # ranges may just have been set
                 self._average = self._student.values() if settings.average > 0 else None
                 self._look([], bar)
+            self._trainer.set_rates(settings.rates(self._student))
             batches = self._source.batches(self._state.step)
             losses: list[float] = []
             while self._state.step < settings.iterations and not self._state.diverged:
@@ -331,6 +332,7 @@ class _Training:
                 f" step {best.step}, is kept; lower the learning rates, or set clip"
             )
         state.tensors |= {"student": self._student.values(), "optimizer": self._trainer.state()}
+        state.tensors["units"] = {name: torch.tensor(unit) for name, unit in self._student.units.items()}
         state.tensors["source"] = self._source.state()
         if self._average is not None:
             state.tensors["average"] = dict(self._average)
@@ -353,6 +355,7 @@ class _Training:
         self._state = found
         self._source.load(found.tensors.get("source", {}))
         self._student.load(found.tensors["student"])
+        self._student.units |= {name: float(unit) for name, unit in found.tensors.get("units", {}).items()}
         self._trainer.load(found.tensors.get("optimizer", {}))
         if self._average is not None:
             self._average = {name: found.tensors["average"][name].to(self._device) for name in self._average}

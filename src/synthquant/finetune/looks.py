@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from synthquant.core.run_metrics import FineTunePoint
-from synthquant.data.preprocess import model_inputs
 from synthquant.evaluate.accuracy import image_kl
+from synthquant.finetune.batches import ImageInputs
 from synthquant.models.held_out import HeldOut, agreement
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class Looks:
     def __init__(self, images: ImageSet, parts: HeldOut, student: Student) -> None:
         self._student, self._model = student, student.network.float_model
         held, trained = parts.held_out, parts.training
-        self._looks: list[tuple[Tensor, Tensor]] = []
+        self._looks: list[tuple[ImageInputs, Tensor]] = []
         for chosen in (held, trained[: len(held)]):
-            inputs = self._model.preprocess.cut_off(model_inputs(images, self._model.preprocess, chosen.tolist()))
+            inputs = ImageInputs(images, chosen, self._model)
             self._looks.append((inputs, self._logits(self._model.module, inputs)))
 
     def measure(self, values: dict[str, Tensor], step: int, loss: float | None) -> FineTunePoint | None:
@@ -49,7 +49,6 @@ class Looks:
         )
 
     @torch.no_grad()
-    def _logits(self, network: torch.nn.Module, images: Tensor) -> Tensor:
+    def _logits(self, network: torch.nn.Module, images: ImageInputs) -> Tensor:
         size = self._model.samples_at_once(_LOOKED_AT_ONCE)
-        parts = [network(part.to(self._model.device)).float().cpu() for part in torch.split(images, size)]
-        return torch.cat(parts)
+        return torch.cat([network(batch).float().cpu() for batch in images.batches(size)])

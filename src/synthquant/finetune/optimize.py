@@ -41,7 +41,7 @@ class Trainer:
                 "the network has nothing of what is to be learned, so training would change nothing; give another"
                 " learning rate than those that are above 0"
             )
-        self._rates = [rates[name] for name in self._names]
+        self.set_rates(rates)
         self.learned = [parameters[name] for name in self._names]
         self._clip = clip
         groups = [
@@ -52,6 +52,10 @@ class Trainer:
             self.optimizer = torch.optim.AdamW(groups, betas=(momentum, 0.999), fused=True)
         else:
             self.optimizer = torch.optim.SGD(groups, lr=1.0, momentum=momentum, nesterov=momentum > 0, fused=True)
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Learn at other rates from now on, those parameters that are learned."""
+        self._rates = [rates[name] for name in self._names]
 
     def step(self, share: float) -> None:
         """Make a step along the gradients that there are, at a share of the rates, and drop these."""

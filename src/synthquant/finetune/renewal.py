@@ -65,9 +65,10 @@ class RenewedPool(ImagePool):
         """
         model = student.network.float_model
         super().__init__(images, chosen, model, batch_size, rng)
-        if self._kept is None:
+        kept = self._inputs.kept
+        if kept is None:
             raise InputError(f"{len(chosen)} images are too many to be renewed: they are kept in memory; give fewer")
-        self._pool, self._student, self._settings = self._kept, student, settings
+        self._pool, self._student, self._settings = kept, student, settings
         self._network = inverted_network(model, NEEDING)
         if self._labels is not None:
             self._labels = self._labels.clone()  # those of the images stay as they are

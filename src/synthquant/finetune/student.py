@@ -26,7 +26,7 @@ class Student:
         parameters: what is learned, by name.
         groups: which of them belong together.
         units: what a step of each changes it by, in proportion: 1 where it is relative already or has no scale of its
-            own, the step size at the start for steps of activations.
+            own, for steps of activations the size that `measure_units` found.
     """
 
     def __init__(self, quant_model: QuantModel, form: WeightForm, *, lsq_gradient_scale: bool) -> None:
@@ -57,7 +57,14 @@ class Student:
             self._add(f"{name}.weight_scale", source.factor, "weight_scales")
         for name, one in self.network.quantizers.items():
             for index, part in enumerate([] if one.fixed else one.learnable()):
-                self._add(f"{name}.{index}", part, "activation_scales", float(part.detach().abs().mean()))
+                self._add(f"{name}.{index}", part, "activation_scales")
+        self.measure_units()
+
+    def measure_units(self) -> None:
+        """Count steps of activations, from now on, in what they are now."""
+        for name, group in self.groups.items():
+            if group == "activation_scales":
+                self.units[name] = float(self.parameters[name].detach().abs().mean())
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -105,8 +112,8 @@ class Student:
             parameter.grad = None
         return network
 
-    def _add(self, name: str, parameter: nn.Parameter, group: Group, unit: float = 1.0) -> None:
-        self.parameters[name], self.groups[name], self.units[name] = parameter, group, unit
+    def _add(self, name: str, parameter: nn.Parameter, group: Group) -> None:
+        self.parameters[name], self.groups[name], self.units[name] = parameter, group, 1.0
 
 
 def _float_weights(quant_model: QuantModel) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from synthquant.synthesize.low_pass import LowPass
 from synthquant.synthesize.slack import Slack, measure_slack
 
 if TYPE_CHECKING:
+    from synthquant.core.progress import Progress
     from synthquant.core.rng import Rng
     from synthquant.models.float_model import FloatModel
     from synthquant.synthesize.batches import Batch
@@ -30,7 +31,13 @@ class Diversity(LowPass):
     """Sample correlation inhibition of DSG: images of a batch as little alike as noise; none: no such term."""
 
     def measure(
-        self, network: InvertedNetwork, model: FloatModel, batch_size: int, shape: Sequence[int], rng: Rng
+        self,
+        network: InvertedNetwork,
+        model: FloatModel,
+        batch_size: int,
+        shape: Sequence[int],
+        rng: Rng,
+        progress: Progress,
     ) -> dict[str, Any]:
         """Measure what the loss needs to know of the network; returns it as it is kept with the images.
 
@@ -40,10 +47,12 @@ class Diversity(LowPass):
             batch_size: images over which statistics are taken.
             shape: of an image, `[C, H, W]`.
             rng: of the image set.
+            progress: told how far measuring is.
         """
         if self.slack is None:
             return {}
-        return {"slack": measure_slack(network, self.slack, batch_size, shape, rng.child("slack"), model.device)}
+        own, device = rng.child("slack"), model.device
+        return {"slack": measure_slack(network, self.slack, batch_size, shape, own, device, progress)}
 
     def objective(self, network: InvertedNetwork, model: FloatModel, batch: Batch) -> Objective:
         """Return what is minimised for a batch beside the distance of its statistics."""

@@ -141,7 +141,7 @@ class DSG(Diversity):
             )
             return images if labels is None else (images, labels)
 
-        measured = self.measure(network, model, sizes[0], shape, rng)
+        measured = self.measure(network, model, sizes[0], shape, rng, progress)
         order = Order(model, rng, writer, progress)
         return make_batches("dsg", self, order, sizes, make_batch, iterations=self.iterations, measured=measured)
 

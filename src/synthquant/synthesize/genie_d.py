@@ -136,7 +136,7 @@ class GenieD(Diversity):
         network.pieces = divided(sizes[0], need, self._need(generator), model.device, progress)
         order = Order(model, rng, writer, progress)
         make_batch = partial(self._make_batch, network, generator, model)
-        measured = self.measure(network, model, sizes[0], shape, rng)
+        measured = self.measure(network, model, sizes[0], shape, rng, progress)
         return make_batches("genie_d", self, order, sizes, make_batch, iterations=self.iterations, measured=measured)
 
     def _need(self, generator: Generator) -> Need:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,7 +38,13 @@ class Slack(Settings):
 
 
 def measure_slack(
-    network: InvertedNetwork, settings: Slack, batch_size: int, shape: Sequence[int], rng: Rng, device: torch.device
+    network: InvertedNetwork,
+    settings: Slack,
+    batch_size: int,
+    shape: Sequence[int],
+    rng: Rng,
+    device: torch.device,
+    progress: Progress = QUIET,
 ) -> list[dict[str, Any]]:
     """Measure the slack of a network, let it hold from now on, and return it as it is kept with the images.
 
@@ -48,17 +55,20 @@ def measure_slack(
         shape: of an image, `[C, H, W]`.
         rng: of the noise.
         device: where the network is.
+        progress: told how far it is.
 
     Returns:
         For each layer in the order in which they run `layer`, and `mean` and `deviation`: a number, or one for each
         channel.
     """
     generator, gaps = rng.generator("noise"), []
-    for begun in range(0, settings.samples, batch_size):
-        size = min(batch_size, settings.samples - begun) if network.per_image else batch_size
-        noise = torch.randn(size, *shape, generator=generator).to(device)
-        found = network.gaps(noise).cpu()
-        gaps.append(found if network.per_image else found[:, None])
+    with progress.bar("slack", settings.samples) as bar:
+        for begun in range(0, settings.samples, batch_size):
+            size = min(batch_size, settings.samples - begun) if network.per_image else batch_size
+            noise = torch.randn(size, *shape, generator=generator).to(device)
+            found = network.gaps(noise).cpu()
+            gaps.append(found if network.per_image else found[:, None])
+            bar.advance(min(size, settings.samples - begun))
     of_layers = torch.split(torch.cat(gaps, 1), [channels for _, channels in network.layers], dim=2)
     slacks = [_percentile(of_layer, settings) for of_layer in of_layers]
     wide = [slack.expand(-1, of_layer.shape[2]) for slack, of_layer in zip(slacks, of_layers, strict=True)]

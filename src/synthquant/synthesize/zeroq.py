@@ -116,6 +116,6 @@ class ZeroQ(Diversity):
                 patience=self.patience,
             )
 
-        measured = self.measure(network, model, sizes[0], shape, rng)
+        measured = self.measure(network, model, sizes[0], shape, rng, progress)
         order = Order(model, rng, writer, progress)
         return make_batches("zeroq", self, order, sizes, make_batch, iterations=self.iterations, measured=measured)
