@@ -188,7 +188,7 @@ def require_run(model: FloatModel, section: QuantizeSection) -> RunRecord:
     config = read_config(folder / "model")
     if config.float_model.fingerprint != model.fingerprint:
         raise InputError(f"{folder} is a run of {config.float_model.name} with other weights than those given")
-    if config.scheme != section.scheme:
+    if QuantizeSection.parse({"run": str(folder)}, str(folder)).scheme != section.scheme:
         raise InputError(
             f"{folder} was quantized to {config.scheme.name}, not as quantize.scheme says; leave method and scheme out"
         )

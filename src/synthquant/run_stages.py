@@ -219,7 +219,7 @@ class QuantizeStage(Stage):
         given = recipe.images.source if isinstance(recipe.images, SourceSection) else _GIVEN
         metrics |= {} if images is None else say_what_was_read(images, progress, given)
         return metrics | {
-            "scheme": recipe.quantize.scheme.describe(),
+            "scheme": run.quant_model.scheme.describe(),
             "coverage": [asdict(row) for row in coverage],
             "coverage_summary": asdict(summarize(coverage)),
         }

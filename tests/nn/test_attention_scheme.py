@@ -47,12 +47,31 @@ def test_products_read_through_quantizers_of_their_own() -> None:
     assert len(activation_quantizers(model.module.block)) == 4 + 4
 
 
-def test_without_it_a_network_is_built_as_before() -> None:
+def test_presets_mean_it() -> None:
+    default = QuantModel.build(float_model(Tokens()), "W4A4")
+    assert len(operands(default)) == 4 and default.scheme == papers(Tokens(), {}).scheme
+    assert "products of attention" in default.scheme.describe()
+    assert QuantModel.build(float_model(Tokens()), QuantScheme.parse("W4A16")).quantizers == {}
+
+
+def test_null_leaves_products_in_float() -> None:
     model = papers(Tokens())
     assert not operands(model) and not any(isinstance(part, QuantScope) for part in model.modules())
-    convolutions = papers(Network(), {})
-    assert convolutions.quantizers.keys() == papers(Network()).quantizers.keys()
-    assert convolutions.reads == papers(Network()).reads
+    assert "block.scaled_dot_product_attention_0" in summarize(model.coverage()).in_float
+
+
+def test_a_network_without_attention_is_built_as_before() -> None:
+    asked, plain = QuantModel.build(float_model(Network()), "W4A4"), papers(Network())
+    assert asked.scheme == plain.scheme and "attention" not in asked.scheme.model_dump_json()
+    assert asked.quantizers.keys() == plain.quantizers.keys() and asked.reads == plain.reads
+    assert not any(isinstance(part, QuantScope) for part in asked.modules())
+
+
+def test_a_softmax_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        SchemeError, match=r"^Network: .* no attention was found: of the \d+ operations outside of layers"
+    ):
+        papers(Network(), SOFTMAX)
 
 
 class Product(nn.Module):
@@ -217,8 +236,11 @@ def test_under_deploy_full_it_says_what_the_softmax_is() -> None:
 
 
 def test_the_scheme_says_so() -> None:
-    plain = QuantScheme.parse("W4A4")
+    plain = QuantScheme.parse({"preset": "W4A4", "attention": None})
     assert "attention" not in plain.model_dump_json() and "attention" not in plain.describe()
+    # files from before there was attention, and those that leave it out since, name no preset
+    assert QuantScheme.parse(plain.model_dump()) == plain != QuantScheme.parse("W4A4")
+    assert QuantScheme.parse({"preset": "W4A4", "input_activations": None}).attention is None
     asked = QuantScheme.parse({"preset": "W4A4", "attention": SOFTMAX})
     assert "products of attention, softmax 8 bit asymmetric per tensor" in asked.describe()
     assert QuantScheme.parse(asked.model_dump()) == asked

@@ -93,7 +93,7 @@ def rows_of(network: nn.Module, scheme: object = "W4A4") -> dict[str, CoverageRo
 
 
 def test_attention_of_torch_is_layers_and_products() -> None:
-    rows = rows_of(Attention())
+    rows = rows_of(Attention(), {"preset": "W4A4", "attention": None})
     assert [(row.name, row.macs, row.parameters, row.weight_bits) for row in rows.values()] == [
         ("patch", 4 * 8 * 48, 8 * 48, 8),
         ("attention.q_proj", 4 * 64, 64, 4),
@@ -189,7 +189,8 @@ def test_fused_kernels_hide_nothing() -> None:
 
 
 def test_products_of_two_tensors_are_quantized_under_deploy_full() -> None:
-    papers, full = rows_of(Tokens(), "W8A8"), rows_of(Tokens(), {"preset": "W8A8", "deploy": "full"})
+    papers = rows_of(Tokens(), {"preset": "W8A8", "attention": None})
+    full = rows_of(Tokens(), {"preset": "W8A8", "deploy": "full"})
     (inside,) = (row for row in papers.values() if row.kind == "scaled_dot_product_attention")
     assert inside.weight_bits is None and inside.reason == "computed outside of layers"
     products = [row for row in full.values() if row.kind == "matmul"]

@@ -26,7 +26,7 @@ from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
 from synthquant.nn.placement_reads import ReadPlacement, readable
 from synthquant.nn.rewrites import make_visible
-from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
+from synthquant.nn.scheme import AttentionScheme, LayerScheme, QuantArgs, QuantScheme
 from synthquant.nn.visible import ATTENTION, KERNELS
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
@@ -42,6 +42,7 @@ class Parts:
 
     Attributes:
         module: the network, quantizers in place.
+        scheme: what was asked for, without `attention` where the network has none.
         folded: pairs (batch norm, layer it was folded into).
         fold: batch norms were folded where that is possible.
         layers: quantized layers by name, in execution order.
@@ -54,6 +55,7 @@ class Parts:
     """
 
     module: nn.Module
+    scheme: QuantScheme
     folded: list[tuple[str, str]]
     fold: bool = True
     layers: dict[str, QuantLayer] = field(default_factory=dict)
@@ -75,23 +77,25 @@ def build_parts(
     flows where.
 
     Raises:
-        SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
+        SchemeError: the scheme quantizes nothing, a pattern matches nothing, or there is no softmax where it names one.
         ModelError: the equalisation is one of another network, or batch norms are not to be folded with it.
     """
     if equalization is not None and not fold:
         raise ModelError(f"{float_model.name}: channels are equalised in a network whose batch norms are folded")
-    parts = Parts(*folded_copy(float_model, fold=fold), fold)
+    module, folded = folded_copy(float_model, fold=fold)
     example = float_model.example(2)
     if equalization is not None:
-        equalization.apply(parts.module)
+        equalization.apply(module)
     with torch.no_grad():
-        seen = trace(parts.module, example)
-    order = [name for name in seen.order if isinstance(get_module(parts.module, name), QUANTIZABLE)]
+        seen = trace(module, example)
+    order = [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
     if not order:
         raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
+    scheme = _settled(scheme, Flow(seen, order), float_model.name)
+    parts = Parts(module, scheme, folded, fold)
     for granularity in ("block", "layer", "network"):
         parts.units[granularity] = find_units(parts.module, example, granularity, set(order), seen)
-    of_inputs = _Insertion(float_model, scheme, parts).run(seen, order, example)
+    of_inputs = _Insertion(float_model, parts).run(seen, order, example)
     if not parts.layers:
         raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
     _count(float_model, parts, example)
@@ -110,6 +114,22 @@ def folded_copy(float_model: FloatModel, *, fold: bool = True) -> tuple[nn.Modul
     module, example = copy_network(float_model.module).eval().requires_grad_(False), float_model.example(2)
     make_visible(module, example)
     return module, fold_batch_norms(module, example) if fold else []
+
+
+def _settled(scheme: QuantScheme, flow: Flow, name: str) -> QuantScheme:
+    """The scheme without `attention` where that changes nothing: then files say what they said before there was it."""
+    if scheme.attention is None:
+        return scheme
+    found = any(one.name in ATTENTION or flow.multiplies_activations(one) for one in flow.operations)
+    if not found and scheme.attention.softmax is not None:
+        raise SchemeError(
+            f"{name}: scheme.attention names a softmax, and no attention was found: of the {len(flow.operations)}"
+            f" operations outside of layers none is {' or '.join(ATTENTION)} or multiplies (matmul, bmm, einsum and the"
+            " like) two matrices that both depend on the input; leave scheme.attention out"
+        )
+    if found and (scheme.deploy == "papers" or scheme.attention != AttentionScheme()):
+        return scheme
+    return scheme.model_copy(update={"attention": None})
 
 
 def _count(float_model: FloatModel, parts: Parts, example: Inputs) -> None:
@@ -136,8 +156,8 @@ def _count(float_model: FloatModel, parts: Parts, example: Inputs) -> None:
 class _Insertion:
     """Puts quantizers into a network."""
 
-    def __init__(self, float_model: FloatModel, scheme: QuantScheme, parts: Parts) -> None:
-        self._scheme = scheme
+    def __init__(self, float_model: FloatModel, parts: Parts) -> None:
+        self._scheme = parts.scheme
         self._parts = parts
         self._module = parts.module
         self._device = float_model.device

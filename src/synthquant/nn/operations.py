@@ -182,7 +182,7 @@ class _Frame:
                 raise UnsupportedModelError(
                     f"module {self._scope.scope_name!r} ran {name!r} {seen[name]} times, not {max(counts)} times"
                     " as when it was quantized; a network whose operations change can have neither deploy 'full' nor"
-                    " attention quantized"
+                    " attention quantized: leave scheme.deploy at 'papers' and set scheme.attention to null"
                 )
 
 

@@ -129,6 +129,11 @@ class Flow:
                 found.update(value.index for value in operation.outputs)
         return found
 
+    def multiplies_activations(self, operation: Operation) -> bool:
+        """Whether an operation multiplies matrices, and all of them are activations."""
+        indices = factors(operation)
+        return bool(indices) and all(self.is_activation(operation.inputs[index]) for index in indices)
+
     def is_softmax(self, value: Value) -> bool:
         """Whether a softmax made a value."""
         operation = self.seen.producer(value)

@@ -154,11 +154,10 @@ class ReadPlacement:
     def _operands(self) -> Iterator[tuple[Operand, Value, QuantArgs]]:
         for operation in self._flow.operations:
             place = self._flow.place(operation.outputs[0])
-            indices = factors(operation)
             if place is None or self._scheme.ignores(place.name):
                 continue
-            if all(self._flow.is_activation(operation.inputs[index]) for index in indices):
-                for index in indices:
+            if self._flow.multiplies_activations(operation):
+                for index in factors(operation):
                     args = self._args(place.name, operation.inputs[index])
                     if args is not None:
                         yield Operand(place.module, place.operation, index), operation.inputs[index], args

@@ -28,7 +28,7 @@ class QuantModel(nn.Module):
 
     Attributes:
         float_model: what it was made from.
-        scheme: what was asked for.
+        scheme: what was asked for, without `attention` where the network has none.
         module: the quantized network.
         folded: pairs (batch norm, layer it was folded into).
         fold: batch norms were folded where that is possible.
@@ -41,13 +41,11 @@ class QuantModel(nn.Module):
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
 
-    def __init__(
-        self, float_model: FloatModel, scheme: QuantScheme, parts: Parts, equalization: Equalization | None = None
-    ) -> None:
+    def __init__(self, float_model: FloatModel, parts: Parts, equalization: Equalization | None = None) -> None:
         """Hold what was built; use `build`."""
         super().__init__()
         self.float_model = float_model
-        self.scheme = scheme
+        self.scheme = parts.scheme
         self.module = parts.module
         self.folded = parts.folded
         self.fold = parts.fold
@@ -79,12 +77,12 @@ class QuantModel(nn.Module):
             fold: fold batch norms into layers; otherwise all of them stay, to be trained on.
 
         Raises:
-            SchemeError: the scheme quantizes nothing, or a pattern matches nothing.
+            SchemeError: the scheme quantizes nothing, a pattern matches nothing, or there is no softmax where it names
+                one.
             ModelError: the equalisation is one of another network, or batch norms are not to be folded with it.
         """
-        scheme = QuantScheme.parse(scheme)
-        parts = build_parts(float_model, scheme, equalization, fold=fold)
-        return cls(float_model, scheme, parts, equalization).eval()
+        parts = build_parts(float_model, QuantScheme.parse(scheme), equalization, fold=fold)
+        return cls(float_model, parts, equalization).eval()
 
     def trainable_copy(self) -> QuantModel:
         """A copy whose float parameters take gradients: biases, batch norms, layers that are left in floating point.

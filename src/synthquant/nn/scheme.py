@@ -85,8 +85,9 @@ class QuantScheme(Settings):
     """Bits, grids and exceptions for a whole network.
 
     `QuantScheme.parse("W4A4")` gives per-channel asymmetric weights and per-tensor asymmetric activations, as BRECQ,
-    QDrop and Genie use for weights. `W4A16` is weight-only: activations stay in floating point. `W4A16int` quantizes
-    them too, to 16 bit integers.
+    QDrop and Genie use for weights, those that products of attention read among them. `W4A16` is weight-only:
+    activations stay in floating point. `W4A16int` quantizes them too, to 16 bit integers. A scheme that names no preset
+    says everything itself: what is not in it is off.
     """
 
     weights: QuantArgs | None = None
@@ -104,8 +105,8 @@ class QuantScheme(Settings):
     bits), each tensor once where it is made, so that an integer runtime needs no floating point between kernels."""
     attention: AttentionScheme | None = None
     """Products of two activations read quantized tensors: query and key, the softmax and the value, each on a grid of
-    its own; what they put out and residual sums stay in floating point. Empty: such products stay in floating point,
-    unless deploy is `full`, which quantizes them in any case. `attention={}` says no more than that."""
+    its own; what they put out and residual sums stay in floating point. Presets say so, for networks that have such
+    products. Null: they stay in floating point, unless deploy is `full`, which quantizes them in any case."""
     ignore: tuple[str, ...] = ()
     """Layers (and operations, with deploy `full`; products, with `attention`) left in floating point, by glob or,
     behind `re:`, by regular expression."""
@@ -132,7 +133,7 @@ class QuantScheme(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `attention` out where it is empty: such files are as they were before there was such a field."""
+        """Leave `attention` out where it is null: such files are as they were before there was such a field."""
         fields: dict[str, Any] = handler(self)
         if self.attention is None:
             fields.pop("attention", None)
@@ -155,6 +156,8 @@ class QuantScheme(Settings):
         for key, change in fields.items():
             known = merged.get(key)
             merged[key] = {**known, **change} if isinstance(known, dict) and isinstance(change, dict) else change
+        if preset is not None and merged.get("input_activations") is not None:
+            merged.setdefault("attention", {})
         try:
             return parse_settings(cls, merged, "scheme")
         except ValueError as error:
