@@ -7,7 +7,7 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -93,9 +93,14 @@ class QuantLayer(nn.Module):
     def correct_bias(self, change: torch.Tensor) -> None:
         """Add `change`, `[C]`, to the bias of the quantized layer; a layer without one gets one."""
         own = self._parameters["bias"]
-        former = torch.zeros_like(change) if own is None else own.detach()
-        self.float_bias = former if self.float_bias is None else self.float_bias
-        self._parameters["bias"] = nn.Parameter(former + change, requires_grad=False)
+        self.set_bias((torch.zeros_like(change) if own is None else own.detach()) + change)
+
+    def set_bias(self, bias: torch.Tensor) -> None:
+        """Give the quantized layer a bias of its own, `[C]`; the float layer keeps what it had."""
+        if self.float_bias is None:
+            own = self._parameters["bias"]
+            self.float_bias = torch.zeros_like(bias) if own is None else own.detach()
+        self._parameters["bias"] = nn.Parameter(bias.clone(), requires_grad=False)
 
     def make_room_for_bias(self, bias: torch.Tensor) -> None:
         """Let a layer that has no bias take one of this shape from a checkpoint: bias correction gave it one."""
@@ -116,7 +121,7 @@ class QuantLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the input, then the layer's own forward, then quantize the output."""
         if self.input_quantizer is not None:
-            args, kwargs = _first_quantized(self.input_quantizer, args, kwargs)
+            args, kwargs = first_replaced(self.input_quantizer, args, kwargs)
         output = super().forward(*args, **kwargs)
         return output if self.output_quantizer is None else hand_on(self.output_quantizer, output)
 
@@ -183,7 +188,7 @@ class QuantBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Quantize the input, then the block's own forward."""
-        args, kwargs = _first_quantized(self.input_quantizer, args, kwargs)
+        args, kwargs = first_replaced(self.input_quantizer, args, kwargs)
         return super().forward(*args, **kwargs)
 
 
@@ -195,14 +200,14 @@ def quantize_block(block: nn.Module, input_quantizer: ActivationQuantizer) -> Qu
     return quantized
 
 
-def _first_quantized(
-    quantizer: ActivationQuantizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+def first_replaced(
+    change: Callable[[torch.Tensor], torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the first tensor among them quantized, positional ones first."""
+    """The arguments of a call with what `change` makes of the first tensor among them, positional ones first."""
     if args and isinstance(args[0], torch.Tensor):
-        return (quantizer(args[0]), *args[1:]), kwargs
+        return (change(args[0]), *args[1:]), kwargs
     leaves, spec = pytree.tree_flatten((args, kwargs))
     first = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-    leaves[first] = quantizer(leaves[first])
+    leaves[first] = change(leaves[first])
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs

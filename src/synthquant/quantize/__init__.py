@@ -6,10 +6,12 @@
 - `cache`: where the inputs and outputs of units are kept: device, memory, files.
 - `calibrate`: ranges: where the grids of weights and activations lie before anything is learned.
 - `equalize`: finding the factors by which channels are scaled before quantization.
+- `erq`: ERQ: weights regressed on quantized inputs and rounded half of the columns at a time.
 - `fisher`: how much the network's answer depends on a unit's output.
 - `genie_m`: Genie-M: step sizes and roundings together.
 - `layout`: where the channels of a unit's output are: first, as in feature maps, or last, as in tokens.
 - `learn`: learning the roundings and step sizes of one unit.
+- `moments`: sums over what layers read, from which their weights are regressed.
 - `qdrop`: QDrop: roundings learned while activations are dropped at random.
 - `reconstruct`: unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
 - `replay`: running a network up to one unit, or from one on, without running the units before it.
@@ -21,8 +23,9 @@
 
 from synthquant.quantize.adaround import AdaRound
 from synthquant.quantize.brecq import Brecq
+from synthquant.quantize.erq import Erq
 from synthquant.quantize.genie_m import GenieM
 from synthquant.quantize.qdrop import QDrop
 from synthquant.quantize.rtn import Rtn
 
-__all__ = ["AdaRound", "Brecq", "GenieM", "QDrop", "Rtn"]
+__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "QDrop", "Rtn"]

@@ -22,7 +22,10 @@ Parts = tuple[Sequence[QuantLayer], Sequence[ActivationQuantizer]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What learning may change in a unit: codes and scales of its layers, grids of its activation quantizers."""
+    """What a method may change in a unit: codes and scales of its layers, grids of its activation quantizers.
+
+    Zero points and biases of the layers are among it for methods that change them.
+    """
 
     tensors: dict[str, torch.Tensor]
 
@@ -33,17 +36,27 @@ class Snapshot:
             if layer.weight_quantizer is not None:
                 layer.weight_quantizer.load_codes(self.tensors[f"layer.{index}.codes"])
                 layer.weight_quantizer.scale.copy_(self.tensors[f"layer.{index}.scale"])
+                if (zero_point := self.tensors.get(f"layer.{index}.zero_point")) is not None:
+                    layer.weight_quantizer.zero_point.copy_(zero_point)
+            if (bias := self.tensors.get(f"layer.{index}.bias")) is not None:
+                layer.set_bias(bias.to(layer.float_weight))
         for index, quantizer in enumerate(quantizers):
             quantizer.load_grid({name: self.tensors[f"quantizer.{index}.{name}"] for name in quantizer.grid()})
 
 
-def snapshot(layers: Sequence[QuantLayer], quantizers: Sequence[ActivationQuantizer]) -> Snapshot:
-    """Copy a unit's state."""
+def snapshot(
+    layers: Sequence[QuantLayer], quantizers: Sequence[ActivationQuantizer], *, offsets: bool = False
+) -> Snapshot:
+    """Copy a unit's state; with `offsets` zero points of weights and corrected biases too."""
     tensors = {}
     for index, layer in enumerate(layers):
         if layer.weight_quantizer is not None:
             tensors[f"layer.{index}.codes"] = layer.weight_quantizer.codes.clone()
             tensors[f"layer.{index}.scale"] = layer.weight_quantizer.scale.clone()
+            if offsets:
+                tensors[f"layer.{index}.zero_point"] = layer.weight_quantizer.zero_point.clone()
+        if offsets and layer.float_bias is not None:
+            tensors[f"layer.{index}.bias"] = layer.bias.detach().clone()
     for index, quantizer in enumerate(quantizers):
         tensors |= {f"quantizer.{index}.{name}": tensor.clone() for name, tensor in quantizer.grid().items()}
     return Snapshot(tensors)
@@ -68,6 +81,7 @@ class UnitFiles:
         made_from: Callable[[], Iterable[object]],
         *,
         after: str = "",
+        offsets: bool = False,
         progress: Progress = QUIET,
     ) -> None:
         """Keep files in `workdir / phase`; without a folder nothing is kept.
@@ -77,11 +91,13 @@ class UnitFiles:
             phase: name of the phase.
             made_from: everything that decides what the units become; called if there is a folder.
             after: `outcome` of the phase before.
+            offsets: zero points of weights and biases are changed too.
             progress: told of files that cannot be used.
         """
         self._folder = None if workdir is None else workdir / phase
         self._key = "" if workdir is None else sha256_bytes(repr(tuple(made_from())).encode())
         self._progress = progress
+        self._offsets = offsets
         self.outcome = after
         """Hash of what the units up to here became, those of earlier phases included."""
 
@@ -132,7 +148,7 @@ class UnitFiles:
         """Keep a finished unit, atomically; those before it have been loaded or saved."""
         path = self._path(index)
         if path is not None:
-            tensors = snapshot(*parts).tensors
+            tensors = snapshot(*parts, offsets=self._offsets).tensors
             texts = {"report": report.model_dump_json(), "made_from": self._key, "after": self.outcome}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_sealed_tensors(path, tensors, texts)
