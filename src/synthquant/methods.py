@@ -148,7 +148,8 @@ class Synthesizer(Protocol):
         """Make exactly `count` images in pixel space; the last batch may be smaller.
 
         With a `writer`, each batch is one part on disk and parts that are already there are skipped. Batch `b` draws
-        only from `rng.child(f"batch-{b}")`, so that a resumed run makes the same bytes.
+        only from `rng.child(f"batch-{b}")`, or its images from `rng.child(f"image-{i}")` with their numbers in the set,
+        so that a resumed run makes the same bytes.
         """
         ...
 

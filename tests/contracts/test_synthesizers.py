@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tests.contracts.conftest import State
+from tests.select.networks import Tokens, float_model
+from tests.small_networks import small_float_model
 
 from synthquant.core.errors import InputError
 from synthquant.core.method_settings import build_method
@@ -50,6 +52,14 @@ def pixels(images: ImageSet) -> torch.Tensor:
 @pytest.fixture(params=NAMES)
 def method(request: pytest.FixtureRequest, needs: dict[str, dict[str, Any]]) -> Synthesizer:
     return small(request.param, needs)
+
+
+@pytest.fixture
+def model(method: Synthesizer, tmp_path: Path) -> FloatModel:
+    """With batch norms, or with attention for a method that needs it."""
+    if getattr(method, "needs_attention", False):
+        return float_model(Tokens("fused"), "attentive")
+    return small_float_model(tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
@@ -94,10 +104,11 @@ def test_the_low_pass_filter_is_the_last_thing_that_is_done(method: Synthesizer,
     torch.testing.assert_close(pixels(filtered).float() / levels, expected / levels, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_finished_parts_are_skipped_and_the_rest_is_the_same(
-    name: str, model: FloatModel, needs: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Synthesizer, model: FloatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (name,) = (name for name, cls in SYNTHESIZERS.items() if type(method) is cls)
+
     class Stop(BaseException):
         pass
 
@@ -106,8 +117,6 @@ def test_finished_parts_are_skipped_and_the_rest_is_the_same(
             super().append(*args, **kwargs)
             if self.finished_parts == 1:
                 raise Stop
-
-    method = small(name, needs)
 
     def writer(folder: str) -> ImageSetWriter:
         return open_writer(tmp_path / folder, name, method, 10, 0, model)

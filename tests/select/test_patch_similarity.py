@@ -18,7 +18,8 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.models.attention import patch_tokens
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
-from synthquant.select.patch_similarity import PatchProbe, PatchSimilarity, similarity_entropy
+from synthquant.models.patch_similarity import similarity_entropy
+from synthquant.select.patch_similarity import PatchProbe, PatchSimilarity
 from synthquant.select.scan import scan
 from synthquant.select.sequence import run_filters
 

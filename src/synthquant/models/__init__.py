@@ -13,6 +13,7 @@
 - `open`: from the name of a model to a `FloatModel`.
 - `opened`: what an opener of networks returns, and how it says that it could not.
 - `operation_names`: what an operation is called: its module, its function and its number there.
+- `patch_similarity`: how diverse the patches of an image look to a vision transformer.
 - `products`: every matrix product of a forward pass.
 - `samples`: what a network is calibrated and measured with: batches of inputs, wherever they come from.
 - `signature`: what a network, or a part of it, takes and gives: inputs, tensor specs, trees of tensors.

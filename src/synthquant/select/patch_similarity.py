@@ -9,46 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import eval_mode
 from synthquant.methods import SELECTORS
-from synthquant.models.attention import Attentions, patch_tokens
+from synthquant.models.attention import Attentions
+from synthquant.models.patch_similarity import patch_similarities, similarity_entropy
 from synthquant.select.filter import Filter, unfit
 
 if TYPE_CHECKING:
     from synthquant.methods import Candidates
     from synthquant.models.float_model import FloatModel
 
-_BANDWIDTH = 0.01
-_DENSITY_FLOOR = 1e-4
 _LACKS = "no attention between the patches of an image"
-
-
-def similarity_entropy(similarities: Tensor, points: int = 512) -> Tensor:
-    """Return the entropy [nats] of the density of each row, `[R]`, of cosine similarities `[R, M]`.
-
-    `H = -int f ln f` with a Gaussian kernel density estimate `f` (bandwidth 0.01, plus 1e-4) on `points` grid points
-    between the row's own smallest and largest value, by the trapezoidal rule: PSAQ-ViT (arXiv:2203.02250) with its
-    constants. Values are rounded to the grid first, and the kernel is applied to their histogram: the cost is that of
-    one pass over the values, where the direct sum costs `points` times as much. A row that is not finite gets NaN.
-    """
-    low, high = similarities.amin(1, keepdim=True), similarities.amax(1, keepdim=True)
-    step = ((high - low) / (points - 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    places = ((similarities - low) / step).nan_to_num_().round_().clamp_(0, points - 1).long()
-    counts = torch.zeros(len(places), points, device=places.device)
-    counts.scatter_add_(1, places, torch.ones_like(similarities))
-    # Circular convolution on twice the points: what wraps around falls outside.
-    offsets = torch.arange(2 * points, device=places.device)
-    distance = torch.minimum(offsets, 2 * points - offsets) * step / _BANDWIDTH
-    kernel = torch.exp(-0.5 * distance.square()) / (_BANDWIDTH * (2 * torch.pi) ** 0.5)
-    spectrum = torch.fft.rfft(counts, n=2 * points) * torch.fft.rfft(kernel)
-    density = torch.fft.irfft(spectrum, n=2 * points)[:, :points] / similarities.shape[1]
-    density = density.clamp(min=0) + _DENSITY_FLOOR
-    surprise = -density * density.log()
-    entropy: Tensor = (surprise.sum(1) - 0.5 * (surprise[:, 0] + surprise[:, -1])) * step[:, 0]
-    return entropy
 
 
 @SELECTORS.register("patch_similarity")
@@ -119,10 +92,8 @@ class PatchProbe:
         return self._entropy[:, None]
 
     def _add(self, output: Tensor) -> None:
-        tokens = patch_tokens(output, self._images, self._input_size)
-        if tokens is None:
+        similarities = patch_similarities(output, self._images, self._input_size)
+        if similarities is None:
             return
-        tokens = F.normalize(tokens, dim=-1)
-        similarities = (tokens @ tokens.transpose(1, 2)).reshape(self._images, -1)
         entropy = similarity_entropy(similarities, self._points)
         self._entropy = entropy if self._entropy is None else self._entropy + entropy

@@ -1,5 +1,6 @@
 """Making images from a trained network alone, or of its classes; importing this registers the methods.
 
+- `attentive`: what a vision transformer says of images with gradients: how diverse patches look, how alike heads look.
 - `batches`: what all methods share: counts, parts, resuming, pixel space.
 - `class_names`: what the classes of a classifier are called: built in, from a file, or as the network says.
 - `correlation`: sample correlation inhibition of DSG: images as little alike as noise.
@@ -14,9 +15,10 @@
 - `noise`: Gaussian noise, the baseline.
 - `pieces`: a large batch taken in pieces, to the same bytes.
 - `pixels`: optimising the pixels of a batch themselves, as ZeroQ and DSG do.
-- `priors`: prior terms of DSG's code: total variation, norm.
+- `priors`: prior terms of images: total variation, norm.
 - `prompt_tuning`: prompt tuning of GenQ: one token, shared by all classes, learned from a few real images.
 - `prompts`: from classes to prompts: which class, template and seed each image of a text-to-image set has.
+- `psaq_vit`: PSAQ-ViT: pixels optimised until patches look as diverse as possible to a vision transformer.
 - `slack`: slack distribution alignment of DSG: how far statistics may be off before it counts.
 - `swing`: swing convolution of Genie: strided layers that start at random offsets.
 - `text_to_image`: GenQ: images of the classes drawn by a text-to-image model.
@@ -27,7 +29,8 @@ from synthquant.synthesize.dsg import DSG
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.noise import Noise
 from synthquant.synthesize.prompt_tuning import PromptTuning, tune_prompt
+from synthquant.synthesize.psaq_vit import PsaqVit
 from synthquant.synthesize.text_to_image import TextToImage
 from synthquant.synthesize.zeroq import ZeroQ
 
-__all__ = ["DSG", "GenieD", "Noise", "PromptTuning", "TextToImage", "ZeroQ", "tune_prompt"]
+__all__ = ["DSG", "GenieD", "Noise", "PromptTuning", "PsaqVit", "TextToImage", "ZeroQ", "tune_prompt"]

@@ -42,7 +42,7 @@ class Batch:
     size: int
     """How many images it has."""
     rng: Rng
-    """Its own source of randomness, the only one that it draws from."""
+    """Its own source of randomness."""
     bar: Bar
     """Advanced by the method: by one for each iteration, or by the images of a method without iterations."""
 
@@ -131,7 +131,8 @@ def make_batches(
 ) -> ImageSet:
     """Make every batch that is not on disk yet from normalised images, and return the image set.
 
-    Batch `b` draws from `rng.child(f"batch-{b}")` only. With a writer each batch is one part.
+    Batch `b` draws from `rng.child(f"batch-{b}")` only, or its images from `rng.child(f"image-{i}")` with their numbers
+    in the set, so that parts can be made again. With a writer each batch is one part.
 
     Args:
         method: registered name of the method.
@@ -193,10 +194,24 @@ def image_form(method: Synthesizer | Settings) -> ImageForm:
     return form
 
 
-def no_batch_norm(method: str, model: FloatModel) -> UnsupportedModelError:
-    """Return the error for a network without batch-norm statistics; it names the methods that work without them."""
-    others = [name for name, other in SYNTHESIZERS.items() if not getattr(other, "needs_batch_norm", False)]
+def lacking(method: str, model: FloatModel, lacks: str, need: str) -> UnsupportedModelError:
+    """Return the error for a network without what a method needs; it names the methods that do not need it.
+
+    Args:
+        method: registered name of the method.
+        model: the network.
+        lacks: what it lacks, as "no ...".
+        need: the class variable by which a method says that it needs that.
+    """
+    others = [name for name, other in SYNTHESIZERS.items() if not getattr(other, need, False)]
     return UnsupportedModelError(
-        f"{model.name} has no batch norm with running statistics, which {method} needs;"
+        f"{model.name} has {lacks}, which {method} needs;"
         f" use a method that does not: {', '.join(sorted(others)) or '(none is registered)'}"
     )
+
+
+def number_of_classes(model: FloatModel) -> int:
+    """Classes of a network; raises `UnsupportedModelError` if it is no classifier."""
+    model.require_logits()
+    with torch.no_grad():
+        return model.logits(model.example_images(1)).shape[1]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from synthquant.core.progress import QUIET, Progress
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.batch_norm_loss import TARGET_EPSILON
-from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches
+from synthquant.synthesize.batches import Batch, Order, batch_sizes, make_batches, number_of_classes
 from synthquant.synthesize.correlation import Correlation
 from synthquant.synthesize.diversity import Diversity
 from synthquant.synthesize.inversion import ComputeType, InvertedNetwork, Objective
@@ -122,7 +122,7 @@ class DSG(Diversity):
         shape = (model.preprocess.channels, *model.preprocess.input_size)
         need = network.need(model.example_images(2))
         network.pieces = divided(sizes[0], need, need_of_pixels(shape), model.device, progress)
-        classes = _number_of_classes(model) if self.cross_entropy else 0
+        classes = number_of_classes(model) if self.cross_entropy else 0
 
         def make_batch(batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
             start = torch.randn(batch.size, *shape, generator=batch.rng.generator("pixels"))
@@ -164,10 +164,3 @@ class DSG(Diversity):
             enhanced = torch.arange(first, first + batch.size, device=model.device) % len(network.layers)
             objective = replace(objective, enhanced=enhanced)
         return objective
-
-
-def _number_of_classes(model: FloatModel) -> int:
-    """Classes of a network; raises `UnsupportedModelError` if it is no classifier."""
-    model.require_logits()
-    with torch.no_grad():
-        return model.logits(model.example_images(1)).shape[1]

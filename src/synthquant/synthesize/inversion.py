@@ -21,7 +21,7 @@ from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.models.batch_norm import is_untrained
 from synthquant.models.batch_norm_loss import image_loss
 from synthquant.models.watched_batch_norms import WatchedBatchNorms
-from synthquant.synthesize.batches import no_batch_norm
+from synthquant.synthesize.batches import lacking
 from synthquant.synthesize.pieces import Need, Pieces, joined, need_of
 from synthquant.synthesize.swing import SwingOffsets
 
@@ -95,7 +95,7 @@ class InvertedNetwork:
             epsilon=epsilon,
         )
         if not self._norms.names:
-            raise no_batch_norm(method, model)
+            raise lacking(method, model, "no batch norm with running statistics", "needs_batch_norm")
         self.swing = SwingOffsets(self._network, model.device) if swing else None
 
     @property
@@ -249,6 +249,33 @@ class ExponentialSchedule:
             self.rate.mul_(self.factor)
 
 
+class WarmedCosineSchedule:
+    """Rises in equal steps to `peak` over `warm_up` iterations, falls to 0 along half a cosine, and starts anew.
+
+    Iteration `i` of each `period`, from 0, has the rate `peak (i + 1) / warm_up` while `i < warm_up`, then
+    `peak (1 + cos(pi (i - warm_up) / (period - warm_up))) / 2`.
+    """
+
+    def __init__(self, rate: Tensor, *, peak: float, warm_up: int, period: int) -> None:
+        """Set the rate of the first iteration."""
+        self.rate = rate
+        self.peak = peak
+        self.warm_up = warm_up
+        self.period = period
+        self.rate.fill_(self._at(0))
+
+    def step(self, loss: Tensor, iteration: int) -> None:
+        """Set the rate of the next iteration."""
+        del loss
+        self.rate.fill_(self._at(iteration % self.period))
+
+    def _at(self, place: int) -> float:
+        if place < self.warm_up:
+            return self.peak * (place + 1) / self.warm_up
+        share = (place - self.warm_up) / (self.period - self.warm_up)
+        return self.peak * (1 + math.cos(math.pi * share)) / 2
+
+
 @dataclass(frozen=True)
 class Learner:
     """An optimiser and the schedule of its learning rate."""
@@ -257,12 +284,14 @@ class Learner:
     schedule: Schedule
 
 
-def adam(parameters: Iterable[Tensor], rate: float) -> tuple[torch.optim.Adam, Tensor]:
+def adam(
+    parameters: Iterable[Tensor], rate: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> tuple[torch.optim.Adam, Tensor]:
     """Adam as one fused kernel, and its learning rate: a device scalar that a schedule may change in place."""
     parameters = list(parameters)
     device = parameters[0].device
     learning_rate = torch.tensor(rate, device=device)
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=betas, fused=True)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     return optimizer, learning_rate
@@ -293,14 +322,38 @@ def invert(
     Raises `InputError` if the loss stops being finite.
     """
     images = torch.empty(0)
-    reported = 0
-    for iteration in range(1, iterations + 1):
+
+    def backward(iteration: int) -> Tensor:
+        nonlocal images
+        del iteration
         if network.swing is not None:
             network.swing.draw(swing_generator)
+        images = make_images()
+        return network.backward(images, objective)
+
+    minimize(backward, learners, iterations=iterations, advice=advice, bar=bar)
+    return images.detach()
+
+
+def minimize(
+    backward: Callable[[int], Tensor], learners: Sequence[Learner], *, iterations: int, advice: Advice, bar: Bar
+) -> None:
+    """Step down the gradient that `backward` adds to what the learners drive.
+
+    Args:
+        backward: called with the number of the iteration, from 1; returns the loss, a detached scalar.
+        learners: optimisers whose gradients are none when it is called.
+        iterations: how many steps.
+        advice: what an error says.
+        bar: advanced by one for each of them.
+
+    Raises `InputError` if the loss stops being finite.
+    """
+    reported = 0
+    for iteration in range(1, iterations + 1):
         for learner in learners:
             learner.optimizer.zero_grad(set_to_none=True)
-        images = make_images()
-        loss = network.backward(images, objective)
+        loss = backward(iteration)
         for learner in learners:
             learner.optimizer.step()
             learner.schedule.step(loss, iteration)
@@ -309,7 +362,6 @@ def invert(
             _require_finite(value, iteration, advice)
             bar.advance(iteration - reported, loss=value)
             reported = iteration
-    return images.detach()
 
 
 def _require_finite(loss: float, iteration: int, advice: Advice) -> None:
@@ -318,6 +370,6 @@ def _require_finite(loss: float, iteration: int, advice: Advice) -> None:
     if iteration == 1:
         raise InputError(
             f"the loss of batch {advice.batch} is {loss} before the first step; check the network's weights and"
-            " batch-norm statistics for values that are not finite, or set compute_dtype to float32"
+            " buffers for values that are not finite, or set compute_dtype to float32"
         )
     raise InputError(f"the loss of batch {advice.batch} is {loss} at iteration {iteration}; lower {advice.settings}")

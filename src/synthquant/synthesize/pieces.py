@@ -94,9 +94,7 @@ def divided(batch: int, network: Need, beside: Need, device: torch.device, progr
         device: where all this is.
         progress: told what was chosen, and warned if it will not fit.
     """
-    kind, size = _kind(device), batch
-    if network.of(batch) > _WHOLE[kind]:
-        size = min(batch, _power_of_two(_PIECE[kind] // network.per_image))
+    size = piece_size(batch, network, device)
     count = -(-batch // size)
     free = free_memory(device)
     room = int(_SPENT * free) - beside.of(batch) - network.fixed
@@ -114,6 +112,14 @@ def divided(batch: int, network: Need, beside: Need, device: torch.device, progr
             f" {_gib(network.of(batch))}, what makes the images {_gib(beside.of(batch))}, and {_gib(free)} are free"
         )
     return Pieces(size, kept)
+
+
+def piece_size(batch: int, network: Need, device: torch.device) -> int:
+    """Return how many images of a batch run at once; it follows from the network alone."""
+    kind = _kind(device)
+    if network.of(batch) <= _WHOLE[kind]:
+        return batch
+    return min(batch, _power_of_two(_PIECE[kind] // network.per_image))
 
 
 def _kind(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Prior terms of DSG's code: images that the network takes for a class, that are smooth, and not too bright."""
+"""Prior terms of images, whatever the network makes of them: how smooth, and how bright."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from torch.linalg import vector_norm
 def total_variation(images: Tensor) -> Tensor:
     """How rough images `[B, C, H, W]` are, averaged over them; a scalar.
 
-    The sum of four Euclidean norms: of the differences between neighbours along rows, columns and both diagonals. The
-    authors' code takes each norm over the batch, so that its weight depends on the batch's size; over B images alike it
-    is `sqrt(B)` times this.
+    The code of DSG and PSAQ-ViT takes each norm over the batch, so that its weight depends on the batch's size; over B
+    images alike it is `sqrt(B)` times this.
+    """
+    return total_variations(images).mean()
+
+
+def total_variations(images: Tensor) -> Tensor:
+    """How rough each of the images `[B, C, H, W]` is, `[B]`.
+
+    The sum of four Euclidean norms: of the differences between neighbours along rows, columns and both diagonals.
     """
     differences = (
         images[:, :, :, 1:] - images[:, :, :, :-1],
@@ -21,7 +28,7 @@ def total_variation(images: Tensor) -> Tensor:
         images[:, :, 1:, :-1] - images[:, :, :-1, 1:],
     )
     norms = torch.stack([vector_norm(one.flatten(1), dim=1) for one in differences])
-    return norms.sum(0).mean()
+    return norms.sum(0)
 
 
 def image_norm(images: Tensor) -> Tensor:
