@@ -24,8 +24,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A process for each core, up to four, each with one thread: most tests are too small to share.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The figures of README.md and docs/results/; the other benchmarks take data paths, see the head of each script.
 bench: $(STAMP)

@@ -15,6 +15,10 @@ from markupsafe import Markup
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Several processes (`pytest --numprocesses`) have a core each; read when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell without job control starts what runs in the background with interrupts ignored, and children inherit that;
 # tests of stopped commands send them one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,41 @@ from tests.small_networks import SOURCE, small_images
 
 from synthquant.cli import main
 from synthquant.core.record import RunRecord
+from synthquant.finetune.state_file import StateFile, TrainingState
 
 SMALL = ("--set=iterations=6", "--set=batch_size=4", "--set=evaluations=3", "--device=cpu", "--trust-code")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["synthquant.cli", "synthquant.pipeline", "torch._dynamo", "matplotlib.pyplot"])
 
 
-def command(rank: int, port: int, arguments: list[str], folder: Path) -> None:
-    """What a launcher does, with output in files."""
+def command(rank: int, port: int, arguments: list[str], folder: Path, dying: bool) -> None:
+    """What a launcher does, with output in files; dying as soon as there is something to go on from."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in variables.items()}
     sys.stdout, sys.stderr = (open(folder / f"{rank}.{kind}", "w") for kind in ("out", "err"))  # noqa: SIM115
+    if dying and rank == 0:
+        save = StateFile.save
+
+        def save_and_die(self: StateFile, state: TrainingState) -> None:
+            save(self, state)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        StateFile.save = save_and_die  # type: ignore[method-assign]
     main(arguments)
 
 
-def launched(folder: Path, *each: list[object], until: Path | None = None) -> tuple[list[int | None], list[str]]:
+def launched(folder: Path, *each: list[object], dying: bool = False) -> tuple[list[int | None], list[str]]:
     """Exit statuses of two processes, and what they printed (out, err, of the first and of the second)."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     started: list[Any] = []
     for rank, arguments in enumerate(each if len(each) == 2 else each * 2):
-        started.append(_CONTEXT.Process(target=command, args=(rank, port, [str(one) for one in arguments], folder)))
+        texts = [str(one) for one in arguments]
+        started.append(_CONTEXT.Process(target=command, args=(rank, port, texts, folder, dying)))
         started[-1].start()
-    deadline = time.monotonic() + 100
-    while until is not None and not until.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
     for process in started:
-        if until is not None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.join(100)
+        process.join(200)
     names = (f"{rank}.{kind}" for rank in (0, 1) for kind in ("out", "err"))
     return [process.exitcode for process in started], [(folder / name).read_text() for name in names]
 
@@ -76,7 +80,8 @@ def test_one_process_does_the_run_and_the_others_train_with_it(recipe: Path, tmp
     assert status == [0, 0] and "agreement" in out and silent_out == silent_err == ""
     record = RunRecord.load(whole / "run.json")
     assert record.stages["finetune"].metrics["steps"] == 6 and (whole / "report.html").is_file()
-    launched(tmp_path, ["run", recipe, "--out", killed], until=killed / "work" / "finetune" / "training.safetensors")
+    status, (_, _, silent_out, silent_err) = launched(tmp_path, ["run", recipe, "--out", killed], dying=True)
+    assert status == [-signal.SIGKILL, 1] and silent_out == silent_err == ""
     assert not (killed / "last").exists()
     assert launched(tmp_path, ["run", recipe, "--out", killed])[0] == [0, 0]
     assert weights(killed) == weights(whole)
