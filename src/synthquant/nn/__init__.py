@@ -8,6 +8,7 @@
 - `derived`: classes derived at run time, so that a module keeps its place, its attributes and its own forward.
 - `equalization`: channels scaled so that a network computes the same: the factors, and applying them.
 - `functional`: fake quantization and soft rounding as pure functions of tensors.
+- `kinds`: the package's own kinds of activation quantizers.
 - `layers`: quantized layers: the user's own layer whose `weight` reads as the decoded codes.
 - `moves`: operations that only move values: what they put out keeps the grid of what they read.
 - `observers`: choice of scale and zero point: what range of values a grid covers.
@@ -19,6 +20,7 @@
 - `quant_model`: the quantized copy of a network: its state, its modes, its coverage.
 - `rewrites`: modules that multiply by functions, as equal modules of layers and visible products.
 - `scheme`: quantization schemes as plain data, in the vocabulary of compressed-tensors.
+- `twin_uniform`: PTQ4ViT's kind of quantizer, for what a softmax or a GELU puts out.
 - `visible`: functions that hide several operations, as those operations, so that each of them can be quantized.
 - `weight_quantizers`: quantized weights: integer codes with their scales.
 - `weight_sources`: where a layer's weight comes from while it is learned; otherwise it is decoded from codes.

@@ -11,7 +11,7 @@ Its parameters and buffers are its grid: checkpoints, snapshots of units and the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -109,6 +109,16 @@ class ActivationQuantizer(nn.Module, ABC):
     def cover(self, low: float, high: float) -> None:
         """Take a grid for values that lie between `low` and `high`."""
 
+    def candidates(self, low: float, high: float, shares: Iterable[float]) -> Iterator[dict[str, torch.Tensor]]:
+        """Grids, as `grid` gives them, among which a search for values between `low` and `high` chooses.
+
+        Here the grids that cover these shares of the range; a kind with something else to choose gives its own. The
+        quantizer is left with the last of them.
+        """
+        for share in shares:
+            self.cover(low * share, high * share)
+            yield {name: tensor.clone() for name, tensor in self.grid().items()}
+
     def fit_to(self, x: torch.Tensor) -> None:
         """Give the grid the shape that tensors like `x` need; called while the network is built, before all else.
 
@@ -184,7 +194,7 @@ class ActivationQuantizer(nn.Module, ABC):
         return f"{self.num_bits} bits, {'calibrated' if self.calibrated else 'not calibrated'}"
 
 
-QUANTIZER_KINDS: Registry[type[ActivationQuantizer]] = Registry("quantizer kind", home="synthquant.nn.affine")
+QUANTIZER_KINDS: Registry[type[ActivationQuantizer]] = Registry("quantizer kind", home="synthquant.nn.kinds")
 
 
 def new_quantizer(args: QuantArgs) -> ActivationQuantizer:

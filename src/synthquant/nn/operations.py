@@ -40,6 +40,8 @@ class QuantScope(nn.Module):
         operand_quantizers: quantizers of what an operation reads, by operation and by number among its tensors.
         visible: functions that hide operations, as these, by name.
         operation_counts: how often each operation of those names runs in one call.
+        watcher: told of each operation whose factors have quantizers, with its name, the function, its arguments before
+            they are quantized and its result; what it returns takes the place of the result.
     """
 
     scope_name: str
@@ -47,6 +49,7 @@ class QuantScope(nn.Module):
     operand_quantizers: dict[str, dict[int, ActivationQuantizer]]
     visible: Mapping[str, Callable[..., Any]]
     operation_counts: dict[str, frozenset[int]]
+    watcher: Callable[..., Any] | None = None
 
     def quantize_operation(
         self, key: str, quantizer: ActivationQuantizer, counts: Mapping[str, Mapping[str, Collection[int]]]
@@ -166,10 +169,13 @@ class _Frame:
         if name not in self._scope.operation_counts:
             return function(*args, **kwargs)
         key = self._numbering.take(name)
-        if key in self._scope.operand_quantizers:
-            args, kwargs = _quantized(self._scope.operand_quantizers[key], args, kwargs)
+        given, on_factors = (args, kwargs), self._scope.operand_quantizers.get(key)
+        if on_factors is not None:
+            args, kwargs = tensors_replaced(on_factors, args, kwargs)
         quantizer = self._scope.operation_quantizers.get(key)
         result = function(*args, **kwargs)
+        if on_factors is not None and self._scope.watcher is not None:
+            result = self._scope.watcher(key, function, *given, result)
         if quantizer is None:
             return result
         # Some functions return their one tensor in a tuple, with nothing beside it.
@@ -186,14 +192,14 @@ class _Frame:
                 )
 
 
-def _quantized(
-    quantizers: Mapping[int, ActivationQuantizer], args: Sequence[Any], kwargs: Mapping[str, Any]
+def tensors_replaced(
+    changes: Mapping[int, Callable[[torch.Tensor], torch.Tensor]], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The arguments of a function with some of the tensors among them quantized."""
+    """The arguments of a function with some of the tensors among them, by their number, changed."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    for index, quantizer in quantizers.items():
-        leaves[tensors[index]] = quantizer(leaves[tensors[index]])
+    for index, change in changes.items():
+        leaves[tensors[index]] = change(leaves[tensors[index]])
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs
 

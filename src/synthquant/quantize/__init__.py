@@ -12,7 +12,9 @@
 - `layout`: where the channels of a unit's output are: first, as in feature maps, or last, as in tokens.
 - `learn`: learning the roundings and step sizes of one unit.
 - `moments`: sums over what layers read, from which their weights are regressed.
+- `ptq4vit`: PTQ4ViT: ranges searched by how much the network's answer depends on what they change.
 - `qdrop`: QDrop: roundings learned while activations are dropped at random.
+- `readers`: what layers and products read, with the gradients of what they put out.
 - `reconstruct`: unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
 - `replay`: running a network up to one unit, or from one on, without running the units before it.
 - `rounding`: what the methods that learn roundings have in common: settings, and the one way to apply them.
@@ -25,7 +27,8 @@ from synthquant.quantize.adaround import AdaRound
 from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.erq import Erq
 from synthquant.quantize.genie_m import GenieM
+from synthquant.quantize.ptq4vit import Ptq4Vit
 from synthquant.quantize.qdrop import QDrop
 from synthquant.quantize.rtn import Rtn
 
-__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "QDrop", "Rtn"]
+__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDrop", "Rtn"]

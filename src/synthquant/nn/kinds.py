@@ -1,0 +1,6 @@
+"""The package's own kinds of activation quantizers, which importing this enters into their table."""
+
+from synthquant.nn.affine import AffineQuantizer
+from synthquant.nn.twin_uniform import TwinUniformQuantizer
+
+__all__ = ["AffineQuantizer", "TwinUniformQuantizer"]
