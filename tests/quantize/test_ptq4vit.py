@@ -84,8 +84,12 @@ def test_one_pass_records_all_with_gradients_that_are_not_zero() -> None:
         assert any(quantizer is one for reader in readers.values() for one in reader.quantizers.values()), name
     (of_head,) = readers["head"].calls
     shares = of_head.output.softmax(1)
-    drawn = shares - gradient(readers["head"])  # the gradient is softmax minus label
-    assert torch.allclose(drawn, drawn.round(), atol=1e-5) and bool((drawn.round().sum(1) == 1).all())
+    labels = gradient(readers["head"]).argmin(1)  # the gradient is softmax minus label, up to a factor
+    wanted = shares - F.one_hot(labels, 5)
+    factor = float((gradient(readers["head"]) / wanted).mean())
+    assert torch.allclose(gradient(readers["head"]), factor * wanted, atol=1e-4)
+    largest = sorted(float(gradient(reader).abs().max()) for reader in readers.values())
+    assert 0.5 <= largest[-1] <= 1 and largest[0] < 0.5, "one factor for all"
     with model.mode(weights=False, activations=False):
         for reader in readers.values():
             assert torch.allclose(reader.calls[0].run({}), reader.calls[0].output, atol=1e-6), reader.name
@@ -247,6 +251,20 @@ def test_a_transformer_gets_closer_and_is_saved(tmp_path: Path) -> None:
     Onnx(preset="simulate").check(model)
     with pytest.raises(SchemeError, match=r"ort-cpu cannot express block\.\S+: .*kind 'twin_uniform'"):
         Onnx(preset="ort-cpu").check(model)
+
+
+def test_killed_in_between_it_comes_to_the_same(tmp_path: Path) -> None:
+    method = Ptq4Vit(candidates=10, rounds=2)
+    models = [QuantModel.build(float_model(Transformer()), QuantScheme.parse(TWIN)) for _ in range(2)]
+    report = method.apply(models[0], pictures(), Rng(0), workdir=tmp_path)
+    files = sorted((tmp_path / "ptq4vit").iterdir())
+    assert len(files) == len(report.units) == 8, "six layers and two products, which share nothing"
+    for path in files[3:]:
+        path.unlink()
+    again = method.apply(models[1], pictures(), Rng(0), workdir=tmp_path)
+    assert again.units[:3] == report.units[:3]
+    state = models[1].state()
+    assert all(torch.equal(value, state[name]) for name, value in models[0].state().items())
 
 
 class Undifferentiable(Network):

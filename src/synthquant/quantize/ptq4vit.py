@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport, UnitReport
 from synthquant.models.samples import Samples
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.functional import quantize
@@ -22,6 +23,7 @@ from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.weight_quantizers import WeightQuantizer
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.readers import Reader, find_readers, record
+from synthquant.quantize.unit_files import UnitFiles
 
 
 @QUANTIZERS.register("ptq4vit")
@@ -60,29 +62,48 @@ class Ptq4Vit(Settings):
         workdir: Path | None = None,
         memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
     ) -> QuantReport:
-        """Set whole ranges, then search; keeps no files."""
+        """Set whole ranges, then search; what is finished is kept in `workdir`, a layer or a product at a time."""
         calibration, count = CalibrationSet(quant_model, images), self.calibration_images
         calibrate_weights(quant_model, "minmax")
         calibrate_activations(quant_model, calibration, count, "minmax", quantized_weights=False)
-        readers = find_readers(quant_model)
-        record(quant_model, calibration, count, rng.generator("answers"), readers)
-        groups = _that_share_quantizers(readers)
-        with (
-            progress.bar("search", len(groups)) as bar,
-            quant_model.mode(weights=True, activations=False),
-            torch.no_grad(),
-        ):
-            for group in groups:
-                self._search(group)
+        groups = _that_share_quantizers(find_readers(quant_model))
+        made_from = partial(self._made_from, quant_model, calibration, rng)
+        files = UnitFiles(workdir, "ptq4vit", made_from, progress=progress)
+        reports: list[UnitReport] = []
+        recorded = False
+        with progress.bar("search", len(groups)) as bar:
+            for index, group in enumerate(groups):
+                parts = [reader.layer for reader in group if reader.layer is not None], _searched(group)
+                report = files.load(index, parts)
+                if report is None:
+                    if not recorded:
+                        left = [reader for later in groups[index:] for reader in later]
+                        record(quant_model, calibration, count, rng.generator("answers"), left)
+                        recorded = True
+                    report = self._fit(quant_model, group)
+                    files.save(index, parts, report)
                 for reader in group:
                     reader.calls.clear()
+                reports.append(report)
                 bar.advance(1)
-        return QuantReport(method="ptq4vit")
+        return QuantReport(method="ptq4vit", units=tuple(reports))
+
+    def _fit(self, model: QuantModel, readers: Sequence[Reader]) -> UnitReport:
+        started = time.perf_counter()
+        with model.mode(weights=True, activations=False), torch.no_grad():
+            self._search(readers)
+        layers = tuple(reader.name for reader in readers if reader.layer is not None)
+        return UnitReport(name=readers[0].name, layers=layers, seconds=time.perf_counter() - started)
+
+    def _made_from(self, model: QuantModel, calibration: CalibrationSet, rng: Rng) -> tuple[object, ...]:
+        equalization = None if model.equalization is None else model.equalization.fingerprint
+        return (model.float_model.fingerprint, model.scheme, calibration.fingerprint, equalization, self, rng)
 
     def _search(self, readers: Sequence[Reader]) -> None:
         """Search what one layer or product has, or several that share a quantizer."""
         shares = torch.linspace(self.smallest_share, self.largest_share, self.candidates).tolist()
         steps: list[Callable[[], bool]] = []
+        readers = [reader for reader in readers if reader.calls]
         for reader in readers:
             if (quantizer := _searched_weight(reader)) is not None:
                 steps.append(partial(search_weight, reader, quantizer, quantizer.scale.clone(), shares))
@@ -143,11 +164,11 @@ def search_activation(quantizer: ActivationQuantizer, readers: Sequence[Reader],
 
 def _searched_weight(reader: Reader) -> WeightQuantizer | None:
     quantizer = None if reader.layer is None else reader.layer.weight_quantizer
-    return None if quantizer is None or quantizer.args.observer is not None or not reader.calls else quantizer
+    return None if quantizer is None or quantizer.args.observer is not None else quantizer
 
 
 def _searched(readers: Sequence[Reader]) -> list[ActivationQuantizer]:
-    found = {id(one): one for reader in readers if reader.calls for one in reader.quantizers.values()}
+    found = {id(one): one for reader in readers for one in reader.quantizers.values()}
     return [one for one in found.values() if not one.fixed and one.args.observer is None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,8 @@ class Call:
         args: its arguments by position.
         kwargs: its arguments by name.
         output: what it gave.
-        gradient: of the loss with respect to that, or none if nothing depends on it.
+        gradient: of the loss with respect to that, divided by a power of two that all of them share; none if nothing
+            depends on it.
     """
 
     function: Callable[..., Tensor]
@@ -86,7 +88,7 @@ class Reader:
         errors = []
         for call, gradient in self._weighed():
             output = call.run(self._changes())
-            errors.append(_squares((output - call.output) * gradient, channel))
+            errors.append(_squares(output, call.output, gradient, channel))
         return torch.stack(errors).sum(0)
 
     def errors_of(self, quantizer: ActivationQuantizer, grids: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -97,8 +99,7 @@ class Reader:
             step = 1 if self.layer is None else max(1, _AT_ONCE // size)
             for start in range(0, len(grids), step):
                 outputs = self._outputs(call, quantizer, grids[start : start + step])
-                error = (outputs - call.output) * gradient
-                total[start : start + step] += _squares(error, 0).cpu()
+                total[start : start + step] += _squares(outputs, call.output, gradient, 0).cpu()
         return total
 
     def _outputs(self, call: Call, quantizer: ActivationQuantizer, grids: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -124,11 +125,16 @@ class Reader:
         return [(call, call.gradient) for call in self.calls if call.gradient is not None]
 
 
-def _squares(tensor: Tensor, dim: int) -> Tensor:
-    """Sums of squares over all but one dimension, float64."""
-    rows: Tensor = tensor.movedim(dim, 0).flatten(1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.square()
+def _squares(found: Tensor, wanted: Tensor, gradient: Tensor, dim: int) -> Tensor:
+    """Sums of `(g (found - wanted))^2` over all but one dimension, float64.
+
+    They are taken in float32, whose range gradients of at most 1 leave room in: this runs for every candidate, and in
+    double precision it would cost more than the layer itself.
+    """
+    error = (found - wanted).mul_(gradient).square_()
+    kept = dim % error.ndim
+    summed: Tensor = error.sum([other for other in range(error.ndim) if other != kept])
+    return summed.double()
 
 
 def find_readers(model: QuantModel) -> list[Reader]:
@@ -192,6 +198,18 @@ def record(
     finally:
         for scope in scopes:
             scope.watcher = None
+    _scale([call for reader in readers for call in reader.calls])
+
+
+def _scale(calls: Iterable[Call]) -> None:
+    """Divide all gradients so that the largest is within 1/2 and 1: squares of small numbers vanish.
+
+    A power of two changes no choice, to the last digit, whatever readers there are.
+    """
+    found = [call.gradient for call in calls if call.gradient is not None]
+    largest = max((float(gradient.abs().amax()) for gradient in found), default=0.0)
+    for gradient in found if largest > 0 else ():
+        gradient.div_(2.0 ** math.frexp(largest)[1])
 
 
 def _noted(reader: Reader, function: Callable[..., Tensor], args: Any, kwargs: Any, output: Tensor) -> Tensor:
