@@ -48,7 +48,7 @@ from synthquant.models.signature import Inputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantArgs, QuantScheme
 from synthquant.pipeline import run
-from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDrop, Rtn
+from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDrop, RepqVit, Rtn
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
@@ -103,6 +103,7 @@ __all__ = [
     "QuantStep",
     "Recipe",
     "RecipeError",
+    "RepqVit",
     "Rng",
     "Rtn",
     "RunRecord",

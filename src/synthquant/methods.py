@@ -28,7 +28,7 @@ from pydantic import Field
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.registry import Registry
 from synthquant.core.rng import Rng
-from synthquant.core.settings import Settings
+from synthquant.core.settings import Settings, is_unset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from synthquant.nn.quant_model import QuantModel
 
 
-Equalize = Literal["none", "weights", "activations"]
-"""What channels are scaled by before quantization: nothing, ranges of weights (DFQ) or of activations (SmoothQuant)."""
+Equalize = Literal["none", "weights", "activations", "layer_norms"]
+"""What channels are scaled by before quantization: nothing, ranges of weights (DFQ) or of activations (SmoothQuant), or
+grids for each channel of what layer norms put out (RepQ-ViT)."""
 
 
 class MemoryBudget(Settings):
@@ -103,6 +104,21 @@ class BiasCorrectionReport(Settings):
     or their bias is no parameter of their own."""
 
 
+class ReparameterizationReport(Settings):
+    """What reparameterisation did to layer norms."""
+
+    norms: tuple[str, ...]
+    """Layer norms that were changed together with the layers that read them."""
+
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """The others, whose outputs have one grid as they are, and why."""
+
+    def __str__(self) -> str:
+        """One line."""
+        left = "; ".join(f"{norm} ({reason})" for norm, reason in self.left_out.items())
+        return f"reparameterised {len(self.norms)} layer norms" + (f", left out: {left}" if left else "")
+
+
 class QuantReport(Settings):
     """What a quantization step did, unit by unit."""
 
@@ -114,6 +130,9 @@ class QuantReport(Settings):
 
     bias_correction: BiasCorrectionReport | None = None
     """What became of the biases after the method; none: they were not corrected."""
+
+    reparameterization: ReparameterizationReport | None = Field(default=None, exclude_if=is_unset)
+    """What became of layer norms before it; none: they were left as they are."""
 
     @property
     def diverged(self) -> tuple[str, ...]:

@@ -141,7 +141,8 @@ class QuantizeSection(Settings):
     """A preset such as `W4A4`, or a mapping with a `preset` and changes to it."""
     equalize: Equalize = "none"
     """Scale channels before, in a network that computes the same: `weights` (DFQ: ranges of weights), `activations`
-    (ranges on the images against those of weights, whole residual streams alike) or `none`."""
+    (ranges on the images against those of weights, whole residual streams alike), `layer_norms` (RepQ-ViT: one grid
+    behind each layer norm does what grids of channels do) or `none`."""
     fold_batch_norms: bool = Field(default=True, exclude_if=bool)
     """Fold batch norms into layers; otherwise all stay, in floating point and with the statistics that they have, so
     that fine-tuning trains their factors and offsets beside weights that no batch norm has scaled."""
@@ -198,7 +199,7 @@ class QuantizeSection(Settings):
             return ()
         asked = {
             f"quantize.method {self.method}": not is_generating(self.build()),
-            f"quantize.equalize {self.equalize}": self.equalize == "activations",
+            f"quantize.equalize {self.equalize}": self.equalize in ("activations", "layer_norms"),
             "quantize.bias_correction": self.bias_correction,
         }
         return tuple(name for name, needs in asked.items() if needs)

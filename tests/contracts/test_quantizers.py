@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from tests.contracts.conftest import State, state_of
+from tests.nn.networks import float_model as float_model_of
+from tests.nn.test_placement import Tokens
 from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import DataError
@@ -24,6 +26,9 @@ SMALL = {"iterations": 3, "batch_size": 4, "activation_iterations": 3}
 IMAGES = 10
 
 
+# Methods that need layer norms or attention, with a network that has them.
+TRANSFORMERS = ("repq_vit",)
+
 # Two bits, where codes leave their grid first.
 SCHEME = "W2A4"
 
@@ -31,6 +36,10 @@ SCHEME = "W2A4"
 def build(name: str) -> QuantStep:
     fields: dict[str, Any] = QUANTIZERS.get(name).model_fields  # type: ignore[attr-defined]
     return build_method(QUANTIZERS, name, {key: value for key, value in SMALL.items() if key in fields}, name)
+
+
+def float_tokens() -> FloatModel:
+    return float_model_of(Tokens())
 
 
 def quantized(method: QuantStep, model: FloatModel, images: ImageSet, **options: Any) -> tuple[QuantModel, QuantReport]:
@@ -56,7 +65,8 @@ class Applied:
 def applied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Applied:
     """The method has run once; tests look at it from all sides and leave it as it is."""
     method, images = build(request.param), small_images(IMAGES)
-    float_model = small_float_model(tmp_path_factory.mktemp(request.param))
+    transformer = request.param in TRANSFORMERS
+    float_model = float_tokens() if transformer else small_float_model(tmp_path_factory.mktemp(request.param))
     state, pixels, random = state_of(float_model), images.fingerprint, torch.random.get_rng_state()
     model, report = quantized(method, float_model, images)
     return Applied(

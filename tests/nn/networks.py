@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from synthquant.data.preprocess import Preprocess
@@ -127,3 +128,38 @@ class Normed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.conv(x).mean((2, 3)))
+
+
+class NormedBlock(nn.Module):
+    """A transformer's block whose query, key and value are layers of their own, and whose second norm is a function."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.gain, self.offset = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width, bias=False), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        q, k, v = (part(y).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-2, -1) / 2).softmax(-1)
+        x = x + self.proj((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(F.layer_norm(x, x.shape[-1:], self.gain, self.offset))))
+
+
+class NormedTokens(nn.Module):
+    """Layer norms in front of layers in all ways: shared, by a function, with a residual use, before merged patches."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.patch, self.block = nn.Conv2d(3, width, 4, stride=4), NormedBlock(width)
+        self.kept, self.side = nn.LayerNorm(width), nn.Linear(width, width)
+        self.merge, self.reduce = nn.LayerNorm(2 * width), nn.Linear(2 * width, width, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.kept(self.block(self.patch(x).flatten(2).transpose(1, 2)))
+        x = x + self.side(x)
+        x = self.reduce(self.merge(torch.cat([x[:, 0::2], x[:, 1::2]], -1)))
+        return self.head(self.norm(x)[:, 0])

@@ -11,7 +11,7 @@ import torch
 from synthquant.core.errors import DataError
 from synthquant.nn import observers
 from synthquant.nn.functional import fake_quantize
-from synthquant.nn.observers import OBSERVERS, ActivationHistogram, Samples
+from synthquant.nn.observers import OBSERVERS, PERCENTILES, ActivationHistogram, Samples
 
 Grid = tuple[float, float]
 
@@ -242,8 +242,29 @@ def test_running_ranges_are_moving_averages_over_images(batch: int) -> None:
     assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1]), "weights have no images"
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_percentiles_against_torch(bits: int) -> None:
+    values = torch.randn(3, 30_000, generator=torch.Generator().manual_seed(5)) + torch.tensor([[0.0], [4.0], [0.5]])
+    values[:, :60] *= 40
+    found = OBSERVERS.get("percentile")(Samples.of_rows(values), bits, symmetric=False, zero_inside=False)
+    chosen = set()
+    for row, *one in zip(values, *found, strict=True):
+        grids = []
+        for share in PERCENTILES:
+            low, high = row.quantile(1 - share), row.quantile(share)
+            scale = (high - low) / (2**bits - 1)
+            grids.append((scale, torch.round(-low / scale)))
+        errors = [float((fake_quantize(row, *grid, 2**bits - 1) - row).square().mean()) for grid in grids]
+        chosen.add(errors.index(min(errors)))
+        assert torch.allclose(torch.stack(one), torch.stack(grids[errors.index(min(errors))]), rtol=1e-4)
+    assert chosen != {0}
+    counted = filled(values[:1, 60:], 1).samples()
+    for share in (0.0, 0.001, 0.2, 0.5, 0.999):
+        assert float(counted.quantile(share)) == pytest.approx(float(values[0, 60:].quantile(share)), abs=0.02)
+
+
 @pytest.mark.parametrize(("shape", "channel"), [((9, 4, 6, 5), 1), ((9, 12, 4), -1), ((9, 4), 1)])
-@pytest.mark.parametrize("name", ["minmax", "running", "genie", "qdrop"])
+@pytest.mark.parametrize("name", ["minmax", "running", "genie", "qdrop", "percentile"])
 def test_histograms_of_channels_are_those_of_each_channel_alone(
     shape: tuple[int, ...], channel: int, name: str
 ) -> None:

@@ -53,7 +53,7 @@ class GeneratedFineTuning(FineTuning):
     recalibrate: bool = True
     """Set ranges of activations anew, on images of the warmed-up generator, before the network learns."""
     observer: str = "minmax"
-    """How these ranges are searched: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+    """How these ranges are searched: `minmax`, `running`, `brecq`, `genie`, `qdrop` or `percentile`."""
 
     @field_validator("observer")
     @classmethod

@@ -9,7 +9,9 @@
 - `equalization`: channels scaled so that a network computes the same: the factors, and applying them.
 - `functional`: fake quantization and soft rounding as pure functions of tensors.
 - `kinds`: the package's own kinds of activation quantizers.
+- `layer_norms`: which linear layers read what a layer norm puts out, and nothing else does.
 - `layers`: quantized layers: the user's own layer whose `weight` reads as the decoded codes.
+- `log_sqrt2`: the kind of quantizer for softmaxes: powers of the square root of 2 below one scale.
 - `moves`: operations that only move values: what they put out keeps the grid of what they read.
 - `observers`: choice of scale and zero point: what range of values a grid covers.
 - `operations`: modules whose own operations read or put out quantized tensors.

@@ -47,6 +47,7 @@ class ActivationQuantizer(nn.Module, ABC):
     Attributes:
         strategies: what may share one scale in this kind, in the words of `QuantArgs.strategy`.
         affine: the kind has an `affine_grid`; integer kernels know no other.
+        non_negative: the kind quantizes only tensors that have no negative values, such as softmaxes.
         whole_numbers: names of the tensors of the grid that hold whole numbers, kept in files as such.
         args: bits and the like.
         calibrated: there is a grid.
@@ -63,6 +64,7 @@ class ActivationQuantizer(nn.Module, ABC):
 
     strategies: ClassVar[tuple[str, ...]] = ("tensor",)
     affine: ClassVar[bool] = False
+    non_negative: ClassVar[bool] = False
     whole_numbers: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, args: QuantArgs) -> None:

@@ -1,13 +1,13 @@
-"""Cross-layer equalisation: another float network that computes the same and is easier to quantize.
+"""Equalisation: another float network that computes the same and is easier to quantize.
 
 `Equalization` says what is done to each layer, `apply` does it. How the factors are found stands in
-`synthquant.quantize.equalize`.
+`synthquant.quantize.equalize` and, behind layer norms, `synthquant.quantize.reparameterize`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,13 +24,15 @@ ENDINGS = {
     "shifts": "equalize_shift",
     "bounds": "equalize_bounds",
     "bound_shifts": "equalize_bound_shift",
+    "norms": "equalize_norm",
+    "norm_shifts": "equalize_norm_shift",
 }
 """Endings of the names that the tensors have in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Equalization:
-    """Factors and shifts, float32 on the CPU, by the name of the layer or clip; what is not there stays as it is."""
+    """Factors and shifts on the CPU, by the name of the layer, clip or parameter; what is not there stays as it is."""
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     """`[C_out]`: what the weights and the bias of an output channel are multiplied by."""
@@ -42,11 +44,15 @@ class Equalization:
     """`[C]`: what the bounds of a clip are multiplied by."""
     bound_shifts: Mapping[str, Tensor] = field(default_factory=dict)
     """`[C]`: what is added to the upper bound then; the lower one, if it is 0, stays."""
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[C]`: what a parameter of a layer norm is multiplied by."""
+    norm_shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[C]`: what is added to that parameter then."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, as names and tensors of a file."""
+        """All of it, as names and tensors of a file, none of which share memory."""
         return {
-            f"{name}.{ending}": value
+            f"{name}.{ending}": value.clone()
             for key, ending in ENDINGS.items()
             for name, value in sorted(getattr(self, key).items())
         }
@@ -74,27 +80,41 @@ class Equalization:
             digest.update(value.numpy().tobytes())
         return digest.hexdigest()
 
+    def then(self, other: Equalization) -> Equalization:
+        """Both, one after the other, as one."""
+        both: dict[str, dict[str, Tensor]] = {}
+        for factors, shifts in (("rows", "shifts"), ("bounds", "bound_shifts"), ("norms", "norm_shifts")):
+            first, later = getattr(self, shifts), getattr(other, factors)
+            moved = {name: shift * later.get(name, 1) for name, shift in first.items()}
+            both[factors] = _combined(torch.mul, getattr(self, factors), later)
+            both[shifts] = _combined(torch.add, moved, getattr(other, shifts))
+        return Equalization(columns=_combined(torch.mul, self.columns, other.columns), **both)
+
     @torch.no_grad()
     def apply(self, module: nn.Module) -> None:
-        """Change a network whose batch norms are folded, in place.
+        """Change a network whose batch norms are folded, in place; what has no bias and is shifted gets one.
 
         Raises:
-            ModelError: it has no such layer, or one of another shape or without a bias that a shift is for.
+            ModelError: it has no such layer or parameter, or one of another shape.
         """
         for name in {**self.rows, **self.columns, **self.shifts}:
             layer = get_module(module, name)
-            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+            weight = layer._parameters.get("weight")
             rows, columns, shift = self.rows.get(name), self.columns.get(name), self.shifts.get(name)
             try:
-                if weight is None or (shift is not None and bias is None):
-                    raise ValueError("no weight or bias of its own")
+                if weight is None:
+                    raise ValueError("no weight of its own")
                 _scale(layer, rows, columns)
-                if rows is not None and bias is not None:
-                    bias.mul_(rows.to(bias))
-                if shift is not None and bias is not None:
-                    bias.add_(shift.to(bias))
+                if layer._parameters.get("bias") is not None or shift is not None:
+                    _change(layer, "bias", rows, shift)
             except (ValueError, RuntimeError) as error:
                 raise ModelError(f"equalisation does not fit layer {name} of this network: {error}") from error
+        for name in {**self.norms, **self.norm_shifts}:
+            owner, _, parameter = name.rpartition(".")
+            try:
+                _change(get_module(module, owner), parameter, self.norms.get(name), self.norm_shifts.get(name))
+            except (ValueError, RuntimeError) as error:
+                raise ModelError(f"equalisation does not fit parameter {name} of this network: {error}") from error
         for name in {**self.bounds, **self.bound_shifts}:
             clip = get_module(module, name)
             if not isinstance(clip, nn.Hardtanh):
@@ -143,6 +163,29 @@ def weight_by_group(layer: nn.Module) -> Tensor:
     groups: int = getattr(layer, "groups", 1)
     grouped = weight.view(groups, -1, *weight.shape[1:])
     return grouped.transpose(1, 2) if isinstance(layer, _TRANSPOSED) else grouped
+
+
+def _combined(
+    join: Callable[[Tensor, Tensor], Tensor], first: Mapping[str, Tensor], later: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values of both, joined where a name is in both."""
+    return {**first, **later, **{name: join(first[name], later[name]) for name in first.keys() & later.keys()}}
+
+
+def _change(part: nn.Module, name: str, factor: Tensor | None, shift: Tensor | None) -> None:
+    """Multiply a parameter and add to it, in place; one that may be there and is not counts as zeros."""
+    own = part._parameters
+    if name not in own:
+        raise ValueError("no such parameter")
+    if own[name] is None and shift is not None:
+        like = next(value for value in own.values() if value is not None)
+        zeros = torch.zeros(shift.shape, dtype=like.dtype, device=like.device)
+        own[name] = nn.Parameter(zeros, requires_grad=like.requires_grad)
+    parameter = own[name]
+    if parameter is not None and factor is not None:
+        parameter.mul_(factor.to(parameter))
+    if parameter is not None and shift is not None:
+        parameter.add_(shift.to(parameter))
 
 
 def _scale(layer: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:

@@ -27,6 +27,10 @@ _SAME_VALUE = 1e-4
 # Above this many bits QDrop's search over zero points gives way to zero points that follow the ends of the range: the
 # zero point is then finer than 1/32 of the range, and the search costs `100 * 2**bits` passes.
 _FREE_ZERO_POINT_BITS = 5
+PERCENTILES = (0.999, 0.9999, 0.99999)
+"""Quantiles at which RepQ-ViT (arXiv:2212.08254) cuts values off: the one with the smallest squared error is taken."""
+# What shares that add up to 1 may fall short of it.
+_ROUNDING = 1e-6
 # Share of the moving averages of ranges that the next image leaves as it is.
 _DECAY = 0.99
 
@@ -56,11 +60,22 @@ class Samples:
         low, high = torch.aminmax(rows, dim=1)
         return cls(rows, None, low, high)
 
-    def score(self, scale: torch.Tensor, zero_point: torch.Tensor, quant_max: int) -> torch.Tensor:
-        """Mean of `|x - x_hat|**2.4` of each row, `[R]`."""
+    def score(
+        self, scale: torch.Tensor, zero_point: torch.Tensor, quant_max: int, exponent: float = EXPONENT
+    ) -> torch.Tensor:
+        """Mean of `|x - x_hat|**exponent` of each row, `[R]`."""
         rounded = fake_quantize(self.values, scale[:, None], zero_point[:, None], quant_max)
-        error = rounded.sub_(self.values).abs_().pow_(EXPONENT)
+        error = rounded.sub_(self.values).abs_().pow_(exponent)
         return error.mean(1) if self.counts is None else error.mul_(self.counts).sum(1)
+
+    def quantile(self, share: float) -> torch.Tensor:
+        """The value below which this share (0..1) of a row lies, `[R]`; between two values that occur once each."""
+        values, order = self.values.sort(1)
+        if self.counts is None:
+            place = share * (values.shape[1] - 1)
+            return torch.lerp(values[:, math.floor(place)], values[:, math.ceil(place)], place % 1)
+        reached = self.counts.gather(1, order).double().cumsum(1) >= share - _ROUNDING
+        return values.gather(1, reached.int().argmax(1, keepdim=True))[:, 0]
 
 
 @dataclass
@@ -159,6 +174,19 @@ def qdrop(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, si
     one_sided = (low == 0) | (high == 0)
     if not symmetric and bits <= _FREE_ZERO_POINT_BITS and not bool(one_sided.all()):
         _search_zero_points(samples, bits, low, high, best)
+    return best.scale, best.zero_point
+
+
+@OBSERVERS.register("percentile")
+def percentile(samples: Samples, bits: int, *, symmetric: bool, zero_inside: bool, signed: bool = False) -> Grid:
+    """From one quantile to the other, the best of three pairs by squared error (RepQ-ViT, arXiv:2212.08254)."""
+    best: _Best | None = None
+    for share in reversed(PERCENTILES):
+        cut = replace(samples, low=samples.quantile(1 - share), high=samples.quantile(share))
+        grid = minmax(cut, bits, symmetric=symmetric, zero_inside=zero_inside, signed=signed)
+        best = best or _Best.start(*grid)
+        best.offer(*grid, samples.score(*grid, 2**bits - 1, exponent=2))
+    assert best is not None
     return best.scale, best.zero_point
 
 

@@ -84,6 +84,18 @@ class QuantModel(nn.Module):
         parts = build_parts(float_model, QuantScheme.parse(scheme), equalization, fold=fold)
         return cls(float_model, parts, equalization).eval()
 
+    def equalize(self, equalization: Equalization) -> None:
+        """Change the float network that this one was made of, in place; ranges and codes have to be set anew.
+
+        Raises:
+            ModelError: it is of another network, batch norms are not folded, or this one was loaded from a checkpoint.
+        """
+        if self.loaded or not self.fold:
+            why = "was loaded from a checkpoint" if self.loaded else "keeps its batch norms"
+            raise ModelError(f"{self.float_model.name}: a network that {why} cannot be equalised")
+        equalization.apply(self.module)
+        self.equalization = equalization if self.equalization is None else self.equalization.then(equalization)
+
     def trainable_copy(self) -> QuantModel:
         """A copy whose float parameters take gradients: biases, batch norms, layers that are left in floating point.
 

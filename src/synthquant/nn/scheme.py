@@ -34,9 +34,11 @@ class QuantArgs(Settings):
     group_size: int | None = Field(default=None, gt=0)
     """Weights in a group (strategy `group` only); must divide the weights of one output channel."""
     observer: str | None = None
-    """How the range is chosen: `minmax`, `running`, `brecq`, `genie` or `qdrop`; empty: as the method's paper does."""
+    """How the range is chosen: `minmax`, `running`, `brecq`, `genie`, `qdrop` or `percentile`; empty: as the method's
+    paper does."""
     kind: str = AFFINE
-    """How values are spaced: `affine` (evenly), or another registered kind of quantizer, for activations."""
+    """How values are spaced: `affine` (evenly), or another registered kind of quantizer, for activations, such as
+    `log_sqrt2` for softmaxes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantArgs:

@@ -16,7 +16,9 @@
 - `qdrop`: QDrop: roundings learned while activations are dropped at random.
 - `readers`: what layers and products read, with the gradients of what they put out.
 - `reconstruct`: unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
+- `reparameterize`: layer norms changed with the layers behind them, so that one grid does what grids of channels did.
 - `replay`: running a network up to one unit, or from one on, without running the units before it.
+- `repq_vit`: RepQ-ViT: rounding to nearest behind reparameterised layer norms.
 - `rounding`: what the methods that learn roundings have in common: settings, and the one way to apply them.
 - `rtn`: rounding to nearest, the baseline.
 - `unit_files`: finished units on disk, so that a killed reconstruction goes on where it stopped.
@@ -29,6 +31,7 @@ from synthquant.quantize.erq import Erq
 from synthquant.quantize.genie_m import GenieM
 from synthquant.quantize.ptq4vit import Ptq4Vit
 from synthquant.quantize.qdrop import QDrop
+from synthquant.quantize.repq_vit import RepqVit
 from synthquant.quantize.rtn import Rtn
 
-__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDrop", "Rtn"]
+__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDrop", "RepqVit", "Rtn"]

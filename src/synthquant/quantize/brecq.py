@@ -27,7 +27,8 @@ class Brecq(LearnedRounding):
     """
 
     observer: str = "brecq"
-    """How ranges are searched where the scheme does not say: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+    """How ranges are searched where the scheme does not say: `minmax`, `running`, `brecq`, `genie`, `qdrop` or
+    `percentile`."""
     activation_iterations: int = Field(default=5000, ge=0)
     """Optimisation steps for each unit in the second phase."""
     activation_lr: float = Field(default=4e-4, gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.models.samples import Samples, none_readable, samples_for
 from synthquant.models.signature import Inputs
 from synthquant.nn.activation_quantizers import ActivationQuantizer
+from synthquant.nn.observers import Watcher
 from synthquant.nn.quant_model import QuantModel
 
 _MOST_AT_ONCE = 64
@@ -73,6 +74,11 @@ class CalibrationSet:
         if not found:
             raise none_readable(self._source, len(chosen), "to quantize with")
 
+    def run(self, model: QuantModel, count: int) -> None:
+        """Let the first `count` samples go through a network."""
+        for batch in self.batches(count):
+            batch.call(model)
+
 
 def calibrate_weights(model: QuantModel, observer: str) -> None:
     """Search the scales of all weights and round them to nearest.
@@ -102,7 +108,7 @@ def calibrate_activations(
         ModelError: a quantizer saw nothing; names it.
     """
     with model.mode(weights=quantized_weights, activations=False), torch.no_grad():
-        observe(model.quantizers.values(), lambda: _run(model, samples.batches(count)), observer)
+        observe(model.quantizers.values(), lambda: samples.run(model, count), observer)
     model.require_calibrated()
 
 
@@ -111,31 +117,27 @@ def observe(quantizers: Iterable[ActivationQuantizer], run: Callable[[], None], 
 
     A quantizer that sees nothing, or whose grid is fixed, keeps the state it had.
     """
-    watched = [quantizer for quantizer in quantizers if not quantizer.fixed]
-    with _observing(watched):
-        for quantizer in watched:
-            quantizer.watching_range = True
-        run()
-        for quantizer in watched:
-            quantizer.watching_range = False
-        run()
-        for quantizer in watched:
-            if quantizer.watcher is not None and not quantizer.watcher.empty:
+    watched = [(quantizer, quantizer.new_watcher()) for quantizer in quantizers if not quantizer.fixed]
+    with shown(watched, run):
+        for quantizer, watcher in watched:
+            if not watcher.empty:
                 quantizer.calibrate(observer)
 
 
 @contextmanager
-def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
+def shown(watched: Sequence[tuple[ActivationQuantizer, Watcher]], run: Callable[[], None]) -> Iterator[None]:
+    """Let watchers see what quantizers are given while `run` is called, twice: for ranges, then for what lies in them.
+
+    Nothing is quantized meanwhile. Several quantizers may have one watcher; inside they have it still.
+    """
     try:
-        for quantizer in quantizers:
-            quantizer.watcher = quantizer.new_watcher()
+        for quantizer, watcher in watched:
+            quantizer.watcher, quantizer.watching_range = watcher, True
+        run()
+        for quantizer, _ in watched:
+            quantizer.watching_range = False
+        run()
         yield
     finally:
-        for quantizer in quantizers:
-            quantizer.watcher = None
-            quantizer.watching_range = False
-
-
-def _run(model: QuantModel, batches: Iterator[Inputs]) -> None:
-    for batch in batches:
-        batch.call(model)
+        for quantizer, _ in watched:
+            quantizer.watcher, quantizer.watching_range = None, False

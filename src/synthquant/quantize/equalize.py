@@ -1,4 +1,4 @@
-"""Cross-layer equalisation: finding the factors by which channels are scaled before quantization.
+"""Equalisation: finding the factors by which channels are scaled before quantization.
 
 `weights`: Data-Free Quantization Through Weight Equalization and Bias Correction (arXiv:1906.04721), sections 4.1.1 to
 4.1.3: with `r1` the range of a channel's rows in the layers that make it and `r2` that of its columns in the layers
@@ -11,9 +11,11 @@ share that they take of their grid: of the range of their row, or of the whole w
 a depthwise layer share a scale with no other channel's, and `s = a` would cost them nothing. It was worse on images
 other than those that ranges came from: then every channel ends where those images did.)
 
-Both leave a network that computes the same (the ReLU but for three deviations). They depart from their papers where
-those stop at a residual connection: all layers that write into a stream or read it share its scales. A ReLU6 stays one,
-for `weights` with a bound for each channel, where the paper takes a ReLU; for `activations` it pins them.
+`layer_norms`: RepQ-ViT's reparameterisation, in `quantize.reparameterize`.
+
+The first two leave a network that computes the same (the ReLU but for three deviations). They depart from their papers
+where those stop at a residual connection: all layers that write into a stream or read it share its scales. A ReLU6
+stays one, for `weights` with a bound for each channel, where the paper takes a ReLU; for `activations` it pins them.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from synthquant.nn.equalization import Equalization, weight_by_group
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationSet
+from synthquant.quantize.reparameterize import reparameterization
 
 _IMAGES = 64
 """Images from which the ranges of channels are taken."""
@@ -67,10 +70,13 @@ def equalized(
 
     Raises:
         UnsupportedModelError: the equalised network computes something else.
+            Or no layer norm stands before linear layers alone.
         DataError: there are no images to take ranges from.
     """
     if kind == "none":
         return quant_model
+    if kind == "layer_norms":
+        return _reparameterized(quant_model, images, progress)
     float_model = quant_model.float_model
     module, folded = folded_copy(float_model)
     example = float_model.example(2)
@@ -95,6 +101,15 @@ def equalized(
     if kind == "weights":
         found = _absorbed(float_model.module, folded, module, channels, found)
     return QuantModel.build(float_model, quant_model.scheme, found, fold=quant_model.fold)
+
+
+def _reparameterized(quant_model: QuantModel, images: ImageSet | Samples | None, progress: Progress) -> QuantModel:
+    if images is None:
+        raise DataError("grids of channels come from images, and there are none")
+    calibration = CalibrationSet(quant_model, images)
+    found = reparameterization(quant_model, calibration, _IMAGES, "percentile")
+    progress.say(str(found.report))
+    return QuantModel.build(quant_model.float_model, quant_model.scheme, found.equalization)
 
 
 def weight_scales(module: nn.Module, channels: Channels) -> Tensor:

@@ -24,7 +24,8 @@ class QDrop(LearnedRounding):
     """
 
     observer: str = "qdrop"
-    """How ranges are searched where the scheme does not say: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+    """How ranges are searched where the scheme does not say: `minmax`, `running`, `brecq`, `genie`, `qdrop` or
+    `percentile`."""
     calibration_images: int = Field(default=256, ge=1)
     """Images from which activation ranges are set, in the float network."""
     activation_lr: float = Field(default=4e-5, gt=0)

@@ -49,7 +49,8 @@ class LearnedRounding(Settings, ABC):
     """Keep codes that learning put beyond the grid, in 16 bits, for fine-tuning that moves scales; nothing is computed
     otherwise."""
     observer: str = "genie"
-    """How ranges are searched where the scheme does not say: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+    """How ranges are searched where the scheme does not say: `minmax`, `running`, `brecq`, `genie`, `qdrop` or
+    `percentile`."""
     calibration_images: int = Field(default=64, ge=1)
     """Images from which activation ranges are set."""
 

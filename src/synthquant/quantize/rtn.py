@@ -26,7 +26,7 @@ class Rtn(Settings):
     """
 
     observer: str = "genie"
-    """How ranges are searched: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+    """How ranges are searched: `minmax`, `running`, `brecq`, `genie`, `qdrop` or `percentile`."""
     calibration_images: int = Field(default=256, ge=1)
     """Images from which activation ranges are set."""
 
