@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tests.nn.networks import Encoder, float_model
+from tests.small_networks import calibrated_model
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.nn.build import folded_copy
+from synthquant.nn.called_layers import LayerCaller
 from synthquant.nn.rewrites import project_in_layers
 
 WIDTH, HEADS, LENGTH, KEYS, BATCH = 8, 2, 5, 7, 3
@@ -144,3 +146,49 @@ def test_an_encoder_whose_padding_torch_puts_to_zero_is_refused() -> None:
     images = model.example_images(2)
     with torch.no_grad():
         assert torch.allclose(copied(images), model.module(images), atol=1e-5)
+
+
+class ByFunction(nn.Module):
+    """Hands weights of its layers to functions, as torchvision's Swin does."""
+
+    def __init__(self, form: str = "plain") -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, WIDTH, 4, stride=4), nn.Linear(WIDTH, 5)
+        self.block = Functions(form)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Functions(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.inner, self.outer = form, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear = nn.functional.linear
+        bias = self.inner.bias.clone() if self.form == "another bias" else self.inner.bias
+        x = torch.relu(linear(x, self.inner.weight, bias))
+        if self.form == "twice":
+            x = linear(x, self.inner.weight, self.inner.bias)
+        return self.outer(x) if self.form == "one runs" else linear(input=x, weight=self.outer.weight)
+
+
+@torch.no_grad()
+def test_layers_run_whose_weights_a_function_multiplies() -> None:
+    network = float_model(ByFunction())
+    model = calibrated_model(network)
+    assert {"block.inner", "block.outer"} <= model.layers.keys() & model.reads.keys()
+    x = network.example_images(4)
+    with model.mode(weights=False, activations=False):
+        assert torch.allclose(model(x), network.module(x), atol=1e-6)
+    ran, quantizer = model(x), model.layers["block.outer"].weight_quantizer
+    assert quantizer is not None
+    quantizer.codes.zero_()
+    assert not torch.allclose(model(x), ran), "its codes are what is multiplied"
+
+
+@pytest.mark.parametrize("form", ["another bias", "twice", "one runs"])
+def test_functions_that_do_something_else_stay(form: str) -> None:
+    copied = folded_copy(float_model(ByFunction(form)))[0]
+    assert not isinstance(copied.block, LayerCaller)

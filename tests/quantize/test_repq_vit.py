@@ -316,7 +316,7 @@ def logits(kind: str) -> tuple[nn.Module, int]:
     models = pytest.importorskip("torchvision").models
     if kind == "torchvision vit":
         return models.VisionTransformer(16, 4, 1, 2, 8, 16, num_classes=5), 3
-    return models.SwinTransformer([2, 2], 8, [2, 1], [2, 2], [2, 2], num_classes=5), 4
+    return models.SwinTransformer([2, 2], 8, [2, 1], [2, 2], [2, 2], num_classes=5), 7
 
 
 class Logits(nn.Module):

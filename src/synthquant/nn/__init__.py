@@ -4,6 +4,7 @@
 - `affine`: the kind of quantizer that integer kernels know: one scale and one zero point for a tensor.
 - `attention`: attention as two matrix products and a softmax, so that each of them can be quantized.
 - `build`: from a float model and a scheme to the parts of a quantized network.
+- `called_layers`: linear layers whose weights a function multiplies, as calls of these layers.
 - `coverage`: what quantization reaches of a network, row by row and in numbers.
 - `derived`: classes derived at run time, so that a module keeps its place, its attributes and its own forward.
 - `equalization`: channels scaled so that a network computes the same: the factors, and applying them.

@@ -24,6 +24,8 @@ from synthquant.models.trace import ModuleCall, Operation, Trace, Value, trace
 from synthquant.nn.moves import is_move
 
 _LAYER_NORM = "layer_norm"
+# They look at the form of a tensor and not at its values.
+_OF_FORM = frozenset(("new_zeros", "new_ones", "new_empty", "zeros_like", "ones_like", "empty_like"))
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def _readers(seen: Trace, module: nn.Module, value: Value) -> tuple[str, ...]:
         if value in returned:
             raise _Unfit("the network puts it out")
         for operation in seen.consumers(value):
+            if operation.name in _OF_FORM:
+                continue
             layer = _layer(seen, module, operation)
             if layer is None and is_move(operation):
                 values += operation.outputs

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.modules import get_module
 from synthquant.models.signature import Inputs
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.attention import attention_weights
+from synthquant.nn.called_layers import call_layers, layer_callers
 from synthquant.nn.derived import derived_class
 
 Rewrite = Callable[[nn.Module], None]
@@ -41,7 +43,7 @@ def rewrites(kind: type[nn.Module]) -> Callable[[Rewrite], Rewrite]:
 
 
 def make_visible(network: nn.Module, example: Inputs | Tensor) -> None:
-    """Apply all rewrites to a network, in place.
+    """Apply all rewrites to a network, in place, and let layers run whose weights a function multiplies.
 
     A module stays as it is if its class has a forward of its own, if it is not called, or if something outside of it
     computes with its parameters.
@@ -63,6 +65,10 @@ def make_visible(network: nn.Module, example: Inputs | Tensor) -> None:
         for name, part in found.items():
             if _keeps_to_itself(seen, name, part):
                 rewrite(part)
+    callers = layer_callers(network, trace(network, example))
+    known = known or (_outputs(network, example) if callers else [])
+    for name, layers in callers.items():
+        call_layers(get_module(network, name), layers)
     if known:
         _require_same(_outputs(network, example), known)
 
