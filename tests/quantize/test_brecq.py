@@ -21,11 +21,11 @@ from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize import calibrate
 from synthquant.quantize.brecq import Brecq
-from synthquant.quantize.cache import RowCache
+from synthquant.quantize.cache import RowCache, Stream
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
 from synthquant.quantize.fisher import fisher_weights
 from synthquant.quantize.reconstruct import Reconstruction
-from synthquant.quantize.unit_fit import Stream, UnitFit
+from synthquant.quantize.unit_fit import UnitFit
 
 
 def images() -> ImageSet:

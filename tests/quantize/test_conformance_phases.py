@@ -40,10 +40,12 @@ SOFT_ROUNDING: dict[str, Field] = {
 # Of a pass over the units, unless the method says otherwise.
 NOTHING_ELSE: dict[str, Field] = {
     "weight_scale_lr": (0.0, f"{ADAROUND} eq. 22: step sizes of weights are fixed"),
+    "weight_lr": (0.0, f"{ADAROUND} eq. 22: roundings are learned, not weights"),
     "activation_scale_lr": (0.0, "not learned in this pass"),
     "quantize_probability": (1.0, "nothing is dropped"),
     "lsq_gradient_scale": (False, "step sizes are not learned, or without it"),
     "error": ("outputs", f"{ADAROUND} eq. 21: what the unit puts out"),
+    "fisher_rank": (0, "not used: the error knows no Fisher matrix"),
     "norm": (2.0, f"{ADAROUND} eq. 21: squared Frobenius norm"),
     "fisher": (None, f"{BRECQ} code: all published commands use the plain squared error"),
     "calibrate_images": (None, "ranges are those set beforehand"),

@@ -123,6 +123,11 @@ class QuantModel(nn.Module):
         return self._units["layer"][0].layers[0]
 
     @property
+    def last_layer(self) -> str:
+        """Name of the layer that runs last, quantized or not."""
+        return self._units["layer"][-1].layers[-1]
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return device_of(self.module)

@@ -7,11 +7,14 @@
 - `calibrate`: ranges: where the grids of weights and activations lie before anything is learned.
 - `equalize`: finding the factors by which channels are scaled before quantization.
 - `erq`: ERQ: weights regressed on quantized inputs and rounded half of the columns at a time.
+- `fima`: the error of FIMA-Q: as a low-rank and diagonal Fisher matrix weighs it.
 - `fisher`: how much the network's answer depends on a unit's output.
 - `genie_m`: Genie-M: step sizes and roundings together.
+- `global_local`: an error seen from behind the network and from behind the unit itself, after GLF-Q.
 - `layout`: where the channels of a unit's output are: first, as in feature maps, or last, as in tokens.
 - `learn`: learning the roundings and step sizes of one unit.
 - `moments`: sums over what layers read, from which their weights are regressed.
+- `network_errors`: errors of a unit that look at the network's answer: settings of the methods that offer them.
 - `ptq4vit`: PTQ4ViT: ranges searched by how much the network's answer depends on what they change.
 - `qdrop`: QDrop: roundings learned while activations are dropped at random.
 - `readers`: what layers and products read, with the gradients of what they put out.

@@ -6,6 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -209,3 +210,23 @@ def _limits(budget: MemoryBudget, device: torch.device) -> dict[str, float]:
     else:
         limits["host"] = budget.host_gib * GIB
     return limits
+
+
+@dataclass
+class Stream:
+    """What one of the two networks (float or quantized) put out so far: caches of unit outputs still needed."""
+
+    outputs: dict[int, LeafCaches] = field(default_factory=dict)
+
+    def read(self, start: int, stop: int, unit: int) -> Leaves:
+        """What a unit put out for the samples from `start` to `stop` (exclusive)."""
+        return self.outputs[unit].read(start, stop)
+
+    def gather(self, batch: torch.Tensor, unit: int) -> Leaves:
+        """What a unit put out for samples of these indices `[B]`."""
+        return self.outputs[unit].gather(batch)
+
+    def drop_all_but(self, needed: set[int]) -> None:
+        """Let go of what no later unit reads."""
+        for index in set(self.outputs) - needed:
+            del self.outputs[index]

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from synthquant.methods import QUANTIZERS
 from synthquant.quantize.learn import Phase
-from synthquant.quantize.rounding import LearnedRounding
+from synthquant.quantize.network_errors import NetworkErrors
 
 
 @QUANTIZERS.register("genie_m")
-class GenieM(LearnedRounding):
+class GenieM(NetworkErrors):
     """Genie-M: zero-shot quantization, joint learning of step size and rounding (arXiv:2212.04780).
 
     As QDrop, and the step sizes of weights are learned too: the integer part of each weight is fixed from the first
@@ -53,4 +53,4 @@ class GenieM(LearnedRounding):
             sampling="epoch",
             calibrate_images=self.calibration_images,
         )
-        return (phase,)
+        return (self.with_error(phase),)

@@ -16,7 +16,7 @@ from synthquant.core.rng import Rng
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.functional import SMALLEST_SCALE, rounding_regularizer, undecided_share
 from synthquant.nn.layers import QuantLayer
-from synthquant.nn.weight_sources import SoftRounding
+from synthquant.nn.weight_sources import LearnedStep, SoftRounding
 
 Sampling = Literal["epoch", "permutation", "replacement"]
 # Up to so many bits a weight's scale changes at the full rate.
@@ -40,10 +40,13 @@ class Phase:
         beta: exponent of the regulariser when it sets in and at the last step; linear in between.
         weight_scale_lr: learning rate of the factors of weight scales at up to 4 bits, cosine to 0; at more bits
             as much smaller as the grid is finer. 0: fixed (AdaRound, BRECQ, QDrop).
+        weight_lr: learning rate of weights that pass through their rounding (straight-through) in place of rounding
+            logits, as a share of their grid's range, cosine to 0; 0: they are not learned.
         activation_scale_lr: learning rate of activation scales, cosine to 0; 0: fixed.
         quantize_probability: probability that a quantized activation, or a student input, is used (QDrop: 0.5).
         lsq_gradient_scale: scale the gradient of activation steps as LSQ does.
         error: registered name of what is minimised (`unit_fit.UNIT_ERRORS`).
+        fisher_rank: how many gradients an error of a low-rank Fisher matrix is made of (`fima`).
         norm: exponent of the reconstruction error.
         sampling: how batches are drawn: through shuffled `epoch`s, a fresh `permutation` each step, or with
             `replacement`.
@@ -64,10 +67,12 @@ class Phase:
     warm_up: float
     beta: tuple[float, float]
     weight_scale_lr: float
+    weight_lr: float
     activation_scale_lr: float
     quantize_probability: float
     lsq_gradient_scale: bool
     error: str
+    fisher_rank: int
     norm: float
     sampling: Sampling
     fisher: Literal["diagonal", "full"] | None
@@ -182,17 +187,23 @@ def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, flo
         The share of undecided roundings and a sample of the losses.
     """
     layers, quantizers, device = unit.layers, unit.quantizers, unit.device
-    rounding = _soft_roundings(layers, phase) if phase.rounding_lr else []
+    sources = _weight_sources(layers, phase)
+    rounding = [source for source in sources if isinstance(source, SoftRounding)]
     learned = list(quantizers) if phase.activation_scale_lr else []
     scales = [parameter for quantizer in learned for parameter in quantizer.learnable()]
-    factors = [soft.factor for soft in rounding if soft.factor.requires_grad]
+    factors = [source.factor for source in sources if source.factor.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [soft.logit for soft in rounding], "lr": phase.rounding_lr, "base": 0.0},
         {"params": scales, "lr": phase.activation_scale_lr, "base": phase.activation_scale_lr},
     ]
-    for bits in sorted({soft.num_bits for soft in rounding} if factors else ()):
-        rate = phase.weight_scale_lr * min(1.0, _quant_max(_COARSE_BITS) / _quant_max(bits))
-        groups.append({"params": [s.factor for s in rounding if s.num_bits == bits], "lr": rate, "base": rate})
+    for bits in sorted({source.num_bits for source in sources}):
+        of_bits = [source for source in sources if source.num_bits == bits]
+        if factors:
+            rate = phase.weight_scale_lr * min(1.0, _quant_max(_COARSE_BITS) / _quant_max(bits))
+            groups.append({"params": [source.factor for source in of_bits], "lr": rate, "base": rate})
+        rate = phase.weight_lr * _quant_max(bits)
+        weights = [source.learned for source in of_bits if isinstance(source, LearnedStep)]
+        groups.append({"params": weights, "lr": rate, "base": rate})
     groups = [group for group in groups if group["params"]]
     if not groups or not phase.iterations:
         return Learned(None, (), ())
@@ -201,7 +212,7 @@ def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, flo
     steps, losses = [], []
     draw = batches(unit.count, phase.batch_size, phase.sampling, rng.generator("batches", device))
     try:
-        for layer, source in zip(layers, rounding, strict=bool(rounding)):
+        for layer, source in zip(layers, sources, strict=bool(sources)):
             layer.weight_source = source
         with learning(
             quantizers if phase.activations else (),
@@ -211,13 +222,13 @@ def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, flo
             generator=rng.generator("drop", device),
         ):
             for step in range(1, phase.iterations + 1):
-                for source in rounding:
+                for source in sources:
                     source.hold()
                 loss = error = unit.error_of(next(draw))
                 if rounding and step >= phase.warm_up * phase.iterations:
                     beta = beta_at(step, phase)
                     loss = error + phase.rounding_weight * sum(
-                        rounding_regularizer(source.soft, beta) for source in rounding
+                        rounding_regularizer(soft.soft, beta) for soft in rounding
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -237,17 +248,24 @@ def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, flo
         for layer in layers:
             layer.weight_source = None
         raise
-    undecided = undecided_share(torch.cat([source.undecided() for source in rounding])) if rounding else None
-    for layer in layers if rounding else ():
+    undecided = undecided_share(torch.cat([soft.undecided() for soft in rounding])) if rounding else None
+    for layer in layers if sources else ():
         layer.harden_weight(unclipped=phase.unclipped_codes)
     return Learned(undecided, tuple(steps), tuple(losses))
 
 
-def _soft_roundings(layers: Sequence[QuantLayer], phase: Phase) -> list[SoftRounding]:
-    sources = []
-    for layer in layers:
+def _weight_sources(layers: Sequence[QuantLayer], phase: Phase) -> list[SoftRounding | LearnedStep]:
+    """What the weights of the layers come from while they are learned; none if they keep their codes."""
+    sources: list[SoftRounding | LearnedStep] = []
+    for layer in layers if phase.rounding_lr or phase.weight_lr else ():
         assert layer.weight_quantizer is not None
-        sources.append(SoftRounding(layer.weight_quantizer, layer.float_weight, phase.weight_scale_lr > 0))
+        learn_scale = phase.weight_scale_lr > 0
+        if phase.weight_lr:
+            step = LearnedStep(layer.weight_quantizer, layer.float_weight, lsq_gradient_scale=phase.lsq_gradient_scale)
+            step.factor.requires_grad_(learn_scale)
+            sources.append(step)
+        else:
+            sources.append(SoftRounding(layer.weight_quantizer, layer.float_weight, learn_scale))
     return sources
 
 

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from synthquant.methods import QUANTIZERS
 from synthquant.quantize.learn import Phase
-from synthquant.quantize.rounding import LearnedRounding
+from synthquant.quantize.network_errors import NetworkErrors
 
 
 @QUANTIZERS.register("qdrop")
-class QDrop(LearnedRounding):
+class QDrop(NetworkErrors):
     """QDrop: randomly dropping quantization for extremely low-bit post-training quantization (arXiv:2203.05740).
 
     Roundings and activation step sizes of a block are learned together. Each element of what the block reads is the
@@ -44,4 +44,4 @@ class QDrop(LearnedRounding):
             lsq_gradient_scale=True,
             sampling="replacement",
         )
-        return (phase,)
+        return (self.with_error(phase),)

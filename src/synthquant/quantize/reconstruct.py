@@ -20,12 +20,12 @@ from synthquant.models.signature import Signature
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.operations import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.cache import CacheStore, RowCache
+from synthquant.quantize.cache import CacheStore, RowCache, Stream
 from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.learn import Phase
 from synthquant.quantize.replay import Replay
 from synthquant.quantize.unit_files import Parts, UnitFiles
-from synthquant.quantize.unit_fit import Fitted, Stream, UnitFit
+from synthquant.quantize.unit_fit import Fitted, UnitFit
 
 
 class Reconstruction:

@@ -84,10 +84,12 @@ class LearnedRounding(Settings, ABC):
             warm_up=self.warm_up,
             beta=(self.beta_start, self.beta_end),
             weight_scale_lr=0.0,
+            weight_lr=0.0,
             activation_scale_lr=0.0,
             quantize_probability=1.0,
             lsq_gradient_scale=False,
             error="outputs",
+            fisher_rank=0,
             norm=2.0,
             sampling="permutation",
             fisher=None,
@@ -122,7 +124,7 @@ class LearnedRounding(Settings, ABC):
         engine = Reconstruction(quant_model, calibration, self.granularity, memory, workdir)
         units: list[UnitReport] = []
         for phase in self.phases():
-            if phase.rounding_lr or quant_model.quantizers:
+            if phase.rounding_lr or phase.weight_lr or quant_model.quantizers:
                 units += engine.run(phase, rng.child(phase.name), progress)
             if quant_model.quantizers and not phase.activations:
                 set_ranges(quantized_weights=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -22,33 +22,13 @@ from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
 from synthquant.nn.functional import random_keep
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel
-from synthquant.quantize.cache import CacheStore, LeafCaches, RowCache
+from synthquant.quantize.cache import CacheStore, LeafCaches, RowCache, Stream
 from synthquant.quantize.calibrate import observe
 from synthquant.quantize.fisher import fisher_weights, in_float, output_gradient
 from synthquant.quantize.layout import channels_last
 from synthquant.quantize.learn import Learnable, Learned, Phase, learn_unit, reconstruction_error, undropped
 from synthquant.quantize.replay import NETWORK_INPUT, Replay
-from synthquant.quantize.unit_files import Parts, finite, snapshot
-
-
-@dataclass
-class Stream:
-    """What one of the two networks (float or quantized) put out so far: caches of unit outputs still needed."""
-
-    outputs: dict[int, LeafCaches] = field(default_factory=dict)
-
-    def read(self, start: int, stop: int, unit: int) -> Leaves:
-        """What a unit put out for the samples from `start` to `stop` (exclusive)."""
-        return self.outputs[unit].read(start, stop)
-
-    def gather(self, batch: torch.Tensor, unit: int) -> Leaves:
-        """What a unit put out for samples of these indices `[B]`."""
-        return self.outputs[unit].gather(batch)
-
-    def drop_all_but(self, needed: set[int]) -> None:
-        """Let go of what no later unit reads."""
-        for index in set(self.outputs) - needed:
-            del self.outputs[index]
+from synthquant.quantize.unit_files import Parts, Snapshot, finite, snapshot
 
 
 @dataclass(frozen=True)
@@ -122,7 +102,17 @@ class UnitFit:
         self.targets = fitted.caches(())
         self.outputs: LeafCaches | None = None
         self.weights: LeafCaches | None = None
-        self._before = Stream()
+        self._before, self._float_before = Stream(), Stream()
+
+    @property
+    def phase(self) -> Phase:
+        """What is learned and how."""
+        return self._phase
+
+    @property
+    def model(self) -> QuantModel:
+        """The network that the unit is part of."""
+        return self._model
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +130,7 @@ class UnitFit:
         """Cache targets and arguments, one chunk of samples at a time, from what earlier units put out."""
         self.targets = self._fitted.caches(self.gives.varying)
         self._before = teacher if self._phase.inputs == "teacher" else student
+        self._float_before = teacher
         for start, stop in self._fitted.chunks():
             with self._model.mode(weights=False, activations=False), torch.no_grad():
                 leaves, origins = self._arguments(start, stop, teacher)
@@ -178,14 +169,17 @@ class UnitFit:
                 self.update_fisher()
             start_loss = self.loss()
             before = snapshot(self.layers, self.quantizers)
-            learned = Learned(None, (), ())
+            learned, error_of = Learned(None, (), ()), None
             if rounded or phase.activation_scale_lr:
                 error_of, device = UNIT_ERRORS.get(phase.error)(self, rng), self._model.device
                 learnable = Learnable(rounded, self.quantizers, error_of, self._fitted.count, device)
                 with saved_results(self._model.module):
                     learned = learn_unit(phase, learnable, rng, _ticker(bar, self.unit))
             end_loss = self.loss(self.outputs)
-            diverged = not end_loss <= start_loss
+            if learned.steps and isinstance(error_of, JudgingError):
+                diverged = self._is_worse(error_of, before)
+            else:
+                diverged = not end_loss <= start_loss
             if diverged:
                 before.restore(self.layers, self.quantizers)
                 self.run_student()
@@ -247,13 +241,30 @@ class UnitFit:
         full = self._phase.fisher == "full"
         return reconstruction_error(output, wanted, self._channels_last, self._phase.norm, weights, full)
 
-    def rest(self, batch: torch.Tensor, output: Leaves) -> Any:
+    def samples(self) -> Iterator[torch.Tensor]:
+        """Indices of all samples, as many at a time as run together without gradients."""
+        for start, stop in self._fitted.chunks():
+            yield torch.arange(start, stop, device=self.device)
+
+    @torch.no_grad()
+    def alone(self, batch: torch.Tensor) -> Leaves:
+        """What the unit as it now is puts out behind a float network; the phase must not read the student alone."""
+        assert self.teacher is not None
+        return self._run(self.teacher.gather(batch))
+
+    def rest(self, batch: torch.Tensor, output: Leaves, *, float_before: bool = False) -> Any:
         """What the float network behind the unit makes of its `output` for samples of these indices.
 
         Gradients reach `output`, which stays as it is. It can be asked for at any step.
+
+        Args:
+            batch: the indices, `[B]`.
+            output: the unit's.
+            float_before: what units before this one put out, where something behind it reads that, is the float
+                network's; else it is that of the inputs of the phase.
         """
         copies = [leaf.clone() for leaf in output]  # what follows may work in place
-        stored = partial(self._before.gather, batch)
+        stored = partial((self._float_before if float_before else self._before).gather, batch)
         with in_float(self._fitted.parts[self._index + 1 :]):
             return self._replay.run_behind(self._index, self._fitted.gathered(batch), copies, stored)
 
@@ -280,13 +291,27 @@ class UnitFit:
                 gradient = output_gradient(self._model, module, gives.leaf(gives.main), later, inputs, run)
                 self.weights.rows[0].write(start, fisher_weights(spec.to_rows(spec.samples_first(gradient))))
 
+    def _is_worse(self, error: JudgingError, before: Snapshot) -> bool:
+        """Whether the unit's error, as it was weighed last, is larger than it is for what the unit was `before`."""
+        after, errors = snapshot(self.layers, self.quantizers), []
+        for state in (before, after):
+            state.restore(self.layers, self.quantizers)
+            with torch.no_grad():
+                errors.append(
+                    sum(
+                        float(error.judge(batch, self._run(self.source.gather(batch)))) * len(batch)
+                        for batch in self.samples()
+                    )
+                )
+        return not errors[1] <= errors[0]
+
     def _quantized(self) -> AbstractContextManager[None]:
         """The network as it is quantized in this phase."""
         return self._model.mode(weights=True, activations=self._phase.activations)
 
     def _rounded(self) -> list[QuantLayer]:
         """Those of the unit's layers whose roundings the phase learns."""
-        if not self._phase.rounding_lr:
+        if not self._phase.rounding_lr and not self._phase.weight_lr:
             return []
         first = self._model.layers.get(self._model.first_layer) if self._phase.skip_first_layer else None
         return [layer for layer in self.layers if layer.weight_quantizer is not None and layer is not first]
@@ -325,6 +350,21 @@ class UnitFit:
 
 ErrorOf = Callable[[torch.Tensor], torch.Tensor]
 """The differentiable error of a unit for a batch of indices of samples."""
+
+
+@runtime_checkable
+class JudgingError(Protocol):
+    """An error that says itself whether learning made a unit worse; of others the squared error of outputs does."""
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """The error for samples of these indices, differentiable."""
+        ...
+
+    def judge(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
+        """The error of what the unit puts out for these samples, weighed as it was last."""
+        ...
+
+
 UNIT_ERRORS: Registry[Callable[[UnitFit, Rng], ErrorOf]] = Registry("error of a unit")
 
 
