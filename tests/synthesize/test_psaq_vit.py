@@ -13,6 +13,7 @@ import torch
 from tests.select.networks import CLASSES, SIZE, Plain, Tokens, float_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synthquant import make
 from synthquant.core.errors import RecipeError, UnsupportedModelError
@@ -188,6 +189,37 @@ def test_targets_of_the_total_variation_are_those_of_the_authors() -> None:
     images = torch.randn(1, 3, 9, 9).expand(32, -1, -1, -1)
     assert float(total_variations(images)[0]) == pytest.approx(float(total_variations(images[:1])[0]))
     assert rough.shape == (1,)
+
+
+def test_total_variation_is_drawn_to_its_target_from_both_sides() -> None:
+    model, images = vit(), vit().example_images(2)
+    rough, labels = total_variations(images), torch.zeros(2, dtype=torch.int64)
+    network = watched(model)
+    with torch.no_grad():
+        met, smoother, rougher = (
+            PsaqVit(total_variation=0.5).losses(network, images, labels, rough + distance) for distance in (0, 4, -6)
+        )
+    torch.testing.assert_close(smoother - met, torch.full((2,), 2.0))
+    torch.testing.assert_close(rougher - met, torch.full((2,), 3.0))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what reads a number off the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_step_waits_for_the_device() -> None:
+    model, method = vit(), PsaqVit(head_similarity=1)
+    network, pixels = watched(model, heads=True), model.example_images(3).requires_grad_()
+    offsets, flips, labels = torch.tensor([1, 0, -2]), torch.tensor([True, False, True]), torch.arange(3)
+    with NoWaiting():
+        images = moved(pixels, offsets, flips)
+        torch.autograd.backward(method.losses(network, images, labels, torch.ones(3)).sum())
+        model.preprocess.cut_off(pixels.detach())
+    assert pixels.grad is not None and bool(pixels.grad.any())
 
 
 def test_the_rate_rises_and_falls_in_each_stage() -> None:
