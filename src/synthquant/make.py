@@ -19,13 +19,14 @@ from synthquant.data.store import JOURNAL_NAME
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.export.checkpoint import load_checkpoint, read_config
 from synthquant.export.onnx import Onnx
-from synthquant.methods import FineTuned, MemoryBudget, QuantReport, is_generating
+from synthquant.methods import FineTuned, MemoryBudget, QuantReport, is_checking, is_generating
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.equalize import equalized
+from synthquant.quantize.reparameterize import require_layer_norms
 from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, SourceSection, SynthesizeSection
 from synthquant.select.write import write_selection
 from synthquant.synthesize.batches import image_form, open_writer
@@ -207,6 +208,23 @@ def build(model: FloatModel, section: QuantizeSection) -> QuantModel:
     if section.export_preset is not None:
         Onnx(preset=section.export_preset).check(quant_model)
     return quant_model
+
+
+def require_quantizable(model: FloatModel, section: QuantizeSection) -> None:
+    """Raise what `quantize` would, as far as it is known of the network before there are images.
+
+    Raises:
+        SchemeError: the network is meant for a preset that cannot express its scheme.
+        UnsupportedModelError: it is not one for the method or for how it is to be equalised.
+    """
+    step, behind_norms = section.build(), section.equalize == "layer_norms"
+    if section.export_preset is None and not behind_norms and not is_checking(step):
+        return
+    quant_model = build(model, section)
+    if behind_norms:
+        require_layer_norms(quant_model)
+    if is_checking(step):
+        step.check(quant_model)
 
 
 def image_bytes(section: SynthesizeSection, model: FloatModel) -> int:

@@ -299,6 +299,19 @@ class GeneratingStep(QuantStep, Protocol):
         ...
 
 
+class CheckingStep(QuantStep, Protocol):
+    """A quantization step that does not work for every network."""
+
+    def check(self, quant_model: QuantModel) -> None:
+        """Raise `UnsupportedModelError` if a network, just built, is not one for it; asked before images are made."""
+        ...
+
+
+def is_checking(step: QuantStep) -> TypeGuard[CheckingStep]:
+    """Return whether a step says for which networks it works."""
+    return hasattr(step, "check")
+
+
 def is_generating(step: QuantStep) -> TypeGuard[GeneratingStep]:
     """Return whether a step can do without given images."""
     return not getattr(step, "needs_images", True)

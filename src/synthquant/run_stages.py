@@ -18,7 +18,17 @@ from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.evaluate.diversity import measure_diversity
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.make import build, finetune, given_images, image_bytes, quantize, require_run, select, sent, synthesize
+from synthquant.make import (
+    finetune,
+    given_images,
+    image_bytes,
+    quantize,
+    require_quantizable,
+    require_run,
+    select,
+    sent,
+    synthesize,
+)
 from synthquant.measure import costs_and_sqnr, float_beside_quantized
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
@@ -189,14 +199,11 @@ class QuantizeStage(Stage):
     kept_by = "checkpoint"
 
     def check(self, run: Run) -> None:
-        """Raise `SchemeError` if the network is meant for a preset that cannot express its scheme.
-
-        And `InputError` if it is to be taken from a run that does not have it.
-        """
+        """Raise what `require_quantizable` does, and `InputError` if a run is named that does not have the network."""
         if run.recipe.quantize.run is not None and not self.is_done(run.folder):
             require_run(run.model, run.recipe.quantize)
-        elif run.recipe.quantize.export_preset is not None and not self.is_done(run.folder):
-            build(run.model, run.recipe.quantize)
+        elif run.recipe.quantize.run is None and not self.is_done(run.folder):
+            require_quantizable(run.model, run.recipe.quantize)
 
     def space(self, run: Run) -> dict[str, int]:
         """Bytes of the units: codes take a byte each while the network is quantized."""

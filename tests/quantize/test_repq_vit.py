@@ -12,6 +12,7 @@ import torch
 from tests.nn.networks import Network, NormedTokens, float_model
 from torch import Tensor, nn
 
+from synthquant import pipeline
 from synthquant.core.errors import ModelError, UnsupportedModelError
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
@@ -31,7 +32,7 @@ from synthquant.quantize import RepqVit, Rtn
 from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.reparameterize import Reparameterization, reparameterization
-from synthquant.recipe import QuantizeSection
+from synthquant.recipe import QuantizeSection, Recipe
 
 LAYERS = {
     "block.norm": ("block.q", "block.k", "block.v"),
@@ -292,6 +293,15 @@ def test_without_a_layer_norm_it_says_so_in_one_line() -> None:
         applied(float_model(Mixed(), size=16))
     with pytest.raises(UnsupportedModelError, match="reads it in floating point"):
         applied(network(), "W4A16")
+
+
+@pytest.mark.parametrize("quantize_by", [{"method": "repq_vit"}, {"method": "rtn", "equalize": "layer_norms"}])
+def test_a_run_says_so_before_it_makes_images(tmp_path: Path, quantize_by: dict[str, str]) -> None:
+    values = {"model": "zoo/cifar10-resnet20", "images": {"method": "noise", "count": 4}}
+    recipe = Recipe.parse({**values, "quantize": {"scheme": "W4A4", **quantize_by}})
+    with pytest.raises(UnsupportedModelError, match=r"^cifar10-resnet20: .* there is no layer norm at all$"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def logits(kind: str) -> tuple[nn.Module, int]:

@@ -104,17 +104,8 @@ def reparameterization(
         ModelError: the network was loaded from a checkpoint.
     """
     module = _float_network(quant_model)
-    groups, left = layers_behind_norms(module, quant_model.float_model.example(2))
-    quantizers: dict[str, dict[str, ActivationQuantizer]] = {}
-    for group in groups:
-        reason = _unfit(quant_model, group)
-        if reason:
-            left[group.norm] = reason
-        else:
-            names = dict.fromkeys(quant_model.reads[layer] for layer in group.layers)
-            quantizers[group.norm] = {name: quant_model.quantizers[name] for name in names}
-    if not quantizers:
-        raise UnsupportedModelError(f"{quant_model.float_model.name}: {_nothing(left)}")
+    groups, left = _groups(quant_model, module)
+    quantizers = {group.norm: _quantizers(quant_model, group) for group in groups}
     watchers = {norm: ActivationHistogram(channel=-1) for norm in quantizers}
     watching = [(quantizer, watchers[norm]) for norm, own in quantizers.items() for quantizer in own.values()]
     found, grids = Equalization(), {}
@@ -124,11 +115,15 @@ def reparameterization(
         shown(watching, lambda: calibration.run(quant_model, count)),
     ):
         for group in groups:
-            if group.norm in quantizers:
-                own = _channel_grids(next(iter(quantizers[group.norm].values())), watchers[group.norm], observer)
-                grids.update(dict.fromkeys(quantizers[group.norm], own))
-                found = found.then(_change(module, group, own))
+            own = _channel_grids(next(iter(quantizers[group.norm].values())), watchers[group.norm], observer)
+            grids.update(dict.fromkeys(quantizers[group.norm], own))
+            found = found.then(_change(module, group, own))
     return Reparameterization(found, grids, ReparameterizationReport(norms=tuple(quantizers), left_out=left))
+
+
+def require_layer_norms(quant_model: QuantModel) -> None:
+    """Raise `UnsupportedModelError` if no layer norm of a network that was just built can take part; says why."""
+    _groups(quant_model, _float_network(quant_model))
 
 
 def _float_network(quant_model: QuantModel) -> nn.Module:
@@ -136,6 +131,22 @@ def _float_network(quant_model: QuantModel) -> nn.Module:
     if quant_model.equalization is not None:
         quant_model.equalization.apply(module)
     return module
+
+
+def _groups(quant_model: QuantModel, module: nn.Module) -> tuple[list[LayersBehindNorm], dict[str, str]]:
+    """Layer norms that take part, and why others do not."""
+    groups, left = layers_behind_norms(module, quant_model.float_model.example(2))
+    reasons = {group.norm: _unfit(quant_model, group) for group in groups}
+    left |= {norm: reason for norm, reason in reasons.items() if reason}
+    fit = [group for group in groups if not reasons[group.norm]]
+    if not fit:
+        raise UnsupportedModelError(f"{quant_model.float_model.name}: {_nothing(left)}")
+    return fit, left
+
+
+def _quantizers(quant_model: QuantModel, group: LayersBehindNorm) -> dict[str, ActivationQuantizer]:
+    names = dict.fromkeys(quant_model.reads[layer] for layer in group.layers)
+    return {name: quant_model.quantizers[name] for name in names}
 
 
 def _unfit(quant_model: QuantModel, group: LayersBehindNorm) -> str:

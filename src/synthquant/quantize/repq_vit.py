@@ -15,7 +15,7 @@ from synthquant.models.samples import Samples
 from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights
-from synthquant.quantize.reparameterize import reparameterization
+from synthquant.quantize.reparameterize import reparameterization, require_layer_norms
 
 
 @QUANTIZERS.register("repq_vit")
@@ -34,6 +34,10 @@ class RepqVit(Settings):
     `percentile`."""
     calibration_images: int = Field(default=32, ge=1)
     """Images from which ranges are set."""
+
+    def check(self, quant_model: QuantModel) -> None:
+        """Raise `UnsupportedModelError` if there is no layer norm before linear layers; says what there is."""
+        require_layer_norms(quant_model)
 
     def apply(
         self,
