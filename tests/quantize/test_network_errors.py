@@ -96,17 +96,25 @@ def test_the_fisher_matrix_is_measured_with_nothing_but_the_unit_quantized(netwo
 
 def test_the_error_of_fima_is_that_of_its_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    error, gradients, distances = (torch.rand(3, 11, generator=generator).double() for _ in range(3))
+    error, gradients, distances = torch.rand(3, 3, 11, generator=generator).double().unbind(0)
     fisher = object.__new__(FisherError)
-    fisher.gradients, fisher.distances = list(gradients), list(distances)
+    fisher.gradients, fisher.distances = list(gradients * 1e-30), list(distances)
+    fisher.weigh()
     gram = distances @ distances.T
     inverse = (gram + 1e-4 * gram.trace() / 3 * torch.eye(3)).inverse()
     along = error @ gradients.T
-    low_rank, diagonal = fisher.terms(error)
-    torch.testing.assert_close(low_rank, torch.stack([row @ inverse @ row for row in along]).mean())
-    torch.testing.assert_close(diagonal, (error.square() * gradients.mean(0)).sum(1).mean())
+    low_ranks, diagonals = (
+        torch.stack([torch.stack(fisher.terms(row[None].float())) for row in error]).double().unbind(1)
+    )
+    wanted = torch.stack([row @ inverse @ row for row in along])
+    torch.testing.assert_close(low_ranks / low_ranks.sum(), wanted / wanted.sum(), rtol=1e-4, atol=0)
+    wanted = (error.square() * gradients.mean(0)).sum(1)
+    torch.testing.assert_close(diagonals / diagonals.sum(), wanted / wanted.sum(), rtol=1e-5, atol=0)
+    whole = fisher.terms(error.float())
+    assert [float(term) for term in whole] == pytest.approx([float(low_ranks.mean()), float(diagonals.mean())])
     fisher.distances = [distances[0]] * 3  # as parallel as rows can be
-    assert all(bool(term.isfinite()) for term in fisher.terms(error))
+    fisher.weigh()
+    assert all(bool(term.isfinite()) for term in fisher.terms(error.float()))
 
 
 def test_fima_measures_at_steps_that_divide_the_phase_and_counts_from_there() -> None:

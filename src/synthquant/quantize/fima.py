@@ -27,7 +27,7 @@ class FisherError:
     the divergence between the network's answers, and of `e`. Nothing but the unit is quantized then, as it is while it
     learns, with soft roundings and dropped activations; what it reads, and all that is behind it, is float. Answers of
     a classifier are logits divided by 20. Rows of `D` are nearly parallel, so the system is solved in float64, with
-    1e-4 of its mean diagonal as a ridge. Each of the two terms is divided by its value in the first batch that its
+    1e-4 of its mean diagonal as the ridge. Each of the two terms is divided by its value in the first batch that its
     weights meet.
 
     Attributes:
@@ -41,6 +41,7 @@ class FisherError:
         self._every = max(1, unit.phase.iterations // unit.phase.fisher_rank)
         self._step = 0
         self._sizes: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._root = self._diagonal = torch.empty(0)  # set with the first rows
         self.gradients: list[torch.Tensor] = []
         self.distances: list[torch.Tensor] = []
 
@@ -53,28 +54,33 @@ class FisherError:
 
     def judge(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
         """The error of what the unit puts out for these samples, by the Fisher matrix as it was measured last."""
-        error = _distance(output, self._unit.targets.gather(batch), len(batch))
-        terms = self.terms(error.double())
+        terms = self.terms(_distance(output, self._unit.targets.gather(batch), len(batch)))
         if self._sizes is None:
-            smallest = torch.finfo(torch.float64).tiny
+            smallest = torch.finfo(terms[0].dtype).tiny
             self._sizes = (terms[0].detach().clamp_min(smallest), terms[1].detach().clamp_min(smallest))
-        return (terms[0] / self._sizes[0] + terms[1] / self._sizes[1]).float()
+        return terms[0] / self._sizes[0] + terms[1] / self._sizes[1]
 
     def terms(self, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The low-rank and the diagonal term, scalars, of absolute errors `[B, F]` in float64."""
+        """The low-rank and the diagonal term, scalars, of absolute errors `[B, F]`, each up to a factor."""
+        low_rank = (error @ self._root.T).square().sum(1).mean()
+        return low_rank, (error.square() @ self._diagonal).mean()
+
+    def weigh(self) -> None:
+        """Set the weights of errors from the rows; terms are divided by their next values from now on.
+
+        The low-rank term is the squared length of `L^-1 G e^T`, with `L L^T = D D^T + ridge`. As only shares of terms
+        count, weights are divided by the largest one, so that small gradients vanish in no square.
+        """
         gradients, distances = torch.stack(self.gradients), torch.stack(self.distances)
         gram = distances @ distances.T
-        smallest = torch.finfo(gram.dtype).tiny
-        gram = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (
-            _RIDGE * gram.diagonal().mean()
-        ).clamp_min(smallest)
-        along = error @ gradients.T
-        low_rank = (along * torch.linalg.solve(gram, along.T).T).sum(1).mean()
-        diagonal = (error.square() @ gradients.mean(0)).mean()
-        return low_rank, diagonal
+        ridge = (_RIDGE * gram.diagonal().mean()).clamp_min(torch.finfo(gram.dtype).tiny)
+        lower = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        root = torch.linalg.solve_triangular(lower, gradients, upper=False)
+        self._root, self._diagonal = _scaled(root), _scaled(gradients.mean(0))
+        self._sizes = None
 
     def measure(self) -> None:
-        """Add a row to the gradients and to the distances; terms are divided by their next values from now on."""
+        """Add a row to the gradients and to the distances, and weigh errors by them."""
         gradient: torch.Tensor | float = 0.0
         distance: torch.Tensor | float = 0.0
         count = 0
@@ -86,7 +92,7 @@ class FisherError:
         assert isinstance(gradient, torch.Tensor) and isinstance(distance, torch.Tensor)
         self.gradients.append(gradient / count)
         self.distances.append(distance / count)
-        self._sizes = None
+        self.weigh()
 
     def _gradient(self, batch: torch.Tensor, output: Leaves) -> torch.Tensor:
         """Of each sample's own divergence with respect to what the unit puts out for it, `[B, F]`."""
@@ -101,6 +107,12 @@ class FisherError:
             error = divergence(*answers, task) + sum(0 * leaf.sum() for leaf in floating)
             found = torch.autograd.grad(error, floating)
         return torch.cat([gradient.reshape(len(batch), -1) for gradient in found], 1)
+
+
+def _scaled(weights: torch.Tensor) -> torch.Tensor:
+    """Weights as shares of the largest one, float32."""
+    largest = weights.abs().amax()
+    return (weights / largest.clamp_min(torch.finfo(weights.dtype).tiny)).float()
 
 
 def _distance(output: Leaves, wanted: Leaves, samples: int) -> torch.Tensor:
