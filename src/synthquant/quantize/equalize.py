@@ -109,7 +109,7 @@ def _reparameterized(quant_model: QuantModel, images: ImageSet | Samples | None,
     calibration = CalibrationSet(quant_model, images)
     found = reparameterization(quant_model, calibration, _IMAGES, "percentile")
     progress.say(str(found.report))
-    return QuantModel.build(quant_model.float_model, quant_model.scheme, found.equalization)
+    return QuantModel.build(quant_model.float_model, quant_model.scheme, found.equalization, fold=quant_model.fold)
 
 
 def weight_scales(module: nn.Module, channels: Channels) -> Tensor:
