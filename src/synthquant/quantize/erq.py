@@ -40,8 +40,8 @@ class Erq(Settings):
     those of earlier layers, and one pass over the images serves many layers. Ranges of activations are those of
     the float network. Nothing is drawn at random.
 
-    The authors apply it after RepQ-ViT's reparameterisation, leave a transformer's first layer out and add bias columns
-    to all layers; here layers without a bias get none.
+    The authors apply it after RepQ-ViT's reparameterisation (`equalize: layer_norms`) and leave a transformer's first
+    layer out. Their code takes the last column for the bias in layers that have none, too.
     """
 
     ridge: float = Field(default=0.2, ge=0)
@@ -49,7 +49,7 @@ class Erq(Settings):
     max_flips: int = Field(default=100, ge=0)
     """Roundings of an output row that are turned over at most, for each half of the columns."""
     observer: str = "genie"
-    """How ranges are searched: `minmax`, `running`, `brecq`, `genie` or `qdrop`."""
+    """How ranges are searched: `minmax`, `running`, `brecq`, `genie`, `qdrop` or `percentile`."""
     calibration_images: int = Field(default=32, ge=1)
     """Images from which activation ranges are set and weights regressed."""
 
