@@ -282,6 +282,25 @@ def test_what_does_not_fit_is_left_and_named() -> None:
     assert report.left_out["block.norm"] == "block.q, block.k, block.v read it on different grids"
 
 
+class Moody(nn.Module):
+    """Normalises what is small once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm, self.head = nn.Conv2d(3, 4, 4, stride=4), nn.LayerNorm(4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.patch(x).flatten(2).transpose(1, 2))
+        return self.head((x if x.max() > 2.5 else self.norm(x)).mean(1))
+
+
+def test_layer_norms_that_depend_on_values_are_an_error() -> None:
+    network = float_model(Moody(), size=16)
+    network.module.norm.weight.data.fill_(0.01)  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedModelError, match="the layer norms that run depend on what they read"):
+        layers_behind_norms(network.module, network.example(2))
+
+
 def test_without_a_layer_norm_it_says_so_in_one_line() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"^Network: there is no layer norm whose .*; there is no layer norm at all$"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import eval_mode, get_module, hooked
 from synthquant.models.batch_norm import is_plain
 from synthquant.models.operation_names import QUANTIZABLE, operation_name
@@ -58,6 +59,9 @@ def layers_behind_norms(module: nn.Module, example: Inputs) -> tuple[list[Layers
 
     Returns:
         The layer norms that only linear layers read; and, by name, why others are not among them.
+
+    Raises:
+        UnsupportedModelError: which of them run depends on the values in the network.
     """
     seen = trace(module, example)
     numbered = _Numbered()
@@ -72,6 +76,8 @@ def layers_behind_norms(module: nn.Module, example: Inputs) -> tuple[list[Layers
     with torch.no_grad(), eval_mode(module), hooked(pre=hooks), numbered:
         example.clone().call(module)
     operations = [one for one in seen.operations if one.name == _LAYER_NORM]
+    if len(operations) != len(numbered.parameters):
+        raise UnsupportedModelError("the layer norms that run depend on what they read, so they cannot be changed")
     for operation, parameters in zip(operations, numbered.parameters, strict=True):
         names = _names(module, parameters)
         call = seen.module_calls[operation.call]
