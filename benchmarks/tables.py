@@ -19,6 +19,7 @@ import generated_tables
 import imagenet_page
 import memory_page
 import robustness_table
+import transformers_page
 from synthquant.export.presets import PRESETS
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 
@@ -365,6 +366,8 @@ def main() -> None:
         (folder / "diverse-images.md").write_text(diverse_page.page(parts, load("low_pass"), table))
     if results := load("fine_tuning"):
         (folder / "fine-tuning.md").write_text(fine_tuning_page.page(results, table))
+    if results := load("vision_transformers"):
+        (folder / "transformers.md").write_text(transformers_page.page(results, table))
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
     if peaks := load("memory/peaks"):

@@ -67,6 +67,15 @@ def test_a_network_without_attention_is_built_as_before() -> None:
     assert not any(isinstance(part, QuantScope) for part in asked.modules())
 
 
+def test_a_softmax_has_the_bits_of_activations_unless_it_names_others() -> None:
+    kind = QuantScheme.parse({"preset": "W6A5", "attention": {"softmax": {"kind": "log_sqrt2"}}}).attention
+    assert (
+        kind is not None and kind.softmax is not None and (kind.softmax.num_bits, kind.softmax.kind) == (5, "log_sqrt2")
+    )
+    named = QuantScheme.parse({"preset": "W6A5", "attention": SOFTMAX}).attention
+    assert named is not None and named.softmax is not None and named.softmax.num_bits == 8
+
+
 def test_a_softmax_that_is_not_there_is_named() -> None:
     with pytest.raises(
         SchemeError, match=r"^Network: .* no attention was found: of the \d+ operations outside of layers"

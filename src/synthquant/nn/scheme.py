@@ -80,7 +80,7 @@ class AttentionScheme(Settings):
     """What products of two activations read, those of attention above all: query and key, the softmax and the value."""
 
     softmax: QuantArgs | None = None
-    """The softmax; empty: as `input_activations`."""
+    """The softmax; empty: as `input_activations`, whose bits it has where it names none."""
 
 
 class QuantScheme(Settings):
@@ -160,6 +160,7 @@ class QuantScheme(Settings):
             merged[key] = {**known, **change} if isinstance(known, dict) and isinstance(change, dict) else change
         if preset is not None and merged.get("input_activations") is not None:
             merged.setdefault("attention", {})
+        _give_bits(merged)
         try:
             return parse_settings(cls, merged, "scheme")
         except ValueError as error:
@@ -278,6 +279,16 @@ def _preset(name: str) -> dict[str, Any]:
     if activation_bits != 16 or match[2]:
         preset["input_activations"] = {"num_bits": activation_bits}
     return preset
+
+
+def _give_bits(fields: dict[str, Any]) -> None:
+    """Give a softmax that names no bits those of activations."""
+    attention, activations = fields.get("attention"), fields.get("input_activations")
+    if not (isinstance(attention, dict) and isinstance(activations, dict) and "num_bits" in activations):
+        return
+    softmax = attention.get("softmax")
+    if isinstance(softmax, dict):
+        fields["attention"] = {**attention, "softmax": {"num_bits": activations["num_bits"], **softmax}}
 
 
 def _require_bits(bits: int, allowed: tuple[int, ...], where: str) -> None:
