@@ -142,7 +142,8 @@ class Table:
 def section_of(row: Row, args: argparse.Namespace) -> QuantizeSection:
     """How a row quantizes; of the runtime's own quantizer, the scheme that comes nearest."""
     method = "rtn" if row.method == RUNTIME else row.method
-    values: dict[str, Any] = {"method": method, "scheme": {"preset": row.scheme}}
+    # these networks have no attention, and rows say of it what they said before presets did
+    values: dict[str, Any] = {"method": method, "scheme": {"preset": row.scheme, "attention": None}}
     if row.method == RUNTIME:
         return QuantizeSection.parse(values, row.name)
     values |= settings_of(method, args.iterations, args.batch_size, args.rounding_weight)
