@@ -66,6 +66,14 @@ def test_ranges_come_from_the_network_quantized_so_far() -> None:
     assert any(not torch.equal(model.quantizers[name].scale, plain.quantizers[name].scale) for name in others)
 
 
+def test_qdrop_may_set_ranges_anew_at_each_unit_too() -> None:
+    anew = quantize(QDrop, iterations=0, observer="genie", calibrate_units=True).quantizers
+    genie = quantize(GenieM, iterations=0).quantizers
+    beforehand = quantize(QDrop, iterations=0, observer="genie").quantizers
+    assert all(torch.equal(anew[name].scale, genie[name].scale) for name in genie)
+    assert any(not torch.equal(anew[name].scale, beforehand[name].scale) for name in beforehand)
+
+
 def test_annealing_decides_the_roundings() -> None:
     undecided = []
     for weight in (0.0, 30.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 from pydantic import Field
@@ -32,6 +33,9 @@ class QDrop(NetworkErrors):
     """Adam learning rate of activation step sizes, cosine to 0."""
     quantize_probability: float = Field(default=0.5, gt=0, le=1)
     """Probability that a value is the quantized one (the authors' `drop_prob`)."""
+    calibrate_units: bool = Field(default=False, exclude_if=operator.not_)
+    """Set activation ranges anew at each unit, from `calibration_images` in the network quantized so far, as Genie-M
+    does: for networks whose activations at few bits are far from those of the float network."""
 
     def phases(self) -> tuple[Phase, ...]:
         """Roundings and step sizes together."""
@@ -41,6 +45,7 @@ class QDrop(NetworkErrors):
             inputs="mixed",
             activations=True,
             quantize_probability=self.quantize_probability,
+            calibrate_images=self.calibration_images if self.calibrate_units else None,
             lsq_gradient_scale=True,
             sampling="replacement",
         )
