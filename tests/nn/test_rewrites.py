@@ -164,31 +164,47 @@ class Functions(nn.Module):
     def __init__(self, form: str) -> None:
         super().__init__()
         self.form, self.inner, self.outer = form, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.first_half = nn.Parameter(torch.linspace(-1, 1, WIDTH // 2), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         linear = nn.functional.linear
-        bias = self.inner.bias.clone() if self.form == "another bias" else self.inner.bias
+        bias: torch.Tensor | None = self.inner.bias
+        if self.form == "a changed bias":  # torchvision's Swin V2
+            bias = self.inner.bias.clone()
+            bias[: WIDTH // 2].zero_()
+        elif self.form == "a bias of the input":
+            bias = self.inner.bias + x.mean()
+        elif self.form == "no bias":
+            bias = None
         x = torch.relu(linear(x, self.inner.weight, bias))
         if self.form == "twice":
             x = linear(x, self.inner.weight, self.inner.bias)
-        return self.outer(x) if self.form == "one runs" else linear(input=x, weight=self.outer.weight)
+        if self.form == "one runs":
+            return self.outer(x)
+        if self.form == "a joined bias":  # timm's BEiT
+            return linear(x, weight=self.outer.weight, bias=torch.cat((self.first_half, self.first_half)))
+        return linear(input=x, weight=self.outer.weight)
 
 
+@pytest.mark.parametrize("form", ["plain", "a changed bias", "a joined bias", "one runs"])
 @torch.no_grad()
-def test_layers_run_whose_weights_a_function_multiplies() -> None:
-    network = float_model(ByFunction())
+def test_layers_run_whose_weights_a_function_multiplies(form: str) -> None:
+    network = float_model(ByFunction(form))
     model = calibrated_model(network)
     assert {"block.inner", "block.outer"} <= model.layers.keys() & model.reads.keys()
     x = network.example_images(4)
     with model.mode(weights=False, activations=False):
         assert torch.allclose(model(x), network.module(x), atol=1e-6)
-    ran, quantizer = model(x), model.layers["block.outer"].weight_quantizer
-    assert quantizer is not None
-    quantizer.codes.zero_()
-    assert not torch.allclose(model(x), ran), "its codes are what is multiplied"
+    for name in ("block.inner", "block.outer"):
+        ran, quantizer = model(x), model.layers[name].weight_quantizer
+        assert quantizer is not None
+        codes = quantizer.codes.clone()
+        quantizer.codes.zero_()
+        assert not torch.allclose(model(x), ran), "its codes are what is multiplied"
+        quantizer.codes.copy_(codes)
 
 
-@pytest.mark.parametrize("form", ["another bias", "twice", "one runs"])
+@pytest.mark.parametrize("form", ["a bias of the input", "no bias", "twice"])
 def test_functions_that_do_something_else_stay(form: str) -> None:
     copied = folded_copy(float_model(ByFunction(form)))[0]
     assert not isinstance(copied.block, LayerCaller)

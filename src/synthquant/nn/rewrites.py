@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
-from synthquant.core.modules import get_module
 from synthquant.models.signature import Inputs
 from synthquant.models.trace import Trace, trace
 from synthquant.nn.attention import attention_weights
@@ -67,8 +66,8 @@ def make_visible(network: nn.Module, example: Inputs | Tensor) -> None:
                 rewrite(part)
     callers = layer_callers(network, trace(network, example))
     known = known or (_outputs(network, example) if callers else [])
-    for name, layers in callers.items():
-        call_layers(get_module(network, name), layers)
+    if callers:
+        call_layers(network, callers, example)
     if known:
         _require_same(_outputs(network, example), known)
 
