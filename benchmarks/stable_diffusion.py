@@ -28,7 +28,8 @@ from synthquant.core.files import write_json
 from synthquant.core.record import environment
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
-from synthquant.diffusion.pipelines import Sampling, open_text_to_image
+from synthquant.diffusion.pipelines import Sampling
+from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.synthesize.prompts import TEMPLATES
 
 ROOT = Path(__file__).parents[1]

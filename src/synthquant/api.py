@@ -23,7 +23,7 @@ from synthquant.data.loaders import read_loader
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
-from synthquant.diffusion.pipelines import open_text_to_image
+from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint

@@ -93,7 +93,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 ) -> None:
     out, token = tmp_path / "a" / "out", tmp_path / "b" / "token.safetensors"
     for settings, message in (
-        (("generator=none/of/it",), "there is no generator folder none/of/it"),
+        (("generator=none/of/it",), "there is no pipeline folder none/of/it"),
         (("only=[cat, hrose]",), "only: unknown class 'hrose'; did you mean 'horse'?"),
         (("classes=[]",), "classes names no class"),
         (("classes=[a, b]",), "classes names 2 classes but cifar10-resnet20 has 10"),

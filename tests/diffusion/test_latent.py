@@ -12,7 +12,7 @@ from tests.small_pipeline import WIDTH, build_small_pipeline
 
 from synthquant.core.errors import InputError, UnsupportedModelError
 from synthquant.diffusion.latent import LatentDiffusion
-from synthquant.diffusion.pipelines import TextToImagePipeline
+from synthquant.diffusion.text_to_image import TextToImagePipeline
 
 PROMPT = "a photo of a cat in the style of <real>"
 

@@ -16,10 +16,12 @@ from tests.small_pipeline import WIDTH, build_small_pipeline
 from synthquant.core.errors import InputError, MissingExtraError, ModelError, UnknownNameError, UnsupportedModelError
 from synthquant.core.settings import parse_settings
 from synthquant.diffusion.embedding import Embedding
-from synthquant.diffusion.pipelines import SCHEDULERS, Sampling, TextToImagePipeline, open_text_to_image, quiet
+from synthquant.diffusion.library import SCHEDULERS, quiet
+from synthquant.diffusion.pipelines import Sampling
+from synthquant.diffusion.text_to_image import TextToImagePipeline, open_text_to_image
 
 CPU = torch.device("cpu")
-FAST = Sampling(steps=2)
+FAST = Sampling(steps=2, guidance=3.5)
 PROMPTS = ["photo of a cat", "photo of a ship", "rendition of the dog"]
 
 
@@ -150,13 +152,13 @@ def test_height_needs_width() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{folder}/none", "there is no generator folder .*/none; give the folder"),
-        ("none", "there is no generator folder none"),
+        ("{folder}/none", "there is no pipeline folder .*/none; give the folder"),
+        ("none", "there is no pipeline folder none"),
         ("{folder}/model_index.json", "is a file; give the folder"),
         ("{folder}/unet", "is no diffusers pipeline: it has no model_index.json"),
         ("zoo/cifar10-ddpm", "zoo/cifar10-ddpm is not bundled with this version|not a text-to-image pipeline"),
         ("zoo/nothing", "unknown bundled diffusion model 'nothing'"),
-        ("owner/not-in-the-cache", "generator owner/not-in-the-cache cannot be opened: .*it is no folder here"),
+        ("owner/not-in-the-cache", "pipeline owner/not-in-the-cache cannot be opened: .*it is no folder here"),
     ],
 )
 def test_no_such_generator(generator_folder: Path, source: str, message: str) -> None:
@@ -168,7 +170,7 @@ def test_no_such_generator(generator_folder: Path, source: str, message: str) ->
 @pytest.mark.parametrize("name", ["DDIMPipeline", "StableDiffusionImg2ImgPipeline", "TextToVideoSDPipeline"])
 def test_a_pipeline_of_another_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(UnsupportedModelError, match=f"is a {name}, not a text-to-image pipeline"):
+    with pytest.raises(UnsupportedModelError, match=f"is a {name}, (not a text-to-image|which does not make images)"):
         open_text_to_image(str(tmp_path))
 
 

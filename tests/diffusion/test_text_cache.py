@@ -16,7 +16,8 @@ from transformers import CLIPTextModelWithProjection
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.diffusion import text_cache
 from synthquant.diffusion.embedding import Embedding
-from synthquant.diffusion.pipelines import Sampling, TextToImagePipeline
+from synthquant.diffusion.pipelines import Sampling
+from synthquant.diffusion.text_to_image import TextToImagePipeline
 
 PROMPTS = ["photo of a cat", "photo of a ship"]
 

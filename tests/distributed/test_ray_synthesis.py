@@ -98,7 +98,7 @@ def test_more_workers_than_there_is_room_for(cluster: None, network: FloatModel,
 def test_a_worker_keeps_what_was_wrong_for_the_one_who_asks(network: FloatModel, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra 'ray'")
     task = TextToImage(generator=str(tmp_path / "none")).task(network, Rng(0))
-    with pytest.raises(InputError, match="there is no generator folder"):
+    with pytest.raises(InputError, match="there is no pipeline folder"):
         Drawer(DrawerTask(task, None), torch.get_num_threads()).fingerprint()
 
 

@@ -234,7 +234,7 @@ def test_transformers_brings_neither_code_nor_pickles(tmp_path: Path) -> None:
         ("timm/", {}, ModelError, "is not of a known form"),
         (str(Path(__file__).parent), {}, ModelError, "is a folder; here name the float network that it was made from"),
         ("net.onnx", {}, ModelError, "net.onnx is an exported file; here name the float network"),
-        ("diffusers/sdxl", {}, UnsupportedModelError, "is a diffusion pipeline, not a classifier"),
+        ("diffusers/sdxl", {}, ModelError, "there is no pipeline folder sdxl; give the folder"),
         ("timm/resnt18", {}, ModelError, "timm has no model 'resnt18'; the nearest are: resnet18"),
         ("timm/resnet18.nonsense", {"pretrained": False}, ModelError, r"cannot be opened: .*tag \(nonsense\)"),
         ("torchvision/resnt18", {}, ModelError, "torchvision has no model 'resnt18'; the nearest are: resnet18"),

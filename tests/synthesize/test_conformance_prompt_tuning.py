@@ -13,7 +13,7 @@ from synthquant.core.progress import QUIET
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.diffusion.latent import LatentDiffusion
-from synthquant.diffusion.pipelines import TextToImagePipeline
+from synthquant.diffusion.text_to_image import TextToImagePipeline
 from synthquant.synthesize.prompt_tuning import PromptTuning, Shots, _draw, _encode_shots, tune_prompt
 
 STEPS, RATE = 7, 0.05

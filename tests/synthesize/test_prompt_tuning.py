@@ -16,7 +16,7 @@ from synthquant.core.progress import Bar
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.diffusion.latent import LatentDiffusion
-from synthquant.diffusion.pipelines import TextToImagePipeline
+from synthquant.diffusion.text_to_image import TextToImagePipeline
 from synthquant.models.open import open_model
 from synthquant.synthesize.prompt_tuning import PromptTuning, TuningState, draw_shots, tune_prompt
 from synthquant.synthesize.text_to_image import TextToImage

@@ -17,7 +17,8 @@ from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.store import ImageSetWriter
 from synthquant.diffusion.embedding import Embedding, write_embedding
-from synthquant.diffusion.pipelines import Drawn, Sampling, open_text_to_image
+from synthquant.diffusion.pipelines import Drawn, Sampling
+from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.synthesize.batches import open_writer
@@ -96,7 +97,9 @@ def test_images_come_with_all_that_makes_them_again(generator_folder: Path, netw
         assert row.columns["class_names"] == network.class_names[row.label]
         assert row.columns["prompt"] == row.columns["template"].format(row.columns["class_names"])
         assert row.columns["generator"] == generator.fingerprint
-        again = generator.draw([row.columns["prompt"]], [row.columns["seed"]], Sampling(steps=2)).images[0]
+        again = generator.draw([row.columns["prompt"]], [row.columns["seed"]], Sampling(steps=2, guidance=3.5)).images[
+            0
+        ]
         assert (again.int() - row.image.int()).abs().max() <= 1
 
 
@@ -266,7 +269,7 @@ def test_a_token_is_used(generator_folder: Path, network: FloatModel, tmp_path: 
         ({"classes": ["cat", "dog"]}, "classes names 2 classes but cifar10-resnet20 has 10"),
         ({"wording": "gloss"}, "class 'airplane' has no gloss"),
         ({"classes_per_prompt": 11}, "classes_per_prompt is 11 but only 10 classes"),
-        ({"generator": "no/such/folder"}, "there is no generator folder no/such/folder"),
+        ({"generator": "no/such/folder"}, "there is no pipeline folder no/such/folder"),
         ({"embedding": "none.safetensors"}, "embedding none.safetensors does not exist"),
     ],
 )

@@ -18,7 +18,7 @@ from synthquant.core.rng import Rng
 from synthquant.core.settings import parse_settings
 from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
-from synthquant.diffusion.pipelines import open_text_to_image
+from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.models.class_labels import Classes as NetworkClasses
 from synthquant.models.class_labels import in_classes_of
 from synthquant.synthesize.class_names import class_names, prompt_names

@@ -1,7 +1,11 @@
-"""Diffusion models: the one door to diffusers, and Stable Diffusion in its parts.
+"""Diffusion models: the one door to diffusers, its pipelines, and Stable Diffusion in its parts.
 
+- `denoiser`: a diffusion pipeline opened as a network: its denoiser, with the pipeline around it.
 - `embedding`: textual-inversion embeddings (arXiv:2208.01618) as safetensors files, in the form that diffusers loads.
 - `latent`: Stable Diffusion in its parts: text, latents, denoising, decoding.
-- `pipelines`: the one door to diffusers: text-to-image pipelines.
+- `library`: the one door to diffusers: its classes, its schedulers, and pipelines as they are loaded.
+- `pipelines`: pipelines of diffusers, opened by name: conditions and seeds to images and to what denoisers saw.
+- `recording`: what a sampler really gives its denoiser: calls in one form, watched while a pipeline draws.
 - `text_cache`: text embeddings of a pipeline, computed once for each distinct prompt.
+- `text_to_image`: text-to-image pipelines, whose prompts may hold learned tokens.
 """

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from synthquant.core.errors import InputError, UnsupportedModelError
-from synthquant.diffusion.pipelines import TextToImagePipeline, quiet
+from synthquant.diffusion.library import quiet
+from synthquant.diffusion.text_to_image import TextToImagePipeline
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer")
 

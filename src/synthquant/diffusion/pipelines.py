@@ -1,58 +1,55 @@
-"""The one door to diffusers: text-to-image pipelines, opened by name, called with prompts and seeds."""
+"""Pipelines of diffusers, opened by name: conditions and seeds to images and to what denoisers saw."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from synthquant.core.device import resolve_device
-from synthquant.core.errors import InputError, MissingExtraError, ModelError, UnknownNameError, UnsupportedModelError
-from synthquant.core.hub import hub_or_cache
-from synthquant.core.settings import Settings
-from synthquant.diffusion.embedding import Embedding, read_embedding
-from synthquant.diffusion.text_cache import TextCache
-from synthquant.models.weights import one_line
-from synthquant.models.zoo.pipelines import PIPELINES, installed_pipelines, pipeline_folder
-
-DEFAULT_GENERATOR = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-"""Stable Diffusion v1-5, which GenQ uses, by its name on the hub."""
-
-Precision = Literal["auto", "float32", "float16", "bfloat16"]
-
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-"""Samplers by their short names; the full name of any scheduler of diffusers does too."""
-
-# What every text-to-image pipeline takes, and what only other kinds take (image to image, video, sound).
-_NEEDED = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
-_OF_OTHER_KINDS = ("image", "video", "num_frames", "audio_length_in_s", "audio_end_in_s")
-
-# Loading and running a foreign pipeline may raise nearly anything, but Ctrl-C still works.
-_FOREIGN_ERRORS: tuple[type[Exception], ...] = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
-    *(RuntimeError, SyntaxError, TypeError, ValueError, SafetensorError),
+from synthquant.core.errors import InputError, UnsupportedModelError
+from synthquant.core.modules import hooked
+from synthquant.core.settings import Settings, is_unset
+from synthquant.diffusion.library import (
+    DENOISERS,
+    FOREIGN_ERRORS,
+    Precision,
+    load_denoiser,
+    load_pipeline,
+    pipeline_class,
+    pipeline_index,
+    pipeline_location,
+    precision,
+    quiet,
+    require_no_adapters,
+    scheduler_like,
+    without_checker,
 )
+from synthquant.diffusion.recording import Enough, Recorder, StandIn, steps_of
+from synthquant.diffusion.text_cache import TextCache
+from synthquant.models.signature import Inputs
+from synthquant.models.weights import one_line
+
+Conditioning = Literal["none", "prompts", "labels"]
+"""What a pipeline wants to be told of an image: nothing, a prompt, or the number of a class."""
+
+Conditions = Sequence[str] | Sequence[int] | None
+"""Prompts, labels, or nothing."""
+
+# What every pipeline takes that makes images of noise, and what only other kinds take (image to image, video, sound).
+_NEEDED = ("num_inference_steps", "generator", "output_type")
+_NEEDED_OF_TEXT = ("prompt", "guidance_scale")
+_OF_OTHER_KINDS = ("image", "video", "num_frames", "audio_length_in_s", "audio_end_in_s")
 
 
 class Sampling(Settings):
@@ -61,8 +58,8 @@ class Sampling(Settings):
     steps: int = Field(default=50, ge=1)
     """Steps of the sampler."""
 
-    guidance: float = Field(default=3.5, ge=0)
-    """Classifier-free guidance scale; 1 or less draws without guidance, in half the time."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Classifier-free guidance scale; 1 or less draws without guidance, in half the time; none: the pipeline's own."""
 
     negative_prompt: str = ""
     """What the images should not show; needs guidance."""
@@ -72,6 +69,10 @@ class Sampling(Settings):
 
     width: int | None = Field(default=None, ge=8)
     """Width of the images in pixels; none: the pipeline's own."""
+
+    eta: float | None = Field(default=None, ge=0, le=1, exclude_if=is_unset)
+    """Share of fresh noise in each step of DDIM (arXiv:2010.02502): 0 none, 1 as much as DDPM; none: the pipeline's
+    own."""
 
     @model_validator(mode="after")
     def _check(self) -> Sampling:
@@ -85,258 +86,306 @@ class Drawn:
     """What a pipeline drew."""
 
     images: Tensor
-    """uint8 `[B, 3, H, W]`, on the CPU."""
+    """uint8 `[B, C, H, W]`, on the CPU."""
     unsafe: tuple[bool, ...]
     """Which images the pipeline's safety checker has blanked."""
     finite: tuple[bool, ...]
     """Which images held finite numbers only; what was not is 0 in `images`."""
 
 
-class TextToImagePipeline:
-    """An opened pipeline: prompts and seeds to images. Each image has a random generator of its own."""
+class DiffusionPipeline:
+    """An opened pipeline: conditions and seeds to images. Each image has a random generator of its own."""
 
     def __init__(self, pipeline: Any, name: str, device: torch.device) -> None:
+        """Take a pipeline of diffusers; raises `UnsupportedModelError` if it does not make images of noise."""
         self.pipeline = pipeline
+        """The pipeline of diffusers."""
         self.name = name
+        """How it was asked for."""
         self.device = device
+        """Where it runs."""
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self.conditioning: Conditioning = conditioning_of(type(pipeline), name)
+        """What it wants to be told of an image."""
+        if self.conditioning == "none" and "class_labels" in self._parameters and self._number_of_labels() is not None:
+            self.conditioning = "labels"  # left out, they are drawn at random by the process
         self._texts = TextCache(pipeline, device)
-        self._added: list[Tensor] = []
+
+    @property
+    def denoiser_name(self) -> str:
+        """What the pipeline calls its denoiser; raises `UnsupportedModelError` if it has none."""
+        return denoiser_name({name: getattr(self.pipeline, name, None) for name in DENOISERS}, self.name)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts noise; raises `UnsupportedModelError` if there is none."""
+        module: nn.Module = getattr(self.pipeline, self.denoiser_name)
+        return module
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over the weights as they were loaded, precision included, the scheduler's settings, and
-        the embeddings that were added.
+        """SHA-256 (hexadecimal) over the weights as they were loaded, precision included, and the scheduler's
+        settings.
         """
-        digest = hashlib.sha256(self._opened.encode())
-        for vectors in self._added:
-            digest.update(vectors.numpy().tobytes())
-        return digest.hexdigest() if self._added else self._opened
+        return self._opened
 
     @cached_property
     def _opened(self) -> str:
-        """Fingerprint without embeddings."""
         digest = hashlib.sha256(type(self.pipeline).__name__.encode())
-        scheduler = self.pipeline.scheduler
-        values = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
-        digest.update(f"{type(scheduler).__name__} {json.dumps(values, sort_keys=True, default=str)}".encode())
+        scheduler = self.scheduler
+        digest.update(f"{scheduler['class']} {json.dumps(scheduler['settings'], sort_keys=True)}".encode())
         for part, module in sorted(self.pipeline.components.items()):
             for name, value in sorted(module.state_dict().items()) if isinstance(module, nn.Module) else ():
                 digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}\n".encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> Drawn:
-        """Draw one image for each prompt and seed, all together.
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Class and settings of the scheduler, as plain data."""
+        scheduler = self.pipeline.scheduler
+        settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+        plain = json.loads(json.dumps(settings, default=str))
+        return {"class": type(scheduler).__name__, "settings": plain}
 
-        An image depends on its prompt, its seed and `sampling`; the others drawn with it change it by no more than the
-        rounding of sums. Its noise is drawn on the CPU, so that it is the same on every device.
+    def with_scheduler(self, name: str) -> DiffusionPipeline:
+        """Return the same pipeline with another sampler of `SCHEDULERS` or of diffusers, for the same noise schedule.
+
+        Raises `UnknownNameError` if there is none of that name, `InputError` if the pipeline would start it wrongly.
+        """
+        twin = self._twin()
+        twin.pipeline.scheduler = scheduler_like(self.pipeline.scheduler, name)
+        # Some samplers want noise of another size to begin with, which only some pipelines give them.
+        if "init_noise_sigma" not in inspect.getsource(type(self.pipeline)):
+            with quiet():
+                twin.pipeline.scheduler.set_timesteps(2)
+            if float(getattr(twin.pipeline.scheduler, "init_noise_sigma", 1.0)) != 1.0:
+                raise InputError(
+                    f"{self.name} ({type(self.pipeline).__name__}) begins with noise of size 1, and the scheduler"
+                    f" {name} does not; choose ddim, ddpm, dpm++ or unipc"
+                )
+        return twin
+
+    def replaced(self, module: nn.Module) -> DiffusionPipeline:
+        """Return the same pipeline with another denoiser, which takes what `normal_form` gives; the rest is shared."""
+        twin = self._twin()
+        setattr(twin.pipeline, self.denoiser_name, StandIn(module, self.denoiser))
+        return twin
+
+    def to(self, device: torch.device | str) -> None:
+        """Move all networks."""
+        self.device = torch.device(device)
+        with quiet():
+            self.pipeline.to(self.device)
+        self._texts = TextCache(self.pipeline, self.device)
+
+    def draw(self, conditions: Conditions, seeds: Sequence[int], sampling: Sampling) -> Drawn:
+        """Draw one image for each seed, all together, with the prompts or labels that the pipeline wants for them.
+
+        An image depends on its condition, its seed and `sampling`; the others drawn with it change it by no more than
+        the rounding of sums. Its noise is drawn on the CPU, so that it is the same on every device.
 
         Raises `InputError` if the pipeline cannot draw like that, for example of that size.
         """
-        options = self._options(prompts, sampling)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with quiet(), torch.no_grad():
-            try:
-                result = self.pipeline(
-                    **self._texts.arguments(prompts, sampling.guidance, sampling.negative_prompt),
-                    **options,
-                    num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance,
-                    generator=generators,
-                    output_type="pt",
-                )
-            except torch.OutOfMemoryError:
-                raise
-            except _FOREIGN_ERRORS as error:
-                raise InputError(f"{self.name} cannot draw: {type(error).__name__}: {one_line(error)}") from error
+        result = self._call(conditions, seeds, sampling)
         pixels = result.images.float()
         finite = torch.isfinite(pixels).flatten(1).all(1).tolist()
         images = pixels.nan_to_num(0, 0, 0).clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-        unsafe = getattr(result, "nsfw_content_detected", None) or [False] * len(prompts)
+        unsafe = getattr(result, "nsfw_content_detected", None) or [False] * len(seeds)
         return Drawn(images=images, unsafe=tuple(map(bool, unsafe)), finite=tuple(finite))
+
+    def record(
+        self, conditions: Conditions, seeds: Sequence[int], sampling: Sampling, steps: Collection[int]
+    ) -> dict[int, Inputs]:
+        """Draw as `draw` does and return what the denoiser is given at some of the sampler's steps, on the CPU.
+
+        Rows of images follow each other; with guidance all of them come twice. Drawing ends after the last of these
+        steps. Raises as `draw`, and `InputError` for a step that the sampler does not get to.
+        """
+        recorder = self._watched(Recorder(steps), conditions, seeds, sampling)
+        if missing := sorted(set(steps) - set(recorder.found)):
+            raise InputError(
+                f"{self.name}: the sampler has no step {missing[0]} (counted from 0) at {sampling.steps} steps"
+            )
+        for inputs in recorder.found.values():
+            if len(inputs) % len(seeds):
+                raise UnsupportedModelError(
+                    f"{self.name} gives its {self.denoiser_name} {len(inputs)} rows for {len(seeds)} images, so that it"
+                    " cannot be told which row is of which image"
+                )
+        return recorder.found
+
+    def first_call(self, sampling: Sampling) -> tuple[Inputs, list[float]]:
+        """Return what the denoiser is given first for one image, and the time steps of the sampler; nothing is run."""
+        conditions: dict[Conditioning, Conditions] = {"none": None, "prompts": ["a photo"], "labels": [0]}
+        recorder = Recorder({0}, at_first=True)
+        self._watched(recorder, conditions[self.conditioning], [0], sampling)
+        timesteps = torch.as_tensor(self.pipeline.scheduler.timesteps).tolist()
+        return recorder.found[0], [float(time) for time in timesteps]
+
+    def is_guided(self, sampling: Sampling) -> bool:
+        """Return whether the scale of guidance is one that the pipeline draws with."""
+        scale = self._guidance(sampling)
+        return scale is not None and scale > 1
 
     def is_cut(self, prompt: str) -> bool:
         """Return whether a prompt is longer than the text encoder reads, which then sees its beginning only."""
         return self._texts.is_cut(prompt)
 
-    def load_embedding(self, path: Path) -> str:
-        """Load a textual-inversion embedding and return the token that stands for it in prompts.
+    def _watched(
+        self, recorder: Recorder, conditions: Conditions, seeds: Sequence[int], sampling: Sampling
+    ) -> Recorder:
+        with hooked(pre=[(self.denoiser, recorder.see)], with_kwargs=True), suppress(Enough):
+            self._call(conditions, seeds, sampling, recorder)
+        return recorder
 
-        Raises `ModelError` if the file is none or has another width than the text encoder, `UnsupportedModelError` if
-        the pipeline takes none.
-        """
-        return self.add_embedding(read_embedding(path), str(path))
+    def _call(
+        self, conditions: Conditions, seeds: Sequence[int], sampling: Sampling, recorder: Recorder | None = None
+    ) -> Any:
+        arguments = self._arguments(conditions, len(seeds), sampling)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        before = None if recorder is None else recorder.end_step
+        with quiet(), torch.no_grad(), steps_of(self.pipeline.scheduler, generators, before):
+            try:
+                return self.pipeline(
+                    **arguments, num_inference_steps=sampling.steps, generator=generators, output_type="pt"
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except FOREIGN_ERRORS as error:
+                raise InputError(f"{self.name} cannot draw: {type(error).__name__}: {one_line(error)}") from error
 
-    def add_embedding(self, embedding: Embedding, where: str) -> str:
-        """Give the text encoder a new token; returns it. Raises as `load_embedding` does."""
-        if not hasattr(self.pipeline, "load_textual_inversion") or hasattr(self.pipeline, "text_encoder_2"):
-            raise UnsupportedModelError(
-                f"{self.name} ({type(self.pipeline).__name__}) has not one text encoder, for which {where} was made;"
-                " use a Stable Diffusion pipeline or leave the embedding out"
-            )
-        width = self.pipeline.text_encoder.get_input_embeddings().weight.shape[1]
-        if embedding.vectors.shape[1] != width:
-            raise ModelError(
-                f"{where} holds an embedding of width {embedding.vectors.shape[1]}, the text encoder of {self.name} has"
-                f" width {width}; tune one for this generator"
-            )
-        if embedding.token in self.pipeline.tokenizer.get_vocab():
-            raise ModelError(f"{where} is for the token {embedding.token!r}, which {self.name} already has")
-        _ = self._opened  # before the text encoder's table grows
-        with quiet():
-            self.pipeline.load_textual_inversion({embedding.token: embedding.vectors})
-        self._texts.clear()
-        self._added.append(embedding.vectors.cpu())
-        return embedding.token
-
-    def _options(self, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-        if len(prompts) == 0:
-            raise InputError("no prompts to draw")
-        given = {"height": sampling.height, "width": sampling.width}
-        options = {key: value for key, value in given.items() if value is not None}
+    def _arguments(self, conditions: Conditions, count: int, sampling: Sampling) -> dict[str, Any]:
+        given = {"height": sampling.height, "width": sampling.width, "eta": sampling.eta}
+        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         asked = [*options, *(["negative_prompt"] if sampling.negative_prompt else [])]
+        asked += ["guidance_scale"] if sampling.guidance is not None else []
         for key in asked:
             if key not in self._parameters:
                 raise InputError(f"{self.name} ({type(self.pipeline).__name__}) takes no {key}; leave it out")
-        return options
+        self._require_scheduler_for(sampling)
+        guidance = self._guidance(sampling)
+        if guidance is not None:
+            options["guidance_scale"] = guidance
+        if "batch_size" in self._parameters:
+            options["batch_size"] = count
+        return options | self._conditions(conditions, count, guidance or 0.0, sampling.negative_prompt)
+
+    def _conditions(self, conditions: Conditions, count: int, guidance: float, negative: str) -> dict[str, Any]:
+        if self.conditioning == "none":
+            if conditions is not None:
+                raise InputError(f"{self.name} is unconditional: it reads no prompts or labels; leave them out")
+            return {}
+        found = list(conditions or ())
+        if not found:
+            raise InputError(f"no {self.conditioning} to draw; {self.name} needs one for each image")
+        if len(found) != count:
+            raise InputError(f"there are {len(found)} {self.conditioning} and {count} seeds; give one for each image")
+        if self.conditioning == "prompts":
+            prompts = [text for text in found if isinstance(text, str)]
+            if len(prompts) < count:
+                raise InputError(f"{self.name} reads prompts, which are texts; give one for each image")
+            return self._texts.arguments(prompts, guidance, negative)
+        labels = [label for label in found if isinstance(label, int)]
+        classes = self._number_of_labels()
+        if len(labels) < count or min(labels) < 0 or (classes is not None and max(labels) >= classes):
+            last = "" if classes is None else f" to {classes - 1}"
+            raise InputError(f"{self.name} reads labels, which are whole numbers from 0{last}; give one for each image")
+        return {"class_labels": labels}
+
+    def _guidance(self, sampling: Sampling) -> float | None:
+        if "guidance_scale" not in self._parameters:
+            return None
+        own = self._parameters["guidance_scale"].default
+        scale = own if sampling.guidance is None else sampling.guidance
+        return float(scale) if isinstance(scale, int | float) else None
+
+    def _require_scheduler_for(self, sampling: Sampling) -> None:
+        """Raise `InputError` if the scheduler has fewer steps than that, or nothing to do with `eta`."""
+        scheduler = self.pipeline.scheduler
+        most = scheduler.config.get("num_train_timesteps")
+        if isinstance(most, int) and sampling.steps > most:
+            raise InputError(
+                f"{sampling.steps} steps are more than the {most} that the scheduler of {self.name} has; ask for fewer"
+            )
+        if sampling.eta is not None and "eta" not in inspect.signature(scheduler.step).parameters:
+            raise InputError(f"the scheduler {type(scheduler).__name__} takes no eta; leave it out, or choose ddim")
+
+    def _number_of_labels(self) -> int | None:
+        config: Mapping[str, Any] = getattr(self.denoiser, "config", {})
+        names = ("num_embeds_ada_norm", "num_class_embeds")
+        return next((int(config[name]) for name in names if config.get(name) is not None), None)
+
+    def _twin(self) -> DiffusionPipeline:
+        return DiffusionPipeline(copy.copy(self.pipeline), self.name, self.device)
 
 
-def open_text_to_image(
+def conditioning_of(cls: Any, source: str) -> Conditioning:
+    """Return what pipelines of a class want to be told of an image, as far as their class says.
+
+    Raises `UnsupportedModelError` for those that do not make images of noise, prompts and labels.
+    """
+    parameters = inspect.signature(cls.__call__).parameters
+    fits = all(key in parameters for key in _NEEDED) and not any(key in parameters for key in _OF_OTHER_KINDS)
+    if fits and all(key in parameters for key in _NEEDED_OF_TEXT):
+        return "prompts"
+    if fits and "class_labels" in parameters and parameters["class_labels"].default is inspect.Parameter.empty:
+        return "labels"
+    if fits and "batch_size" in parameters:
+        return "none"
+    raise UnsupportedModelError(
+        f"{source} is a {cls.__name__}, which does not make images of noise, or of prompts or class labels; choose a"
+        " pipeline that does"
+    )
+
+
+def denoiser_name(parts: Mapping[str, Any], source: str) -> str:
+    """Return which of a pipeline's parts is its denoiser; raises `UnsupportedModelError` if none is there."""
+    for name in DENOISERS:
+        if parts.get(name) is not None:
+            return name
+    raise UnsupportedModelError(
+        f"{source} has no denoiser: neither a unet nor a transformer is among its parts; choose another pipeline"
+    )
+
+
+def open_pipeline(
     source: str,
     *,
     device: torch.device | str = "cpu",
-    dtype: Precision = "auto",
+    dtype: Precision = "float32",
     scheduler: str | None = None,
-    safety_checker: bool = True,
-    compiled: bool = False,
-) -> TextToImagePipeline:
-    """Open a diffusers text-to-image pipeline: a folder, `zoo/NAME`, or a name on the hub.
+    safety_checker: bool = False,
+    published: bool = True,
+) -> DiffusionPipeline:
+    """Open a diffusers pipeline that makes images: a folder, `diffusers/NAME`, `zoo/NAME`, or a name on the hub.
 
-    `dtype` "auto" is float16 on an accelerator and float32 on a CPU. `scheduler` replaces the pipeline's own by one of
-    `SCHEDULERS` or of diffusers, with the same noise schedule. Without `safety_checker` the pipeline's one, if it has
-    one, is not loaded. `compiled` hands the denoiser to `torch.compile`. Weights are read from safetensors only.
+    Args:
+        source: its name. Weights are read from safetensors only.
+        device: where it runs.
+        dtype: precision; "auto" is float16 on an accelerator and float32 on a CPU.
+        scheduler: replaces the pipeline's own, by one of `SCHEDULERS` or of diffusers, with the same noise schedule.
+        safety_checker: load the pipeline's one, if it has one.
+        published: load the denoiser's weights; otherwise they are random.
 
-    Raises `ModelError` if there is no such pipeline or it cannot be read, `UnsupportedModelError` if it is not
-    text-to-image, `UnknownNameError` for the scheduler, `MissingExtraError` if diffusers is not installed, `InputError`
-    if the device cannot be used.
+    Raises:
+        ModelError: there is no such pipeline, it cannot be read, or its denoiser has adapters beside its weights.
+        UnsupportedModelError: it makes no images of noise, or has no denoiser.
+        UnknownNameError: there is no such scheduler.
+        MissingExtraError: diffusers is not installed.
+        InputError: the device cannot be used, or the scheduler does not go with the pipeline.
     """
     place = torch.device(resolve_device(str(device)))
-    location = _location(source)
-    diffusers = _diffusers()
-    with quiet(), nullcontext() if Path(location).is_dir() else hub_or_cache():
-        cls = _pipeline_class(diffusers, location, source)
-        options: dict[str, Any] = {
-            "dtype": _dtype(dtype, place),
-            "use_safetensors": True,
-            "trust_remote_code": False,
-        }
-        if not safety_checker and "safety_checker" in inspect.signature(cls.__init__).parameters:
-            options |= {"safety_checker": None, "requires_safety_checker": False}
-        try:
-            pipeline = cls.from_pretrained(location, **options)
-        except ImportError as error:
-            raise MissingExtraError("transformers", "diffusion") from error
-        except _FOREIGN_ERRORS as error:
-            raise _not_opened(source, error) from error
-        if scheduler is not None:
-            # Stable Diffusion's PNDM starts without Runge-Kutta steps; other schedulers do not know the word.
-            options = {"skip_prk_steps": True} if scheduler == "pndm" else {}
-            pipeline.scheduler = _scheduler(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
-        pipeline.to(place)
-        pipeline.set_progress_bar_config(disable=True)
-    if compiled:
-        for part in ("unet", "transformer"):
-            if isinstance(getattr(pipeline, part, None), nn.Module):
-                getattr(pipeline, part).compile()
-    return TextToImagePipeline(pipeline, source, place)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the bars and the chatter of diffusers and transformers; both are as before afterwards."""
-    loggers = [_diffusers().utils.logging]
-    try:
-        import transformers
-    except ImportError:
-        pass  # diffusers says so itself, where it needs it
-    else:
-        loggers.append(transformers.utils.logging)
-    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
-    for each in loggers:
-        each.set_verbosity_error()
-        each.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, (verbosity, bars) in zip(loggers, before, strict=True):
-            each.set_verbosity(verbosity)
-            if bars:
-                each.enable_progress_bar()
-
-
-def _diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise MissingExtraError("diffusers", "diffusion", "text-to-image") from error
-    return diffusers
-
-
-def _location(source: str) -> str:
-    """The folder, or the name on the hub, that is meant."""
-    kind, _, name = source.partition("/")
-    if kind == "zoo":
-        if name in PIPELINES and name not in installed_pipelines():
-            raise ModelError(f"{source} is not bundled with this version; give the folder of a pipeline")
-        return str(pipeline_folder(name))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise ModelError(f"{source} is a file; give the folder of a diffusers pipeline")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ModelError(
-            f"there is no generator folder {source}; give the folder of a diffusers pipeline or a name such as"
-            f" {DEFAULT_GENERATOR}"
-        )
-    return source
-
-
-def _pipeline_class(diffusers: Any, location: str, source: str) -> Any:
-    if Path(location).is_dir() and not (Path(location) / "model_index.json").is_file():
-        raise ModelError(f"{source} is no diffusers pipeline: it has no model_index.json")
-    try:
-        name = diffusers.DiffusionPipeline.load_config(location).get("_class_name")
-    except _FOREIGN_ERRORS as error:
-        raise _not_opened(source, error) from error
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if cls is None:
-        raise UnsupportedModelError(f"{source} is a {name}, which diffusers {diffusers.__version__} does not have")
-    parameters = inspect.signature(cls.__call__).parameters
-    if any(key not in parameters for key in _NEEDED) or any(key in parameters for key in _OF_OTHER_KINDS):
-        raise UnsupportedModelError(f"{source} is a {name}, not a text-to-image pipeline; choose another generator")
-    return cls
-
-
-def _scheduler(diffusers: Any, name: str) -> Any:
-    cls = getattr(diffusers, SCHEDULERS.get(name, name), None)
-    if not (inspect.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin) and hasattr(cls, "from_config")):
-        raise UnknownNameError("scheduler", name, SCHEDULERS)
-    return cls
-
-
-def _dtype(name: Precision, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _not_opened(source: str, error: Exception) -> ModelError:
-    hint = ""
-    if isinstance(error, OSError) and not Path(source).is_dir():
-        hint = "; it is no folder here, and a name on the hub needs a network connection or a copy in the cache"
-    return ModelError(f"generator {source} cannot be opened: {type(error).__name__}: {one_line(error)}{hint}")
+    location = pipeline_location(source)
+    index = pipeline_index(location, source)
+    cls = pipeline_class(index, source)
+    conditioning_of(cls, source)
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    name, kind = denoiser_name(parts, source), precision(dtype, place)
+    options = {"dtype": kind, name: load_denoiser(index, name, location, source, kind, published=published)}
+    pipeline = load_pipeline(cls, location, source, **options, **without_checker(cls, safety_checker))
+    require_no_adapters(getattr(pipeline, name), f"the {name} of {source}")
+    pipeline.set_progress_bar_config(disable=True)
+    opened = DiffusionPipeline(pipeline, source, place)
+    opened.to(place)
+    return opened if scheduler is None else opened.with_scheduler(scheduler)

@@ -19,8 +19,8 @@ from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
 from synthquant.models.signature import Inputs
 from synthquant.models.user_file import names_code, same_code
 
-Task = Literal["classify", "other"]
-"""What a network is for: logits of classes, or something else."""
+Task = Literal["classify", "denoise", "other"]
+"""What a network is for: logits of classes, the noise in a diffusion model's images, or something else."""
 
 # Bytes of the largest activation when samples go through a network together.
 _LARGEST_ON_CPU, _LARGEST = 2**27, 2**30
@@ -30,9 +30,10 @@ class _Source(Settings):
     """The fields that say where a network comes from: enough to build the same architecture again."""
 
     source: str = Field(min_length=1)
-    """`timm/NAME`, `torchvision/NAME`, `transformers/REPO_OR_FOLDER`, `zoo/NAME` or `FILE.py:FUNCTION`; the first two
-    with a tag of weights (`timm/resnet18.a1_in1k`, `torchvision/mobilenet_v2.IMAGENET1K_V1`), without one the
-    library's best, whose preprocessing a file of weights gets, too."""
+    """`timm/NAME`, `torchvision/NAME`, `transformers/REPO_OR_FOLDER`, `diffusers/REPO_OR_FOLDER` (a diffusion
+    pipeline, whose denoiser is meant), `zoo/NAME` or `FILE.py:FUNCTION`; the first two with a tag of weights
+    (`timm/resnet18.a1_in1k`, `torchvision/mobilenet_v2.IMAGENET1K_V1`), without one the library's best, whose
+    preprocessing a file of weights gets, too."""
 
     weights: str | None = Field(default=None, min_length=1)
     """File of weights (.safetensors, or one that `torch.load` reads with `weights_only=True`) used instead of the
@@ -53,7 +54,7 @@ class _Source(Settings):
 
     task: Task = "classify"
     """What the network gives: logits of classes (`classify`), or any tree of tensors (`other`), whose distance to those
-    of the float network is measured instead of accuracy."""
+    of the float network is measured instead of accuracy. That of a diffusion pipeline is always `denoise`."""
 
     @model_serializer(mode="wrap")
     def _without_the_usual_task(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,27 @@ from typing import Any
 import torch
 
 from synthquant.core.device import resolve_device
-from synthquant.core.errors import InputError, ModelError, UnsupportedModelError
+from synthquant.core.errors import InputError, ModelError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
 from synthquant.models.batch_norm import batch_norm_findings
 from synthquant.models.float_model import FloatModel, ModelSource, Task
 from synthquant.models.libraries import LIBRARIES, LogitsOnly
-from synthquant.models.opened import FOREIGN_ERRORS, Opened, failed, known_preprocess
+from synthquant.models.opened import FOREIGN_ERRORS, OPENERS, Opened, Opener, failed, known_preprocess
 from synthquant.models.signature import Inputs, named_outputs
 from synthquant.models.user_file import call_user_function, names_code
 from synthquant.models.weights import load_weights, one_line
 from synthquant.models.zoo import ZOO
+from synthquant.models.zoo.pipelines import PIPELINES
 
-FORMS = "timm/NAME, torchvision/NAME, transformers/REPO_OR_FOLDER, zoo/NAME or FILE.py:FUNCTION"
+FORMS = (
+    "timm/NAME, torchvision/NAME, transformers/REPO_OR_FOLDER, diffusers/REPO_OR_FOLDER, zoo/NAME or FILE.py:FUNCTION"
+)
 """The ways to name a model, as they are shown in messages."""
 
 _WEIGHTS_SUFFIXES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")
+_PIPELINE_INDEX = "model_index.json"  # of diffusers
 _WRONG_CHANNELS = re.compile(r"input\[2, \d+, .*\] to have (\d+) channels")
 
 
@@ -64,16 +68,19 @@ def open_model(
     request = _request(source, weights, input_size, mean, std, num_classes, task)
     place = torch.device(resolve_device(str(device)))
     published = pretrained and request.weights is None
-    if published and request.num_classes is not None and not names_code(request.source):
+    known = not names_code(request.source) and not names_pipeline(request.source)
+    if published and request.num_classes is not None and known:
         raise ModelError(f"{request.source}: another number of classes needs weights of your own; give --weights FILE")
     opened = _build(request, published)
+    request = _of_task(request, opened)
     takes = _preprocess(opened.preprocess, request) if opened.example is None else _example(opened.example, request)
     module = opened.module
     if pretrained and request.weights is not None:
         load_weights(module.model if isinstance(module, LogitsOnly) else module, Path(request.weights))
-    module = module.float().eval().requires_grad_(False).to(place)
+    module = module.float().eval().requires_grad_(False)
     name = request.source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
-    model = FloatModel(module, takes, name, request, request.task)
+    model = opened.make(module, takes, name, request, request.task).to(place)
+    module = model.module
     classes = _count_classes(model)
     if pretrained:
         for finding in batch_norm_findings(module):
@@ -105,15 +112,30 @@ def _request(
     return parse_settings(ModelSource, merged, where=f"model {base.source}")
 
 
+def names_pipeline(source: str) -> bool:
+    """Return whether a model's name means a diffusion pipeline: by its form, or because a folder is one."""
+    kind, _, name = source.partition("/")
+    return kind == "diffusers" or (kind == "zoo" and name in PIPELINES) or (Path(source) / _PIPELINE_INDEX).is_file()
+
+
+def _of_task(request: ModelSource, opened: Opened) -> ModelSource:
+    """The request with the task that is known of the library; raises `ModelError` for one that is none of its own."""
+    if opened.task is not None:
+        return request.model_copy(update={"task": opened.task})
+    if request.task == "denoise":
+        raise ModelError(f"{request.source} is no diffusion pipeline, whose task is denoise; give --task other")
+    return request
+
+
 def _build(request: ModelSource, published: bool) -> Opened:
     kind, _, name = request.source.partition("/")
     if names_code(request.source):
-        build: Callable[[str, ModelSource, bool], Opened] = _open_file
+        build: Opener = _open_file
         name = request.source
+    elif names_pipeline(request.source):
+        build = OPENERS.get("diffusers")
     elif name and kind in _OPENERS:
         build = _OPENERS[kind]
-    elif kind == "diffusers":
-        raise UnsupportedModelError(f"{request.source} is a diffusion pipeline, not a classifier; give {FORMS}")
     elif request.source.endswith(_WEIGHTS_SUFFIXES):
         raise ModelError(
             f"{request.source} holds weights, not a network; name the network too: FILE.py:FUNCTION --weights"
@@ -161,7 +183,7 @@ def _open_file(name: str, request: ModelSource, published: bool) -> Opened:
         raise failed(request, error) from error
 
 
-_OPENERS: dict[str, Callable[[str, ModelSource, bool], Opened]] = {
+_OPENERS: dict[str, Opener] = {
     **LIBRARIES,
     "zoo": _open_zoo,
 }

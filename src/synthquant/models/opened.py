@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from synthquant.core.errors import ModelError
+from synthquant.core.registry import Registry
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
-from synthquant.models.float_model import ModelSource
+from synthquant.models.float_model import FloatModel, ModelSource, Task
 from synthquant.models.signature import Inputs
 from synthquant.models.weights import one_line
 
@@ -30,6 +32,17 @@ class Opened:
     class_names: tuple[str, ...] | None = None
     example: Inputs | None = None
     """Of its inputs, for a network that takes something else than images."""
+    task: Task | None = None
+    """What it is for, where that is known of its library; none: what was asked for."""
+    make: Callable[..., FloatModel] = FloatModel
+    """The class of the model, with what it has beside the fields of every model."""
+
+
+Opener = Callable[[str, ModelSource, bool], Opened]
+"""Opens the rest of a name for a request; the last argument tells whether published weights are loaded."""
+
+OPENERS: Registry[Opener] = Registry("library of networks", home="synthquant.diffusion.denoiser")
+"""Openers, by what a name starts with, that lie above this room."""
 
 
 def known_preprocess(request: ModelSource, **values: Any) -> Preprocess:

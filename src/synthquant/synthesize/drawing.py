@@ -13,7 +13,8 @@ from torch import Tensor
 
 from synthquant.core.errors import DataError, InputError
 from synthquant.data.image_set import ImageSet
-from synthquant.diffusion.pipelines import Drawn, Sampling, TextToImagePipeline
+from synthquant.diffusion.pipelines import Drawn, Sampling
+from synthquant.diffusion.text_to_image import TextToImagePipeline
 from synthquant.synthesize.batches import Made, Order, collect, in_memory
 from synthquant.synthesize.flaws import SeenImages, black, constant, thumbnails
 from synthquant.synthesize.low_pass import LowPass, low_passed

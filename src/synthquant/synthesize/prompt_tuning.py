@@ -29,7 +29,7 @@ from synthquant.synthesize.prompts import STYLE_TEMPLATE, require_template
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
     from synthquant.data.image_set import ImageSet
-    from synthquant.diffusion.pipelines import TextToImagePipeline
+    from synthquant.diffusion.text_to_image import TextToImagePipeline
 
 _ENCODED_TOGETHER = 8
 # The mean over a batch of latents divides by a million: in float16 its gradients would vanish.

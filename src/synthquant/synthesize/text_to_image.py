@@ -14,13 +14,9 @@ from synthquant.data.quality import say_what_was_read
 from synthquant.data.sources import open_images
 from synthquant.data.store import ImageForm
 from synthquant.diffusion.embedding import Embedding, read_embedding
-from synthquant.diffusion.pipelines import (
-    DEFAULT_GENERATOR,
-    Precision,
-    Sampling,
-    TextToImagePipeline,
-    open_text_to_image,
-)
+from synthquant.diffusion.library import DEFAULT_GENERATOR, Precision
+from synthquant.diffusion.pipelines import Sampling
+from synthquant.diffusion.text_to_image import TextToImagePipeline, open_text_to_image
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.synthesize.batches import Order, batch_sizes
@@ -77,6 +73,9 @@ class TextToImage(Sampling, LowPass):
     classes: str | tuple[str, ...] = "model"
     """Names of the classes in the order of the labels: `cifar10`, `imagenet-1k`, `model` (what the network brings), a
     list, or a text or JSON file."""
+
+    guidance: float | None = Field(default=3.5, ge=0)
+    """Classifier-free guidance scale; 1 or less draws without guidance, in half the time; none: the pipeline's own."""
 
     only: tuple[str, ...] = ()
     """Names of the classes to draw; empty: all."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from synthquant.data.sources import open_images
-from synthquant.diffusion.pipelines import Sampling, open_text_to_image
+from synthquant.diffusion.pipelines import Sampling
+from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.evaluate.accuracy import evaluate_model
 from synthquant.models.open import open_model
 from synthquant.models.zoo import CIFAR10_CLASSES, NETWORKS, ZOO
