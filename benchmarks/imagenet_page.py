@@ -11,7 +11,7 @@ from typing import Any
 import imagenet_peers
 import remedies_page
 import speed_page
-from synthquant.evaluate.paired import Difference, PerImage, mean_difference, mean_over, share, share_difference
+from synthquant.evaluate.paired import Estimate, PerImage, mean_difference, mean_over, share, share_difference
 
 Table = Callable[[list[str], list[list[str]]], str]
 Result = dict[str, Any]
@@ -94,11 +94,11 @@ def aims(results: list[Result], table: Table) -> list[str]:
     ]
 
 
-def aims_of(result: Result, label: str) -> list[tuple[str, Difference | None, float, float]]:
+def aims_of(result: Result, label: str) -> list[tuple[str, Estimate | None, float, float]]:
     """Aim, what was found, the least that meets it, and the factor for reading."""
     runtime = images(result, "real", "W8A8", "onnxruntime")
     float_correct = PerImage.unpacked(result["float"]["per_image"]).correct.double()
-    found: list[tuple[str, Difference | None, float, float]] = []
+    found: list[tuple[str, Estimate | None, float, float]] = []
     for method in ("genie_m", "rtn"):
         mine = images(result, "genie_d", "W8A8", method, label)
         name = METHODS[method]
@@ -125,14 +125,14 @@ def images(result: Result, data: str, scheme: str, method: str, label: str = "de
     return [PerImage.unpacked(row["per_image"]) for row in rows_of(result, data, scheme, method, label)]
 
 
-def difference_of_shares(first: list[PerImage], second: list[PerImage]) -> Difference:
+def difference_of_shares(first: list[PerImage], second: list[PerImage]) -> Estimate:
     """Top-1 of the first minus that of the second."""
     if len(first) == len(second) == 1:
         return share_difference(first[0].correct, second[0].correct)
     return mean_difference(*(mean_over([one.correct for one in runs]) for runs in (first, second)))
 
 
-def _share(runs: list[PerImage]) -> Difference:
+def _share(runs: list[PerImage]) -> Estimate:
     if len(runs) == 1:
         return share(runs[0].agrees)
     agrees = mean_over([one.agrees for one in runs])

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from imagenet_page import difference_of_shares
-from synthquant.evaluate.paired import Difference, PerImage
+from synthquant.evaluate.paired import Estimate, PerImage
 from vision_transformers import IMAGES, WAYS
 
 Table = Callable[[list[str], list[list[str]]], str]
@@ -88,7 +88,7 @@ def aims(results: list[Result], table: Table) -> list[str]:
     ]
 
 
-def judged(scheme: str, made: list[Result], real: list[Result]) -> list[tuple[str, Difference, float]]:
+def judged(scheme: str, made: list[Result], real: list[Result]) -> list[tuple[str, Estimate, float]]:
     """Aim, what was found, and the least that meets it."""
     found = []
     of_interest = made if scheme == "W8A8" else real

@@ -24,6 +24,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
     packages = {
         "api",
         "cli",
+        "compare",
         "core",
         "data",
         "diffusion",

@@ -25,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 from cifar import load
-from fid import Classifier, frechet_distance
+from classifier import Classifier
+from synthquant.evaluate.feature_distances import frechet_distance
 from synthquant.models.zoo import CIFAR10_CLASSES
 from synthquant.synthesize.flaws import black, constant
 from synthquant.synthesize.prompts import TEMPLATES

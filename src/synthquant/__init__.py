@@ -12,6 +12,7 @@ record = sq.run(recipe, "runs/first")
 
 - `api`: all that the package announces, under the names that `import synthquant` gives.
 - `cli/`: the command line.
+- `compare`: drawn images beside reference images: what the command `compare` finds.
 - `core/`: what all else stands on: errors, registries, random numbers, files, records, settings.
 - `data/`: images: sets, files, sources, preprocessing.
 - `diffusion/`: diffusion models: the one door to diffusers, and Stable Diffusion in its parts.

@@ -25,6 +25,8 @@ from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
 from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
+from synthquant.evaluate.image_features import open_features
+from synthquant.evaluate.image_quality import ImageQuality, QualitySettings, compare_images
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.write import export_run
@@ -79,6 +81,7 @@ __all__ = [
     "FloatModel",
     "GenieD",
     "GenieM",
+    "ImageQuality",
     "ImageSet",
     "ImageSetWriter",
     "InputError",
@@ -96,6 +99,7 @@ __all__ = [
     "PromptTuning",
     "Ptq4Vit",
     "QDrop",
+    "QualitySettings",
     "QuantArgs",
     "QuantModel",
     "QuantReport",
@@ -120,10 +124,12 @@ __all__ = [
     "VerificationError",
     "ZeroQ",
     "__version__",
+    "compare_images",
     "evaluate_model",
     "export_run",
     "import_images",
     "load_checkpoint",
+    "open_features",
     "open_images",
     "open_model",
     "open_text_to_image",

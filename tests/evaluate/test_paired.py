@@ -4,7 +4,7 @@ import torch
 from synthquant.core.errors import InputError
 from synthquant.core.rng import Rng
 from synthquant.evaluate.accuracy import compare_logits
-from synthquant.evaluate.paired import Difference, PerImage, mean_difference, mean_over, share, share_difference
+from synthquant.evaluate.paired import Estimate, PerImage, mean_difference, mean_over, share, share_difference
 
 
 def draws(count: int, chance: float, seed: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_pairs_tell_apart_what_separate_intervals_do_not() -> None:
 
 
 def test_verdicts_wait_for_the_whole_interval() -> None:
-    found = Difference(0.0, -0.01, 0.01)
+    found = Estimate(0.0, -0.01, 0.01)
     assert [found.verdict(bound) for bound in (-0.01, 0.0, 0.02)] == ["met", "not decided", "missed"]
 
 

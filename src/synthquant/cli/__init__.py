@@ -2,6 +2,7 @@
 
 - `app`: the commands together, and the one place where errors become a line on standard error.
 - `command`: what all commands do beside their own work.
+- `compare`: `compare`: drawn images beside reference images.
 - `endings`: what a command says when it ends early: what is kept, and what to lower where memory ran out.
 - `export`: `export` and `benchmark`: files for runtimes, and how fast they run.
 - `finetune`: `finetune`: train the quantized network of a run.

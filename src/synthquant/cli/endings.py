@@ -92,6 +92,7 @@ ENDINGS = {
     ),
     "finetune": Ending("choose another --out and lower --set batch_size", kept_in_folder),
     "evaluate": Ending("lower --set batch_size or --input-size"),
+    "compare": Ending("lower --set batch_size or --set subset_size"),
     "export": Ending("verify on fewer images with --data, or leave that out with --no-verify"),
     "benchmark": Ending("lower --batch or --threads"),
     "report": Ending("give fewer runs"),

@@ -16,6 +16,7 @@
 - `plain_yaml`: YAML of recipes and of values on the command line, as plain data and without its traps.
 - `processes`: several processes that do one piece of work together.
 - `progress`: progress bars and messages; nothing else in the package writes to the terminal.
+- `quality_file`: what a comparison of image sets found, for reports and model cards.
 - `ranking`: which classes a network puts first: the one rule for ties.
 - `record`: what a run did, with what, on what: `run.json`.
 - `registry`: tables from a name to the thing that carries it.

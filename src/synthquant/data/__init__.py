@@ -15,6 +15,7 @@
 - `reading`: images decoded ahead in threads, and what is remembered of their reading.
 - `rows`: where a set's images lie: in memory or in single files.
 - `scan`: statistics and defects of images, gathered one image after another.
+- `seed_pairs`: images of two sets that were drawn from the same noise.
 - `sources`: images from where people keep them: folders, Parquet files, `datasets`, the package itself.
 - `store`: writing an image set while it is being made, so that a killed run continues with the parts that are missing.
 """

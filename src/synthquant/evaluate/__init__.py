@@ -1,8 +1,13 @@
-"""Measure a network: accuracy, agreement with the float network, size and operations.
+"""Measure a network: accuracy, agreement with the float network, size and operations; and the images one draws.
 
 - `accuracy`: accuracy on images, with a confidence interval, and agreement with a reference network.
 - `agreement`: layer by layer: how much quantization error there is beside the signal.
 - `cost`: what a quantized network costs: bytes of its weights and bit operations of one image.
 - `diversity`: how diverse images are: how far features lie apart, and how many directions they span.
+- `feature_distances`: how far two sets of images lie apart: FID, KID, precision and recall, of features of any network.
+- `image_features`: features of a set of images, by the network that is named: a classifier, or Inception.
+- `image_quality`: how good drawn images are beside reference images, and in relation to the float pipeline's.
 - `paired`: two networks on the same images: how far they differ, with a 95% interval.
+- `same_seed`: how far two pipelines take the same noise apart: images of the same seed, pair by pair.
+- `torch_metrics`: the one door to torchmetrics: Inception's features, and structural similarity.
 """

@@ -55,12 +55,17 @@ def measure_diversity(model: FloatModel, images: ImageSet, *, most: int = LOOKED
     )
 
 
-@torch.no_grad()
 def features(model: FloatModel, images: Tensor) -> Tensor:
     """Return what the last layer with weights reads of normalised images `[B, C, H, W]`: `[B, features]`.
 
     A classifier without such a layer gives its logits.
     """
+    return features_and_logits(model, images)[0]
+
+
+@torch.no_grad()
+def features_and_logits(model: FloatModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the `features` of normalised images `[B, C, H, W]`, and the logits `[B, classes]` of the same pass."""
     read: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -72,8 +77,8 @@ def features(model: FloatModel, images: Tensor) -> Tensor:
         logits = model.logits(images)
     found = read[0] if read else logits
     if found.ndim == 4:
-        return found.mean((2, 3))
-    return found if found.ndim == 2 else found.flatten(1, -2).mean(1)
+        return found.mean((2, 3)), logits
+    return (found if found.ndim == 2 else found.flatten(1, -2).mean(1)), logits
 
 
 def mean_distance(vectors: Tensor) -> float | None:

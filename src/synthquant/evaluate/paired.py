@@ -62,7 +62,7 @@ class PerImage:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Estimate:
     """An estimate with its 95% interval."""
 
     value: float
@@ -76,13 +76,13 @@ class Difference:
         return "missed" if self.high < at_least else "not decided"
 
 
-def share(values: Tensor) -> Difference:
+def share(values: Tensor) -> Estimate:
     """Return the share of `values` `[N]` bool that are true, with Wilson's interval."""
     hits = int(values.sum())
-    return Difference(hits / len(values), *wilson_interval(hits, len(values)))
+    return Estimate(hits / len(values), *wilson_interval(hits, len(values)))
 
 
-def share_difference(first: Tensor, second: Tensor) -> Difference:
+def share_difference(first: Tensor, second: Tensor) -> Estimate:
     """Return the share of `first` minus that of `second`, both `[N]` bool on the same images.
 
     The interval is Newcombe's for paired shares (Statistics in Medicine 17, 1998, method 10): Wilson's intervals of
@@ -105,21 +105,29 @@ def share_difference(first: Tensor, second: Tensor) -> Difference:
     value = one.value - other.value
     down = below[0] ** 2 - 2 * phi * below[0] * above[1] + above[1] ** 2
     up = below[1] ** 2 - 2 * phi * below[1] * above[0] + above[0] ** 2
-    return Difference(value, value - math.sqrt(max(0.0, down)), value + math.sqrt(max(0.0, up)))
+    return Estimate(value, value - math.sqrt(max(0.0, down)), value + math.sqrt(max(0.0, up)))
 
 
-def mean_difference(first: Tensor, second: Tensor) -> Difference:
-    """Return the mean of `first` minus that of `second`, `[N]` on the same images.
-
-    The interval holds the middle 95% of 10,000 means of images drawn with repetition, the same draws for any values.
-    Images with a value that is not finite are left out.
+def mean_difference(first: Tensor, second: Tensor) -> Estimate:
+    """Return the mean of `first` minus that of `second`, `[N]` on the same images, as `mean` does.
 
     Raises:
         InputError: they are not of the same images, or no pair is finite.
     """
     _require_pairs(first, second)
-    values = first.double() - second.double()
-    values = values[torch.isfinite(values)]
+    return mean(first.double() - second.double())
+
+
+def mean(values: Tensor) -> Estimate:
+    """Return the mean of values `[N]`, one an image.
+
+    The interval holds the middle 95% of 10,000 means of images drawn with repetition, the same draws for any values.
+    Images with a value that is not finite are left out.
+
+    Raises:
+        InputError: no value is finite.
+    """
+    values = values.double()[torch.isfinite(values)]
     if not len(values):
         raise InputError("no image has finite values from both networks")
     generator = Rng(0).generator("paired difference")
@@ -128,7 +136,7 @@ def mean_difference(first: Tensor, second: Tensor) -> Difference:
         for _ in range(_RESAMPLES // _CHUNK)
     ]
     low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Difference(float(values.mean()), low, high)
+    return Estimate(float(values.mean()), low, high)
 
 
 def mean_over(runs: Sequence[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from synthquant.core.quality_file import StepErrorRow
     from synthquant.core.run_metrics import CoverageRow, FineTunePoint, SqnrRow, UnitRow
 
 P = ParamSpec("P")
@@ -47,6 +48,8 @@ _VARIABLES = {
 }
 _WIDTH = 11.2  # inches; at 100 units per inch this is the width of the page's text column
 _MAX_LABELS = 64
+NO_PLOTS = "matplotlib is not installed; install it with: pip install 'synthquant[report]'"
+"""What is said where figures would stand."""
 
 
 def available() -> bool:
@@ -111,6 +114,25 @@ def fine_tuning(points: Sequence[FineTunePoint], figure_id: str) -> Markup:
         below.set_ylabel("loss; nats")
         _legend(below)
         return _svg(figure, figure_id, "Agreement and loss over the steps of fine-tuning")
+
+
+@_drawn
+def error_growth(rows: Sequence[StepErrorRow], figure_id: str) -> Markup:
+    """Draw how far two samplers from the same noise are apart before each step, with the 95% interval of the mean."""
+    if len(rows) < 2:
+        return Markup()
+    steps = [row.step for row in rows]
+    with _style():
+        figure, (axes,) = _figure(3.2, 1)
+        axes.fill_between(
+            steps, [row.error.low for row in rows], [row.error.high for row in rows], color=_SERIES[0], alpha=0.25
+        )
+        axes.plot(steps, [row.error.value for row in rows], color=_SERIES[0], marker="o", markersize=2.5)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step of the sampler")
+        axes.set_ylabel("relative error")
+        axes.margins(x=0.01)
+        return _svg(figure, figure_id, "Distance of both samplers before each step, relative to the float one's values")
 
 
 @_drawn

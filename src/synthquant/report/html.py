@@ -1,7 +1,8 @@
 """Write one self-contained HTML page about one or several run folders, or about a selection of images.
 
 The page is made from the files of the run folders alone: `run.json` (a `RunRecord`), `recipe.yaml`,
-`model/quant_config.json`, `images/` (an `ImageSet`) and `selected/` (another, with its `selection.json`). Everything
+`model/quant_config.json`, `images/` (an `ImageSet`), `selected/` (another, with its `selection.json`) and
+`quality.json` (`core.quality_file.Quality`). Everything
 else is optional: a part of the record that a run did not write is left out of the page and named there as missing.
 
 Keys of `run.json` that are read, all under `stages.<stage>.metrics` (every key may be absent; units in brackets):
@@ -57,12 +58,12 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
 from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.report import figures, formatting
+from synthquant.report.quality import QualitySection, comparison_section, quality_section
 from synthquant.report.run_files import RunFiles, differing_settings, open_runs
 from synthquant.report.selection import SelectionSection, is_selection, selection_section
 from synthquant.report.sheet import Sheet, make_sheet
 
 _WORST_LAYERS = 3
-_NO_PLOTS = "matplotlib is not installed; install it with: pip install 'synthquant[report]'"
 _KINDS = {
     "black": "Black",
     "constant": "Constant",
@@ -96,6 +97,7 @@ class RunSection:
     notes: list[str] = field(default_factory=list)
     loss_figure: Markup = field(default_factory=Markup)
     tuning_figure: Markup = field(default_factory=Markup)
+    quality: QualitySection | None = None
     sqnr_figure: Markup = field(default_factory=Markup)
     bits_figure: Markup = field(default_factory=Markup)
     layers: list[LayerRow] = field(default_factory=list)
@@ -115,10 +117,9 @@ def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress
         OutputError: `out` cannot be written.
     """
     folders, out = [Path(folder) for folder in runs], Path(out)
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise OutputError(f"{out} must end in .html: it is a page that a browser opens")
+    require_page(out)
     if not figures.available():
-        progress.warn(f"{out} has no plots: {_NO_PLOTS}")
+        progress.warn(f"{out} has no plots: {figures.NO_PLOTS}")
     selections = [folder for folder in folders if is_selection(folder) and not (folder / "run.json").is_file()]
     if selections:
         if len(folders) > 1:
@@ -130,9 +131,15 @@ def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress
     return out
 
 
+def require_page(out: Path) -> None:
+    """Raise `OutputError` unless the name is one of a page."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{out} must end in .html: it is a page that a browser opens")
+
+
 def render_report(sections: Sequence[RunSection]) -> str:
     """Return the page as HTML text; the same sections give the same text."""
-    environment = _environment("" if figures.available() else _NO_PLOTS)
+    environment = _environment("" if figures.available() else figures.NO_PLOTS)
     runs = [section.run for section in sections]
     comparison = Markup()
     if len(runs) > 1:
@@ -146,9 +153,33 @@ def render_report(sections: Sequence[RunSection]) -> str:
     return formatting.printable(page)
 
 
+def write_comparison(found: dict[str, Any], out: Path, progress: Progress = QUIET) -> Path:
+    """Write the page about a comparison of image sets, as `synthquant.compare` returns it, and return `out`.
+
+    Images of the same seed stand side by side, as far as their sets are still there. Without matplotlib the page has no
+    plots and says so, and so does `progress`.
+
+    Raises:
+        InputError: `found` is no comparison.
+        OutputError: `out` cannot be written.
+    """
+    require_page(out)
+    section = comparison_section(found, progress)
+    write_text(out, render_comparison(section))
+    return out
+
+
+def render_comparison(section: QualitySection) -> str:
+    """Return the page about a comparison as HTML text."""
+    environment = _environment("" if figures.available() else figures.NO_PLOTS)
+    title = " beside ".join(reversed(section.names))
+    page = environment.get_template("comparison_page.html.jinja").render(section=section, title=title)
+    return formatting.printable(page)
+
+
 def render_selection(section: SelectionSection, title: str) -> str:
     """Return the page about a selection alone as HTML text."""
-    environment = _environment("" if figures.available() else _NO_PLOTS)
+    environment = _environment("" if figures.available() else figures.NO_PLOTS)
     page = environment.get_template("selection_page.html.jinja").render(section=section, title=title)
     return formatting.printable(page)
 
@@ -175,6 +206,8 @@ def _section(run: RunFiles, anchor: str) -> RunSection:
     _add_images(section)
     if run.selected_folder is not None:
         section.selection = selection_section(run.selected_folder, run.class_names, f"{anchor}-selection")
+    if run.quality is not None:
+        section.quality = quality_section(run.quality, f"{anchor}-quality")
     section.loss_figure = figures.loss_curves(run.units, f"{anchor}-loss")
     section.tuning_figure = figures.fine_tuning(run.finetune.points or (), f"{anchor}-finetune")
     section.sqnr_figure = figures.layer_sqnr(run.sqnr, f"{anchor}-sqnr")

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
+from synthquant.core.quality_file import read_quality
 from synthquant.core.record import RunRecord, StageRecord
 from synthquant.core.run_metrics import METRICS, EvaluateMetrics, FineTuneMetrics, ImagesMetrics, QuantizeMetrics, Row
 from synthquant.nn.coverage import CoverageSummary
@@ -54,6 +55,7 @@ class RunFiles:
         self.units = quantization.units
         self.coverage = quantization.coverage
         self.finetune = self.record.metrics("finetune", FineTuneMetrics)
+        self.quality = read_quality(folder)
         summary = quantization.coverage_summary
         self.coverage_summary = summary and CoverageSummary(**summary.model_dump())
         config = folder / "model" / "quant_config.json"

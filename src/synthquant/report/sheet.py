@@ -74,7 +74,7 @@ def make_sheet(
     for batch in images.batches(16, indices, transform=fit):
         labels = [-1] * len(batch.images) if batch.labels is None else batch.labels.tolist()
         for image, label in zip(batch.images, labels, strict=True):
-            pixels = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+            pixels = _in_pixel_space(image)
             outside += int(((pixels < 0) | (pixels > 1)).sum())
             values += pixels.numel()
             thumbnails.append(_thumbnail(pixels, _caption(label, class_names)))
@@ -83,6 +83,15 @@ def make_sheet(
     if not thumbnails:
         raise DataError(f"none of {len(indices)} images could be read")
     return Sheet(tuple(thumbnails), len(images), outside / values, tuple(shown))
+
+
+def thumbnail_of(image: Tensor, caption: str) -> Thumbnail:
+    """Return the thumbnail of an image `[C, H, W]`, uint8 or floats in pixel space; what leaves 0..1 is cut off."""
+    return _thumbnail(_in_pixel_space(image), caption)
+
+
+def _in_pixel_space(image: Tensor) -> Tensor:
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
 
 
 def _spread(labels: Tensor | None, total: int, count: int, classes: Sequence[int]) -> list[int]:
