@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision import models
 
 from synthquant.models.batch_norm import fold_batch_norms
@@ -350,6 +351,8 @@ BLOCKS: dict[str, tuple[Callable[[Branches, Tensor], Tensor], tuple[str, ...] | 
     "only layers": (lambda net, x: net.a(x) + net.b(x), None),
     "no layer reads it": (lambda net, x: net.b(net.a(x * 2)) + x, None),
     "another value after relu": (lambda net, x: net.b(net.a(y := net.relu(x))) + y, None),
+    "a norm": (lambda net, x: net.b(F.group_norm(x, 1)) + net.a(x), None),
+    "a norm and a shortcut": (lambda net, x: net.b(F.group_norm(x, 1)) + net.a(x) + x, ("a",)),
 }
 
 
@@ -361,3 +364,50 @@ def test_block_inputs(case: str) -> None:
     units = [Unit("stem", ("stem",)), Unit("body", ("body.a", "body.b", "body.c"))]
     found = block_inputs(trace(module, EXAMPLE), units, layers)
     assert found == ({} if expected is None else {"body": tuple(f"body.{name}" for name in expected)})
+
+
+DENOISER_BLOCKS = {
+    "unet": ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0"],
+    "conditional": ["down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0"],
+}
+
+
+@pytest.mark.parametrize("kind", ["unet", "conditional"])
+def test_residual_blocks_and_attentions_of_a_unet_are_units_also_where_each_level_has_one(kind: str) -> None:
+    from tests.denoisers import denoiser
+
+    model = denoiser(kind, 3).model
+    names = [unit.name for unit in find_units(model.module, model.example(3), "block", quantizable(model.module))]
+    down = [name for name in names if name.startswith("down") and "downsamplers" not in name]
+    assert down == DENOISER_BLOCKS[kind]
+    assert [name for name in names if name.startswith("mid")] == [
+        f"mid_block.{name}" for name in ("resnets.0", "attentions.0", "resnets.1")
+    ]
+    ways_up = ["resnets.0", "attentions.0", "resnets.1", "attentions.1", "upsamplers.0.conv"]
+    assert [name.removeprefix("up_blocks.0.") for name in names if name.startswith("up_blocks.0")] == ways_up
+
+
+def test_blocks_of_a_diffusion_transformer() -> None:
+    from tests.denoisers import denoiser
+
+    model = denoiser("transformer", 3).model
+    names = [unit.name for unit in find_units(model.module, model.example(3), "block", quantizable(model.module))]
+    assert names == ["pos_embed.proj", "transformer_blocks.0", "transformer_blocks.1", "proj_out_1", "proj_out_2"]
+
+
+def test_a_stage_of_another_class_that_holds_one_block_is_a_stage_unless_it_joins_something_itself() -> None:
+    class Lone(nn.Module):
+        def __init__(self, add: bool) -> None:
+            super().__init__()
+            self.block, self.last, self.add = Residual(conv(), conv()), conv(), add
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.last(self.block(x))
+            return x + y if self.add else y
+
+    several = Stage(Residual(conv()), Residual(conv()))
+    for add, expected in ((False, ["lone.block", "lone.last"]), (True, ["lone"])):
+        module = Net(stem=conv(), lone=Lone(add), several=several)
+        assert unit_names(module) == ["stem", *expected, "several.blocks.0", "several.blocks.1"]
+    # nobody holds several of it: what surrounds it is the block
+    assert unit_names(Net(stem=conv(), lone=Lone(False), other=Stage(conv()))) == ["stem", "lone", "other.blocks.0"]

@@ -17,6 +17,7 @@ from synthquant.models.trace import Trace, trace
 
 Granularity = Literal["block", "layer", "network"]
 
+_NORMS = ("group_norm", "layer_norm", "instance_norm", "rms_norm")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -41,7 +42,8 @@ def find_units(
 
     With "block", a unit is a residual block or the like: the outermost module whose class joins data branches in its
     forward pass and is not made of several such modules itself (a stage), or a module of two or more layers that stands
-    at the same place as one (a block without a shortcut). Layers outside blocks are units of their own. No class names
+    at the same place as one (a block without a shortcut). A module that joins nothing itself and holds one block, of a
+    class of which others hold several, is a stage too. Layers outside blocks are units of their own. No class names
     matter. With "layer" each layer is a unit, with "network" the root is the only one.
     `seen` saves the forward pass of `example` if there is a trace of `module` already.
     """
@@ -86,7 +88,8 @@ def block_inputs(seen: Trace, units: Sequence[Unit], layers: Sequence[str]) -> d
     """Units whose input is read both by layers and by something else in them, with the names of those layers.
 
     The input is the first positional tensor of the unit's first call; something else is an operation outside the
-    layers: most often the addition at the end of an identity shortcut. There one quantizer can serve the whole unit.
+    layers: most often the addition at the end of an identity shortcut. There one quantizer can serve the whole unit. A
+    normalisation is no such reader: where nothing else reads the input, as in blocks of denoisers, it stays as it is.
     """
     known = set(layers)
     found = {}
@@ -104,7 +107,7 @@ def block_inputs(seen: Trace, units: Sequence[Unit], layers: Sequence[str]) -> d
         others = []
         for operation in seen.consumers(value):
             names = [call.name for call in seen.enclosing(operation.call)]
-            if unit.name in names and not inside.intersection(names):
+            if unit.name in names and not inside.intersection(names) and operation.name not in _NORMS:
                 others.append(operation)
         if readers and others:
             found[unit.name] = readers
@@ -214,17 +217,33 @@ class _Tree:
 
     @cached_property
     def _stages(self) -> set[str]:
-        """Modules with two or more joining modules of one class right below (through containers), and all above."""
+        """Modules with two or more joining modules of one class right below (through containers), and all above.
+
+        And those that join nothing themselves and hold, at any depth, a joining module of a class of which such
+        modules hold two or more.
+        """
         found: set[str] = set()
+        repeated: set[type[nn.Module]] = set()
         for name in self._modules:
-            kinds = [
+            kinds = Counter(
                 type(self._modules[child])
                 for child in self._right_below(name)
                 if child in self._joining and self._layers_in(child)
-            ]
-            if len(kinds) > len(set(kinds)):
+            )
+            if any(count > 1 for count in kinds.values()):
+                found.update(_with_ancestors(name))
+                repeated.update(kind for kind, count in kinds.items() if count > 1)
+        for name in self._joining - self._joining_themselves:
+            below = (child for child in self._below(name) if child in self._joining and self._layers_in(child))
+            if not self._is_container(name) and any(type(self._modules[child]) in repeated for child in below):
                 found.update(_with_ancestors(name))
         return found
+
+    @cached_property
+    def _joining_themselves(self) -> set[str]:
+        """Modules that join data branches in their own forward."""
+        owners = (operation.owner for operation in self._seen.operations if operation.is_merge)
+        return {self._seen.module_calls[owner].name for owner in owners if owner is not None}
 
     @cached_property
     def _stage_classes(self) -> set[type[nn.Module]]:

@@ -17,12 +17,14 @@
 - `observers`: choice of scale and zero point: what range of values a grid covers.
 - `operations`: modules whose own operations read or put out quantized tensors.
 - `own_forward`: copying a network whose modules have a forward of their own, set on the instance.
+- `pieces`: what split layers read of concatenations, and which of these are undone.
 - `placement`: which tensors are quantized under `deploy: full`, read off one forward pass.
 - `placement_check`: whether quantizers that stand where tensors are made reach everything that reads these tensors.
 - `placement_reads`: which tensors are quantized in the papers' way: what layers read and, if asked, what products read.
 - `quant_model`: the quantized copy of a network: its state, its modes, its coverage.
 - `rewrites`: modules that multiply by functions, as equal modules of layers and visible products.
 - `scheme`: quantization schemes as plain data, in the vocabulary of compressed-tensors.
+- `split_shortcuts`: layers that read a concatenation, as one layer for each of the tensors in it.
 - `twin_uniform`: PTQ4ViT's kind of quantizer, for what a softmax or a GELU puts out.
 - `visible`: functions that hide several operations, as those operations, so that each of them can be quantized.
 - `weight_quantizers`: quantized weights: integer codes with their scales.

@@ -27,6 +27,7 @@ from synthquant.nn.placement_check import check_placement
 from synthquant.nn.placement_reads import ReadPlacement, readable
 from synthquant.nn.rewrites import make_visible
 from synthquant.nn.scheme import AttentionScheme, LayerScheme, QuantArgs, QuantScheme
+from synthquant.nn.split_shortcuts import split_layers, whole_names, with_parts
 from synthquant.nn.visible import ATTENTION, KERNELS
 from synthquant.nn.weight_quantizers import WeightQuantizer
 
@@ -52,6 +53,8 @@ class Parts:
         operation_quantizers: the quantizers of these; they are no children of the modules they stand in.
         products: all matrix products of a forward pass.
         units: reconstruction units by granularity, of layers quantized or not.
+        splits: the parts of each layer that was split (`scheme.split_shortcuts`), by its name.
+        softmaxes: names of the quantizers of what a softmax puts out.
     """
 
     module: nn.Module
@@ -65,6 +68,8 @@ class Parts:
     operation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     units: dict[Granularity, list[Unit]] = field(default_factory=dict)
+    splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    softmaxes: list[str] = field(default_factory=list)
 
 
 def build_parts(
@@ -88,13 +93,16 @@ def build_parts(
         equalization.apply(module)
     with torch.no_grad():
         seen = trace(module, example)
-    order = [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
+    order = _layers(module, seen)
     if not order:
         raise SchemeError(f"{float_model.name}: no convolution or linear layer to quantize")
     scheme = _settled(scheme, Flow(seen, order), float_model.name)
     parts = Parts(module, scheme, folded, fold)
     for granularity in ("block", "layer", "network"):
         parts.units[granularity] = find_units(parts.module, example, granularity, set(order), seen)
+    if scheme.split_shortcuts is not None:
+        seen = _split(parts, seen, order, example)
+        order = _layers(module, seen)
     of_inputs = _Insertion(float_model, parts).run(seen, order, example)
     if not parts.layers:
         raise SchemeError(f"{float_model.name}: the scheme leaves all {len(order)} layers in floating point")
@@ -103,6 +111,25 @@ def build_parts(
         for quantizer in of_inputs:
             quantizer.fix(*float_model.input_limits)
     return parts
+
+
+def _layers(module: nn.Module, seen: Trace) -> list[str]:
+    """Names of the layers that ran, in execution order."""
+    return [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
+
+
+def _split(parts: Parts, seen: Trace, order: Sequence[str], example: Inputs) -> Trace:
+    """Split layers, in place, and return another forward pass; units have the parts in place of these layers."""
+    scheme = parts.scheme
+    if scheme.split_shortcuts is None:
+        return seen
+    left = [name for name in order if scheme.ignores(name)]
+    parts.splits = split_layers(parts.module, seen, example, scheme.split_shortcuts, left)
+    for granularity, units in parts.units.items():
+        named = [Unit(unit.name, tuple(with_parts(unit.layers, parts.splits))) for unit in units]
+        parts.units[granularity] = named
+    with torch.no_grad():
+        return trace(parts.module, example)
 
 
 def folded_copy(float_model: FloatModel, *, fold: bool = True) -> tuple[nn.Module, list[tuple[str, str]]]:
@@ -162,6 +189,7 @@ class _Insertion:
         self._module = parts.module
         self._device = float_model.device
         self._gives_logits = float_model.task == "classify"
+        self._whole = whole_names(parts.splits)
 
     def run(self, seen: Trace, order: Sequence[str], example: Inputs) -> list[ActivationQuantizer]:
         """Put quantizers in and return those of the network's inputs.
@@ -172,7 +200,8 @@ class _Insertion:
             example: some samples.
         """
         groups = shared_inputs(seen, order)
-        second = next((set(group) for group in groups if len(order) > 1 and order[1] in group), set(order[1:2]))
+        behind = order[len(self._parts.splits.get(self._whole.get(order[0], ""), order[:1])) :]
+        second = next((set(group) for group in groups if behind and behind[0] in group), set(behind[:1]))
         if self._scheme.deploy == "full":
             return self._where_made(seen, order, tuple(second), example)
         self._where_read(seen, order, tuple(second), groups, example)
@@ -197,12 +226,14 @@ class _Insertion:
         if self._scheme.attention is not None:
             scopes = watch_operations(self._module, seen, order, ATTENTION)
             flow = self._seen_again(order, example)
-        plan = self._scheme.resolve(order, second, readable(flow) if scopes else ())
+        plan = self._scheme.resolve(order, second, readable(flow) if scopes else (), self._whole)
         placement = ReadPlacement(flow, self._scheme, plan, groups, entries)
         self._parts.operations = placement.rows()
         reads: dict[str, ActivationQuantizer] = {}
         for tensor in placement.tensors:
             quantizer = self._add(tensor.name, tensor.args, tensor.layers)
+            if tensor.softmax:
+                self._parts.softmaxes.append(tensor.name)
             if tensor.block is None:
                 reads.update(dict.fromkeys(tensor.layers, quantizer))
             else:
@@ -217,7 +248,7 @@ class _Insertion:
     def _seen_again(self, order: Sequence[str], example: Inputs) -> Flow:
         """Another forward pass, once functions that hide operations show them."""
         with torch.no_grad():
-            return Flow(trace(self._module, example), order)
+            return Flow(trace(self._module, example), order, self._parts.splits)
 
     def _where_made(
         self, seen: Trace, order: Sequence[str], second: Sequence[str], example: Inputs
@@ -228,7 +259,7 @@ class _Insertion:
         """
         scopes = watch_operations(self._module, seen, order, KERNELS)
         flow = self._seen_again(order, example)
-        plan = self._scheme.resolve(order, second, flow.names)
+        plan = self._scheme.resolve(order, second, flow.names, self._whole)
         placement = Placement(flow, self._scheme, plan)
         self._parts.operations = placement.rows()
         reads, puts_out, placed, of_inputs = {}, {}, {}, []
@@ -239,6 +270,8 @@ class _Insertion:
                 quantizer.headroom = _LOGITS_HEADROOM
             if tensor.is_input:
                 of_inputs.append(quantizer)
+            if tensor.is_softmax:
+                self._parts.softmaxes.append(name)
             if tensor.place is None:
                 reads.update(dict.fromkeys(tensor.layers, quantizer))
                 continue

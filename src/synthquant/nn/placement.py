@@ -9,12 +9,13 @@ slices, copies and max pooling of it keep its grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from synthquant.models.trace import Operation, Trace, Value
 from synthquant.nn.moves import JOINS, is_move
+from synthquant.nn.pieces import Pieces
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 
 _FUSED = frozenset(("relu", "relu6", "hardtanh", "clamp", "clamp_min", "clip"))
@@ -59,6 +60,8 @@ class PlacedTensor:
     """It is what the network is given."""
     is_output: bool = False
     """The network returns it, or a view of it."""
+    is_softmax: bool = False
+    """A softmax puts it out."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,17 @@ class OperationRow:
 class Flow:
     """The tensors of one forward pass, with views of a tensor told apart from new tensors."""
 
-    def __init__(self, seen: Trace, layers: Sequence[str]) -> None:
+    def __init__(self, seen: Trace, layers: Sequence[str], splits: Collection[str] = ()) -> None:
         """Find the operations of a trace and what reads what they make.
 
         Args:
             seen: a forward pass.
             layers: names of the layers; what happens inside them is of no interest.
+            splits: names of split layers, whose parts are layers.
         """
         self.seen = seen
         self.layers = tuple(layers)
+        self.pieces = Pieces(self, splits)
         self.operations: list[Operation] = []
         self._places: dict[int, Place] = {}
         self._readers: dict[int, list[Operation | str]] = {}
@@ -104,7 +109,8 @@ class Flow:
                 continue
             place = Place(self.seen.module_calls[operation.owner].name, operation.key)
             self.operations.append(operation)
-            if (len(operation.outputs) == 1 and operation.name not in _STATEMENTS) or is_move(operation):
+            one = len(operation.outputs) == 1 and operation.name not in _STATEMENTS
+            if (one or is_move(operation)) and not self.pieces.cuts(operation):
                 self._places.update((value.index, place) for value in operation.outputs)
             for value in dict.fromkeys(operation.inputs):
                 self._readers.setdefault(value.index, []).append(operation)
@@ -139,6 +145,10 @@ class Flow:
         operation = self.seen.producer(value)
         return operation is not None and operation.name == "softmax"
 
+    def is_made_by_layers(self, value: Value) -> bool:
+        """Whether a value depends on what a layer put out."""
+        return value.index in self._behind_layers
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of what quantizers can stand behind: operations that are more than views, and layers."""
@@ -158,6 +168,7 @@ class Flow:
     def source(self, value: Value) -> Value:
         """The tensor whose values `value` holds, through views and the like."""
         while True:
+            value = self.pieces.origin(value)
             place, operation = self.place(value), self.seen.producer(value)
             if place is None or not place.operation or operation is None or not is_move(operation):
                 return value
@@ -183,7 +194,10 @@ class Flow:
     def final_readers(self, value: Value) -> Iterator[Operation | str]:
         """The operations and layers that read a value or what holds its values."""
         for reader in self.readers(value):
-            if isinstance(reader, Operation) and is_move(reader):
+            if isinstance(reader, Operation) and self.pieces.is_undone(reader):
+                for behind in (*self.pieces.made_of(value), reader.outputs[0]):
+                    yield from self.final_readers(behind)
+            elif isinstance(reader, Operation) and is_move(reader) and not self.pieces.cuts(reader):
                 for output in reader.outputs:
                     yield from self.final_readers(output)
             else:
@@ -208,6 +222,12 @@ class Flow:
 
     def reads_integers(self, operation: Operation) -> bool:
         """Whether an integer kernel can run the operation."""
+        if self.pieces.is_undone(operation):
+            return False
+        return self.could_read_integers(operation)
+
+    def could_read_integers(self, operation: Operation) -> bool:
+        """Whether one could if all that reads its result did."""
         name, two = operation.name, len(set(self.operands(operation))) > 1
         if name in _SUMS or name in _PRODUCTS or name in JOINS or name in _MATRIX_PRODUCTS:
             return two
@@ -308,7 +328,10 @@ class Placement:
         """Whether all that reads it was asked to compute in floating point; it then gets what it was promised."""
         readers = list(self.flow.final_readers(value))
         return bool(readers) and all(
-            not self._reads_codes(reader) if isinstance(reader, str) else self._is_ignored(reader) for reader in readers
+            not self._reads_codes(reader)
+            if isinstance(reader, str)
+            else self._is_ignored(reader) or self.flow.pieces.cuts(reader)
+            for reader in readers
         )
 
     def _placed(self, value: Value) -> PlacedTensor | None:
@@ -328,7 +351,8 @@ class Placement:
         if is_output:
             # What a search that minimises the error cuts off is the logits that decide.
             args = args.at_least(8).model_copy(update={"observer": args.observer or "minmax"})
-        return PlacedTensor(place, args, layers, value in self.flow.inputs, is_output)
+        is_input, is_softmax = value in self.flow.inputs, self.flow.is_softmax(value)
+        return PlacedTensor(place, args, layers, is_input, is_output, is_softmax)
 
     def _default(self, value: Value, place: Place | None) -> QuantArgs | None:
         """For tensors that no layer reads."""
@@ -342,7 +366,8 @@ class Placement:
 def _merged(one: PlacedTensor, other: PlacedTensor) -> PlacedTensor:
     args = max(one.args, other.args, key=lambda args: args.num_bits)
     layers = tuple(dict.fromkeys((*one.layers, *other.layers)))
-    return PlacedTensor(one.place, args, layers, one.is_input, one.is_output or other.is_output)
+    is_output = one.is_output or other.is_output
+    return PlacedTensor(one.place, args, layers, one.is_input, is_output, one.is_softmax)
 
 
 def factors(operation: Operation) -> Sequence[int]:

@@ -47,7 +47,8 @@ def check_placement(
     copying = [(quantizer, torch.clone) for quantizer in (*quantizers.values(), *others)]
     with forwards_replaced(copying):
         seen = trace(holder, example)
-    after = Flow(seen, (*(_inside(name) for name in before.layers), *inside))
+    splits = [_inside(name) for name in before.pieces.splits]
+    after = Flow(seen, (*(_inside(name) for name in before.layers), *inside), splits)
     for reader, wanted, found in _pairs(before, after):
         tensor = placement.tensor(wanted)
         if tensor is None or tensor.place is None:

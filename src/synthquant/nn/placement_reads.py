@@ -44,6 +44,7 @@ class ReadTensor:
         layers: that read it.
         operands: of operations that read it.
         block: the block at whose entry it is quantized, for all that reads it there; none: each reader does.
+        softmax: a softmax puts it out.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ReadTensor:
     layers: tuple[str, ...]
     operands: list[Operand]
     block: str | None = None
+    softmax: bool = False
 
 
 def readable(flow: Flow) -> tuple[str, ...]:
@@ -149,6 +151,7 @@ class ReadPlacement:
                 self.tensors.append(tensor)
             if operand not in standing:
                 tensor.operands.append(operand)
+                tensor.softmax = tensor.softmax or self._flow.is_softmax(self._flow.source(value))
             standing[operand] = known[value.index, args] = tensor
 
     def _operands(self) -> Iterator[tuple[Operand, Value, QuantArgs]]:

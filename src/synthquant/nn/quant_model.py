@@ -38,6 +38,8 @@ class QuantModel(nn.Module):
         reads: for each layer whose input is quantized, the name of the quantizer of that tensor: at the layer, at the
             entry of a block around it, or (`deploy: full`) where the tensor is made.
         operations: what becomes of the operations outside layers, in execution order.
+        splits: the parts of each layer that was split (`scheme.split_shortcuts`), by its name.
+        softmaxes: names of the quantizers of what a softmax puts out.
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
 
@@ -53,6 +55,8 @@ class QuantModel(nn.Module):
         self.quantizers = parts.quantizers
         self.reads = parts.reads
         self.operations = parts.operations
+        self.splits = parts.splits
+        self.softmaxes = parts.softmaxes
         self.operation_quantizers = nn.ModuleList(parts.operation_quantizers)
         self.loaded = False
         self.equalization = equalization
@@ -88,8 +92,15 @@ class QuantModel(nn.Module):
         """Change the float network that this one was made of, in place; ranges and codes have to be set anew.
 
         Raises:
-            ModelError: it is of another network, batch norms are not folded, or this one was loaded from a checkpoint.
+            ModelError: it is of another network, batch norms are not folded, one of its layers is split, or this one
+                was loaded from a checkpoint.
         """
+        split = [name for name in (*equalization.rows, *equalization.columns) if name in self.splits]
+        if split:
+            raise ModelError(
+                f"{self.float_model.name}: layer {split[0]} is split, so its channels cannot be scaled any more; leave"
+                " scheme.split_shortcuts out"
+            )
         if self.loaded or not self.fold:
             why = "was loaded from a checkpoint" if self.loaded else "keeps its batch norms"
             raise ModelError(f"{self.float_model.name}: a network that {why} cannot be equalised")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -18,6 +18,7 @@ _PRESET = re.compile(r"W(\d+)A(?:(16)INT|(\d+))", re.IGNORECASE)
 _WEIGHT_BITS = tuple(range(2, 9))
 _ACTIVATION_BITS = (*range(2, 9), 16)
 IMAGE_BITS = 8
+_SPLIT = {"skip": "shortcuts split", "all": "shortcuts split, behind normalisations too"}
 AFFINE = "affine"
 """The kind of quantizer that weights have, and activations unless another is named."""
 
@@ -109,6 +110,10 @@ class QuantScheme(Settings):
     """Products of two activations read quantized tensors: query and key, the softmax and the value, each on a grid of
     its own; what they put out and residual sums stay in floating point. Presets say so, for networks that have such
     products. Null: they stay in floating point, unless deploy is `full`, which quantizes them in any case."""
+    split_shortcuts: Literal["skip", "all"] | None = None
+    """Layers that read feature maps joined along their channels, as the shortcuts of a UNet are, become one layer for
+    each map, with ranges of its own for what it reads and for its weights (Q-Diffusion). `skip`: layers that read the
+    concatenation itself; `all`: also those that read it through normalisations and activations; null: none."""
     ignore: tuple[str, ...] = ()
     """Layers (and operations, with deploy `full`; products, with `attention`) left in floating point, by glob or,
     behind `re:`, by regular expression."""
@@ -135,10 +140,11 @@ class QuantScheme(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `attention` out where it is null: such files are as they were before there was such a field."""
+        """Leave fields out that are null and came later: such files are as they were before there were such fields."""
         fields: dict[str, Any] = handler(self)
-        if self.attention is None:
-            fields.pop("attention", None)
+        for name in ("attention", "split_shortcuts"):
+            if getattr(self, name) is None:
+                fields.pop(name, None)
         return fields
 
     @classmethod
@@ -182,6 +188,7 @@ class QuantScheme(Settings):
         parts = [f"{role} {_describe(args)}" for role, args in self._roles()]
         extra = ["every tensor between integer kernels, logits 8 bit (deploy full)"] if self.deploy == "full" else []
         extra += [self._describe_attention()] if self.attention else []
+        extra += [_SPLIT[self.split_shortcuts]] if self.split_shortcuts else []
         extra += [f"{len(self.ignore)} ignore patterns"] if self.ignore else []
         extra += [f"{len(self.overrides)} overrides"] if self.overrides else []
         return f"{self.name} ({'; '.join([*parts, ends, *extra])})"
@@ -191,7 +198,11 @@ class QuantScheme(Settings):
         return f"products of attention, softmax {_describe(softmax)}" if softmax else "products of attention"
 
     def resolve(
-        self, layers: Sequence[str], after_first: Sequence[str] = (), operations: Sequence[str] = ()
+        self,
+        layers: Sequence[str],
+        after_first: Sequence[str] = (),
+        operations: Sequence[str] = (),
+        parts: Mapping[str, str] | None = None,
     ) -> dict[str, LayerScheme]:
         """The scheme of each layer that is quantized.
 
@@ -199,16 +210,20 @@ class QuantScheme(Settings):
             layers: names of all quantizable layers in execution order.
             after_first: those that read what the first layer puts out.
             operations: names that patterns may match as well.
+            parts: of layers that are parts of a split one, the name of that; patterns that match it match them.
 
         Raises:
             SchemeError: a pattern that matches no layer, or an override that is not a valid scheme.
         """
+        parts = parts or {}
         for pattern in (*self.ignore, *self.overrides):
-            if not any(matches(pattern, name) for name in (*layers, *operations)):
+            if not any(matches(pattern, name) for name in (*layers, *operations, *parts.values())):
                 raise SchemeError(
                     f"scheme: pattern {pattern!r} matches no layer; layers are {', '.join(layers[:5])}, ..."
                 )
-        return {name: self._layer(name, layers, after_first) for name in layers if not self.ignores(name)}
+        ends = parts.get(layers[0], layers[0]), parts.get(layers[-1], layers[-1])
+        named = {name: parts.get(name, name) for name in layers if not self.ignores(name)}
+        return {name: self._layer(name, whole, ends, name in after_first) for name, whole in named.items()}
 
     def ignores(self, name: str) -> bool:
         """Whether a layer or an operation is left in floating point."""
@@ -230,18 +245,18 @@ class QuantScheme(Settings):
             inputs = self.attention.softmax or inputs
         return self._overridden(name, LayerScheme(input_activations=inputs)).input_activations
 
-    def _layer(self, name: str, layers: Sequence[str], after_first: Sequence[str]) -> LayerScheme:
+    def _layer(self, name: str, whole: str, ends: tuple[str, str], after_first: bool) -> LayerScheme:
         weights, inputs = self.weights, self.input_activations
-        if self.ends == "w8a8" and name in (layers[0], layers[-1]):
+        if self.ends == "w8a8" and whole in ends:
             weights, inputs = _at_least(weights, 8), _at_least(inputs, 8)
-        elif (self.ends == "w8a8" and name in after_first) or name == layers[0]:
+        elif (self.ends == "w8a8" and after_first) or whole == ends[0]:
             inputs = _at_least(inputs, IMAGE_BITS)
-        return self._overridden(name, LayerScheme(weights=weights, input_activations=inputs))
+        return self._overridden(name, LayerScheme(weights=weights, input_activations=inputs), whole)
 
-    def _overridden(self, name: str, scheme: LayerScheme) -> LayerScheme:
+    def _overridden(self, name: str, scheme: LayerScheme, whole: str | None = None) -> LayerScheme:
         fields: dict[str, Any] = scheme.model_dump()
         for pattern, change in self.overrides.items():
-            if matches(pattern, name):
+            if matches(pattern, name) or (whole is not None and matches(pattern, whole)):
                 for role, wanted in change.items():
                     base = fields.get(role)
                     fields[role] = {**base, **wanted} if isinstance(base, dict) and isinstance(wanted, dict) else wanted

@@ -18,7 +18,7 @@ and what it was made from.
 - `graph`: passes over an exported ONNX graph: names, pooling, weights of 4 bits.
 - `layers`: what ONNX Runtime makes of a file: which layers end up in integer kernels.
 - `metadata`: what an ONNX file of ours says about itself, under keys that start with `synthquant.`.
-- `moves`: reshaping, transposing and slicing on codes instead of floats.
+- `moves`: reshaping, transposing and slicing on codes instead of floats, and concatenations that are cut again.
 - `runtime`: running ONNX files in ONNX Runtime and OpenVINO.
 - `speed`: how fast an exported network runs beside the float export of the same architecture.
 - `verify`: compare an ONNX file with the quantized network it was made from.

@@ -35,6 +35,8 @@ def build_graph(quant_model: QuantModel, preset: Preset) -> tuple[ir.Model, tupl
     graph.merge_duplicates(model)
     graph.name_nodes(model)
     graph.name_ends(model, input_names(float_model), output_names(float_model))
+    if quant_model.splits:
+        moves.undo_joins(model)
     if preset.runs_integers:
         graph.pool_by_name(model)
     if preset.moves_codes:

@@ -7,6 +7,7 @@ between the two in transformers (heads, windows, the class token), and the kerne
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from synthquant.export.deploy import LAYER_KEY
 from synthquant.export.onnx.graph import copy_type
@@ -15,6 +16,31 @@ from synthquant.export.onnx.graph import copy_type
 BYTE_MOVES = frozenset(
     ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Pad")
 )
+
+
+def undo_joins(model: ir.Model) -> int:
+    """Let readers of the pieces of a concatenation read what was joined, where that is the same; returns how many are.
+
+    Split layers (`nn.split_shortcuts`) cut concatenations, and a kernel behind the cut would not see the code.
+    """
+    graph, count = model.graph, 0
+    for node in list(graph):
+        joined = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] is not None else None
+        if joined is None or joined.op_type != "Concat":
+            continue
+        parts = [value for value in joined.inputs if value is not None]
+        if _shapes(parts) is not None and _shapes(parts) == _shapes(list(node.outputs)):
+            ir.convenience.replace_all_uses_with(list(node.outputs), parts)
+            graph.remove(node)
+            count += 1
+    common.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _shapes(values: list[ir.Value]) -> list[list[int | str]] | None:
+    """The shapes of values, sizes that vary as text; none if one is unknown."""
+    known = [[size if isinstance(size, int) else str(size) for size in one.shape] for one in values if one.shape]
+    return known if len(known) == len(values) else None
 
 
 def move_codes(model: ir.Model) -> int:
