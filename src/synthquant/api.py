@@ -27,8 +27,9 @@ from synthquant.diffusion.text_to_image import open_text_to_image
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.evaluate.image_features import open_features
 from synthquant.evaluate.image_quality import ImageQuality, QualitySettings, compare_images
-from synthquant.export import Onnx, TorchProgram
+from synthquant.export import DiffusersFolder, Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.export.diffusers_folder import load_pipeline
 from synthquant.export.write import export_run
 from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ, Distill
 from synthquant.methods import (
@@ -74,6 +75,7 @@ __all__ = [
     "Brecq",
     "ConsoleProgress",
     "DataError",
+    "DiffusersFolder",
     "Distill",
     "Energy",
     "Erq",
@@ -129,6 +131,7 @@ __all__ = [
     "export_run",
     "import_images",
     "load_checkpoint",
+    "load_pipeline",
     "open_features",
     "open_images",
     "open_model",

@@ -5,6 +5,7 @@
 - `latent`: Stable Diffusion in its parts: text, latents, denoising, decoding.
 - `library`: the one door to diffusers: its classes, its schedulers, and pipelines as they are loaded.
 - `pipelines`: pipelines of diffusers, opened by name: conditions and seeds to images and to what denoisers saw.
+- `quantized`: which folders hold a quantized pipeline, and how one is loaded, saved and started anew for each image.
 - `recording`: what a sampler really gives its denoiser: calls in one form, watched while a pipeline draws.
 - `text_cache`: text embeddings of a pipeline, computed once for each distinct prompt.
 - `text_to_image`: text-to-image pipelines, whose prompts may hold learned tokens.

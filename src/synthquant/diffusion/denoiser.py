@@ -9,6 +9,7 @@ import torch
 
 from synthquant.core.errors import ModelError
 from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling, open_pipeline
+from synthquant.diffusion.quantized import require_float
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.opened import OPENERS, Opened
 
@@ -43,6 +44,8 @@ def open_denoiser(name: str, request: ModelSource, published: bool) -> Opened:
             f"{request.source} is a diffusion pipeline, whose denoiser predicts noise; leave --num-classes and --task"
             " out"
         )
+    if published:
+        require_float(request.source)
     pipeline = open_pipeline(request.source, published=published)
     example, _ = pipeline.first_call(Sampling(steps=_FEW_STEPS))
     return Opened(pipeline.denoiser, example=example, task="denoise", make=partial(Denoiser, pipeline=pipeline))

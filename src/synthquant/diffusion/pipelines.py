@@ -35,6 +35,7 @@ from synthquant.diffusion.library import (
     scheduler_like,
     without_checker,
 )
+from synthquant.diffusion.quantized import checkpoint_of, load_quantized
 from synthquant.diffusion.recording import Enough, Recorder, StandIn, steps_of
 from synthquant.diffusion.text_cache import TextCache
 from synthquant.models.signature import Inputs
@@ -360,6 +361,8 @@ def open_pipeline(
 ) -> DiffusionPipeline:
     """Open a diffusers pipeline that makes images: a folder, `diffusers/NAME`, `zoo/NAME`, or a name on the hub.
 
+    Or a quantized one: the folder of a run, or one that `--to diffusers` wrote.
+
     Args:
         source: its name. Weights are read from safetensors only.
         device: where it runs.
@@ -376,6 +379,9 @@ def open_pipeline(
         InputError: the device cannot be used, or the scheduler does not go with the pipeline.
     """
     place = torch.device(resolve_device(str(device)))
+    if published and checkpoint_of(source) is not None:
+        quantized = DiffusionPipeline(load_quantized(source, place, dtype), source, place)
+        return quantized if scheduler is None else quantized.with_scheduler(scheduler)
     location = pipeline_location(source)
     index = pipeline_index(location, source)
     cls = pipeline_class(index, source)

@@ -25,6 +25,7 @@ from synthquant.diffusion.library import (
     without_checker,
 )
 from synthquant.diffusion.pipelines import DiffusionPipeline, conditioning_of
+from synthquant.diffusion.quantized import checkpoint_of, load_quantized
 
 
 class TextToImagePipeline(DiffusionPipeline):
@@ -84,23 +85,29 @@ def open_text_to_image(
     safety_checker: bool = True,
     compiled: bool = False,
 ) -> TextToImagePipeline:
-    """Open a diffusers text-to-image pipeline: a folder, `zoo/NAME`, or a name on the hub.
+    """Open a diffusers text-to-image pipeline: a folder, `zoo/NAME`, a name on the hub, or a quantized one's run.
 
     `dtype` "auto" is float16 on an accelerator and float32 on a CPU. `scheduler` replaces the pipeline's own by one of
     `SCHEDULERS` or of diffusers, with the same noise schedule. Without `safety_checker` the pipeline's one, if it has
     one, is not loaded. `compiled` hands the denoiser to `torch.compile`. Weights are read from safetensors only.
+
+    A quantized pipeline, named by its run or by the folder that `--to diffusers` wrote, computes in float32 and has no
+    safety checker.
 
     Raises `ModelError` if there is no such pipeline or it cannot be read, `UnsupportedModelError` if it is not
     text-to-image, `UnknownNameError` for the scheduler, `MissingExtraError` if diffusers is not installed, `InputError`
     if the device cannot be used.
     """
     place = torch.device(resolve_device(str(device)))
-    location = pipeline_location(source)
-    cls = pipeline_class(pipeline_index(location, source), source)
-    if conditioning_of(cls, source) != "prompts":
-        raise UnsupportedModelError(f"{source} is a {cls.__name__}, not a text-to-image pipeline; choose another one")
-    options = {"dtype": precision(dtype, place), **without_checker(cls, safety_checker)}
-    pipeline = load_pipeline(cls, location, source, **options)
+    if checkpoint_of(source) is not None:
+        pipeline = load_quantized(source, place, dtype)
+        _require_prompts(type(pipeline), source)
+    else:
+        location = pipeline_location(source)
+        cls = pipeline_class(pipeline_index(location, source), source)
+        _require_prompts(cls, source)
+        options = {"dtype": precision(dtype, place), **without_checker(cls, safety_checker)}
+        pipeline = load_pipeline(cls, location, source, **options)
     if scheduler is not None:
         pipeline.scheduler = scheduler_like(pipeline.scheduler, scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -110,3 +117,8 @@ def open_text_to_image(
         if isinstance(getattr(pipeline, part, None), nn.Module):
             getattr(pipeline, part).compile()
     return opened
+
+
+def _require_prompts(cls: Any, source: str) -> None:
+    if conditioning_of(cls, source) != "prompts":
+        raise UnsupportedModelError(f"{source} is a {cls.__name__}, not a text-to-image pipeline; choose another one")

@@ -18,7 +18,7 @@ elsewhere. The same network gives the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,7 +40,7 @@ from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.methods import EXPORTERS
-from synthquant.models.float_model import FloatModel, ModelSource, RecordedSource, Task
+from synthquant.models.float_model import FloatModel, RecordedSource, Task
 from synthquant.models.open import open_model
 from synthquant.models.samples import Samples
 from synthquant.nn.equalization import Equalization
@@ -123,19 +123,6 @@ class QuantConfig(Settings):
         return fields
 
 
-@dataclass(frozen=True)
-class ArchitectureOnly(FloatModel):
-    """A float model whose weights are not there: random ones stand in for those that the checkpoint was made from."""
-
-    recorded_fingerprint: str = ""
-    """Fingerprint of the weights that were quantized."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the weights that were quantized, so that saving again tells the same origin."""
-        return self.recorded_fingerprint
-
-
 @EXPORTERS.register("checkpoint")
 class Checkpoint(Settings):
     """Folder of packed integer codes (safetensors) with their description (JSON), for `load_checkpoint`."""
@@ -196,17 +183,19 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     model: str | None = None,
     trust_code: bool = False,
+    architecture: FloatModel | None = None,
 ) -> QuantModel:
     """Read a checkpoint; the network gives bit for bit the logits of the one that was saved.
 
     Args:
         folder: where `save_checkpoint` wrote.
         float_model: the network that was quantized, if it is at hand; otherwise its architecture is built from its
-            source, and `quant_model.float_model` then is an `ArchitectureOnly`: good for its preprocessing and names,
-            not to compare with.
+            source, and `quant_model.float_model` then has a `recorded_fingerprint`: it is good for its preprocessing
+            and names, not to compare with.
         device: where the network goes; by default where `float_model` is, or the CPU.
         model: the name of the network that was quantized, which lets code of its run, see `RecordedSource.confirmed`.
         trust_code: whether code that the checkpoint names as its source may run.
+        architecture: the network with other weights, where its source need not be opened.
 
     Raises:
         ModelError: a file is missing, damaged or of another format; tensors are missing, unexpected or of a wrong
@@ -224,9 +213,11 @@ def load_checkpoint(
         tensors = load_safetensors(data)
     except SafetensorError as error:
         raise ModelError(f"{path} is not a safetensors file: {error}") from error
-    if float_model is None:
+    if float_model is None and architecture is not None:
+        float_model = _standing_in(architecture, config)
+    elif float_model is None:
         source = config.float_model.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
-        float_model = _architecture(config, source)
+        float_model = _standing_in(open_model(source, pretrained=False), config)
     elif float_model.fingerprint != config.float_model.fingerprint:
         name = config.float_model.name
         raise ModelError(f"the checkpoint was made from other weights of {name} than the float model given")
@@ -282,14 +273,13 @@ def read_config(folder: Path) -> QuantConfig:
         raise ModelError(str(error)) from error
 
 
-def _architecture(config: QuantConfig, source: ModelSource) -> FloatModel:
+def _standing_in(built: FloatModel, config: QuantConfig) -> FloatModel:
+    """The architecture in the place of the network that was quantized."""
     entry = config.float_model
-    built = open_model(source, pretrained=False)
-    return ArchitectureOnly(
-        module=built.module,
+    return replace(
+        built,
         takes=config.preprocess or built.takes,
         name=entry.name,
-        source=source,
         task=entry.task,
         num_classes=entry.num_classes,
         class_names=entry.class_names,

@@ -60,6 +60,8 @@ def export_run(
     _require_own_file(run, out)
     require_writable(out.parent)
     images = _images(run, data, max_pixels) if verify else None
+    of_run = getattr(exporter, "of_run", None)
+    exporter = exporter if of_run is None else of_run(run)
     quant_model = load_checkpoint(checkpoint, model=model, trust_code=trust_code)
     with atomic_path(out) as temporary:
         exporter.export(quant_model, temporary, origin=_origin(run))

@@ -118,6 +118,9 @@ class FloatModel:
     task: Task = "classify"
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    recorded_fingerprint: str = ""
+    """Fingerprint of the weights that are meant, where random ones stand in for them: the architecture alone, good for
+    its preprocessing and names, not to compare with. Empty: the weights are there."""
 
     @property
     def device(self) -> torch.device:
@@ -129,8 +132,10 @@ class FloatModel:
         """SHA-256 (hexadecimal) over name, type, shape and bytes of every entry of the state dict.
 
         It is computed anew each time, so it also tells whether somebody changed the weights; the device does not
-        matter.
+        matter. Of an architecture alone it is that of the weights that are meant.
         """
+        if self.recorded_fingerprint:
+            return self.recorded_fingerprint
         digest = hashlib.sha256()
         for name, value in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
