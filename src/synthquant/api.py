@@ -51,7 +51,7 @@ from synthquant.models.signature import Inputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantArgs, QuantScheme
 from synthquant.pipeline import run
-from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDrop, RepqVit, Rtn
+from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDiffusion, QDrop, RepqVit, Rtn
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
@@ -100,6 +100,7 @@ __all__ = [
     "Progress",
     "PromptTuning",
     "Ptq4Vit",
+    "QDiffusion",
     "QDrop",
     "QualitySettings",
     "QuantArgs",

@@ -23,6 +23,7 @@ BRECQ = "BRECQ, arXiv:2102.05426"
 QDROP = "QDrop, arXiv:2203.05740"
 GENIE = "Genie, arXiv:2212.04780"
 LSQ = "LSQ, arXiv:1902.08153"
+Q_DIFFUSION = "Q-Diffusion, arXiv:2302.04304"
 
 Field = tuple[Any, str]
 """A value and where it comes from."""
@@ -136,12 +137,41 @@ PUBLISHED: dict[str, list[dict[str, Field] | Ranges]] = {
             "calibrate_images": (32, f"{GENIE} code: ranges are set anew at each unit"),
         },
     ],
+    "q_diffusion": [
+        Ranges(64, "minmax", False),  # Q-Diffusion code, CIFAR: ranges from the first 64 samples, to both ends
+        {
+            **SOFT_ROUNDING,
+            **NOTHING_ELSE,
+            "observer": ("minmax", "not used: no ranges are set in this pass"),
+            "inputs": ("student", f"{Q_DIFFUSION} code, weights: asym=True"),
+            "activations": (False, f"{Q_DIFFUSION} code: act_quant=False while weights are learned"),
+            "sampling": ("steps", f"{Q_DIFFUSION} section 3.2: calibration data of all time steps"),
+        },
+        Ranges(64, "minmax", True),
+        {
+            **NOTHING_ELSE,
+            "observer": ("minmax", "not used: no ranges are set in this pass"),
+            "name": ("activations", "names the pass"),
+            "iterations": (5000, f"{Q_DIFFUSION} code: cali_iters_a"),
+            "batch_size": (32, f"{Q_DIFFUSION} code: 32 unless one is passed"),
+            "inputs": ("teacher", f"{Q_DIFFUSION} code, activations: asym is not set"),
+            "activations": (True, f"{Q_DIFFUSION} section 4.1: step sizes of activations are calibrated next"),
+            "rounding_lr": (0.0, f"{Q_DIFFUSION} code: weights are done"),
+            "rounding_weight": (0.0, "weights are done"),
+            "warm_up": (0.2, "not used: weights are done"),
+            "beta": ((20.0, 2.0), "not used: weights are done"),
+            "activation_scale_lr": (4e-4, f"{Q_DIFFUSION} code: cali_lr, Adam, cosine to 0"),
+            "norm": (2.4, f"{Q_DIFFUSION} code: cali_p"),
+            "sampling": ("steps", f"{Q_DIFFUSION} section 3.2: calibration data of all time steps"),
+        },
+    ],
 }  # fmt: skip
 GRANULARITY = {
     "adaround": "layer",  # AdaRound section 4: layer by layer
     "brecq": "block",  # BRECQ section 3.2
     "qdrop": "block",  # QDrop code
     "genie_m": "block",  # Genie code
+    "q_diffusion": "block",  # Q-Diffusion section 3.1
 }
 
 

@@ -14,7 +14,11 @@ from synthquant.models.signature import Inputs
 
 
 class Samples(Protocol):
-    """A finite number of samples, always the same ones in the same order."""
+    """A finite number of samples, always the same ones in the same order.
+
+    Samples of a denoiser may also have `steps`: which step of the sampler each was taken at, whole numbers `[N]`.
+    Methods then look at all steps alike.
+    """
 
     @property
     def fingerprint(self) -> str:

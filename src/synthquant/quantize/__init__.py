@@ -16,6 +16,7 @@
 - `moments`: sums over what layers read, from which their weights are regressed.
 - `network_errors`: errors of a unit that look at the network's answer: settings of the methods that offer them.
 - `ptq4vit`: PTQ4ViT: ranges searched by how much the network's answer depends on what they change.
+- `q_diffusion`: Q-Diffusion: roundings, then activation steps, from batches of all sampler steps.
 - `qdrop`: QDrop: roundings learned while activations are dropped at random.
 - `readers`: what layers and products read, with the gradients of what they put out.
 - `reconstruct`: unit by unit reconstruction: one engine for AdaRound, BRECQ, QDrop and Genie-M.
@@ -23,7 +24,9 @@
 - `replay`: running a network up to one unit, or from one on, without running the units before it.
 - `repq_vit`: RepQ-ViT: rounding to nearest behind reparameterised layer norms.
 - `rounding`: what the methods that learn roundings have in common: settings, and the one way to apply them.
+- `running_ranges`: ranges of activations as moving averages over all samples.
 - `rtn`: rounding to nearest, the baseline.
+- `sampler_steps`: batches and orders in which all steps of a sampler count alike.
 - `unit_files`: finished units on disk, so that a killed reconstruction goes on where it stopped.
 - `unit_fit`: one unit while it is fitted: what it reads and gives, its error, learning it.
 """
@@ -33,8 +36,9 @@ from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.erq import Erq
 from synthquant.quantize.genie_m import GenieM
 from synthquant.quantize.ptq4vit import Ptq4Vit
+from synthquant.quantize.q_diffusion import QDiffusion
 from synthquant.quantize.qdrop import QDrop
 from synthquant.quantize.repq_vit import RepqVit
 from synthquant.quantize.rtn import Rtn
 
-__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDrop", "RepqVit", "Rtn"]
+__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDiffusion", "QDrop", "RepqVit", "Rtn"]

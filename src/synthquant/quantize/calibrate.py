@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from synthquant.core.errors import DataError
+from synthquant.core.files import sha256_bytes
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.models.samples import Samples, none_readable, samples_for
@@ -15,12 +16,16 @@ from synthquant.models.signature import Inputs
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.observers import Watcher
 from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.sampler_steps import in_turns
 
 _MOST_AT_ONCE = 64
 
 
 class CalibrationSet:
     """The samples a network is quantized with, as the network sees them.
+
+    Samples that name the step of a sampler that each was taken at (`steps`, whole numbers `[N]`, as trajectories have
+    them) come in turns of these steps, so that the first of them are of all steps.
 
     Synthesis may leave the range of pixels; no picture does. Values beyond black and white are cut off, for the float
     network too: the grid of the image ends there, and what it cuts off would be learned as an error of the quantized
@@ -34,7 +39,7 @@ class CalibrationSet:
         """Take images in pixel space, or samples of what else the network takes.
 
         Raises:
-            DataError: the set is empty, or no set of samples.
+            DataError: the set is empty, or no set of samples, or has steps for other samples than it has.
             UnsupportedModelError: they are images, and the network takes none.
         """
         self._source, self._noun = source, "image" if isinstance(source, ImageSet) else "sample"
@@ -43,12 +48,33 @@ class CalibrationSet:
             raise DataError(f"0 {self._noun}s to quantize with; synthesize some or give a folder that holds some")
         self._takes = model.float_model.takes
         self._device = model.device
+        self._steps = _steps(source, len(self._samples))
+        self._order = None if self._steps is None else in_turns(self._steps)
         self.at_once = model.float_model.samples_at_once(_MOST_AT_ONCE)
 
     @property
     def fingerprint(self) -> str:
         """Hash that changes when what the network is given changes."""
-        return self._samples.fingerprint
+        if self._steps is None:
+            return self._samples.fingerprint
+        return sha256_bytes(f"{self._samples.fingerprint} {self._steps.tolist()}".encode())
+
+    def steps_of(self, count: int) -> torch.Tensor | None:
+        """The sampler step of each of the samples in the order of `batches`, int64 `[N]`; none if they name none.
+
+        Args:
+            count: how many could be read.
+
+        Raises:
+            DataError: those are not all, so that it is not known which step each is of.
+        """
+        if self._steps is None or self._order is None:
+            return None
+        if count != len(self):
+            raise DataError(
+                f"{len(self) - count} of {len(self)} samples of a sampler's steps cannot be read; make the set anew"
+            )
+        return self._steps[self._order]
 
     def __len__(self) -> int:
         """Number of samples, ones that cannot be read included."""
@@ -60,7 +86,8 @@ class CalibrationSet:
         Raises:
             DataError: not one sample can be read, or one has values that are not finite or is no input of the network.
         """
-        chosen = range(len(self) if limit is None else min(limit, len(self)))
+        wanted = len(self) if limit is None else min(limit, len(self))
+        chosen = range(wanted) if self._order is None else self._order[:wanted]
         found = False
         for batch in self._samples.batches(size or self.at_once, chosen):
             found = True
@@ -78,6 +105,17 @@ class CalibrationSet:
         """Let the first `count` samples go through a network."""
         for batch in self.batches(count):
             batch.call(model)
+
+
+def _steps(source: ImageSet | Samples, count: int) -> torch.Tensor | None:
+    """The steps that a source names."""
+    found = None if isinstance(source, ImageSet) else getattr(source, "steps", None)
+    if found is None:
+        return None
+    steps = torch.as_tensor(found).cpu()
+    if steps.shape != (count,) or steps.is_floating_point():
+        raise DataError(f"steps of samples must be {count} whole numbers, one for each sample")
+    return steps.long()
 
 
 def calibrate_weights(model: QuantModel, observer: str) -> None:

@@ -17,8 +17,9 @@ from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.functional import SMALLEST_SCALE, rounding_regularizer, undecided_share
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.weight_sources import LearnedStep, SoftRounding
+from synthquant.quantize.sampler_steps import batches_of_steps
 
-Sampling = Literal["epoch", "permutation", "replacement"]
+Sampling = Literal["epoch", "permutation", "replacement", "steps"]
 # Up to so many bits a weight's scale changes at the full rate.
 _COARSE_BITS = 4
 
@@ -48,8 +49,8 @@ class Phase:
         error: registered name of what is minimised (`unit_fit.UNIT_ERRORS`).
         fisher_rank: how many gradients an error of a low-rank Fisher matrix is made of (`fima`).
         norm: exponent of the reconstruction error.
-        sampling: how batches are drawn: through shuffled `epoch`s, a fresh `permutation` each step, or with
-            `replacement`.
+        sampling: how batches are drawn: through shuffled `epoch`s, a fresh `permutation` each step, with
+            `replacement`, or with equal shares of all sampler `steps` (samples that name none: a `permutation`).
         fisher: weight the error by squared gradients of the network's output error: `diagonal` or `full`, or empty.
         calibrate_images: images from which activation ranges are set anew at each unit, or none.
         observer: how these ranges are searched.
@@ -82,15 +83,27 @@ class Phase:
     skip_first_layer: bool
 
 
-def batches(count: int, size: int, sampling: Sampling, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless batches of exactly `size` indices below `count` (all of them if there are fewer)."""
+def batches(
+    count: int, size: int, sampling: Sampling, generator: torch.Generator, steps: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
+    """Endless batches of exactly `size` indices below `count` (all of them if there are fewer).
+
+    Args:
+        count: how many samples there are.
+        size: of a batch.
+        sampling: how they are drawn, see `Phase`.
+        generator: decides.
+        steps: the sampler step of each sample, if they name any, `[count]`.
+    """
     device, size = generator.device, min(size, count)
+    if sampling == "steps" and steps is not None:
+        yield from batches_of_steps(steps.to(device), size, generator)
     if sampling == "replacement":
         while True:
             yield torch.randint(count, (size,), device=device, generator=generator)
     rest = torch.empty(0, dtype=torch.int64, device=device)
     while True:
-        if sampling == "permutation":
+        if sampling != "epoch":
             yield torch.randperm(count, device=device, generator=generator)[:size]
             continue
         if len(rest) < size:
@@ -165,6 +178,7 @@ class Learnable:
         error_of: reconstruction error of the unit for a batch of image indices, differentiable.
         count: number of images.
         device: where indices are drawn.
+        steps: the sampler step of each image, if they are of steps, int64 `[count]`.
     """
 
     layers: Sequence[QuantLayer]
@@ -172,6 +186,7 @@ class Learnable:
     error_of: Callable[[torch.Tensor], torch.Tensor]
     count: int
     device: torch.device
+    steps: torch.Tensor | None = None
 
 
 def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, float | None], None]) -> Learned:
@@ -210,7 +225,8 @@ def learn_unit(phase: Phase, unit: Learnable, rng: Rng, tick: Callable[[int, flo
     optimizer = torch.optim.Adam(groups, fused=True)
     every = max(1, phase.iterations // 100)
     steps, losses = [], []
-    draw = batches(unit.count, phase.batch_size, phase.sampling, rng.generator("batches", device))
+    generator = rng.generator("batches", device)
+    draw = batches(unit.count, phase.batch_size, phase.sampling, generator, unit.steps)
     try:
         for layer, source in zip(layers, sources, strict=bool(sources)):
             layer.weight_source = source

@@ -61,7 +61,8 @@ class Reconstruction:
         takes = model.float_model.example(1)
         caches, count = self._cache_inputs(takes.signature, samples)
         parts = _parts(model, self.units)
-        self.fitted = Fitted(model, replay, parts, self.store, takes, caches, count, samples.at_once)
+        steps = samples.steps_of(count)
+        self.fitted = Fitted(model, replay, parts, self.store, takes, caches, count, samples.at_once, steps)
         self._workdir = workdir
         self._calibration = samples
         self._learned = ""  # what the phases so far led to

@@ -114,22 +114,22 @@ class LearnedRounding(Settings, ABC):
         Weights that were learned with activations in floating point change these: their ranges are set anew.
         """
         method, calibration = QUANTIZERS.name_of(type(self)), CalibrationSet(quant_model, images)
-
-        def set_ranges(*, quantized_weights: bool) -> None:
-            count = self.calibration_images
-            calibrate_activations(quant_model, calibration, count, self.observer, quantized_weights=quantized_weights)
-
         calibrate_weights(quant_model, self.observer)
-        set_ranges(quantized_weights=False)
+        self.set_ranges(quant_model, calibration, quantized_weights=False)
         engine = Reconstruction(quant_model, calibration, self.granularity, memory, workdir)
         units: list[UnitReport] = []
         for phase in self.phases():
             if phase.rounding_lr or phase.weight_lr or quant_model.quantizers:
                 units += engine.run(phase, rng.child(phase.name), progress)
             if quant_model.quantizers and not phase.activations:
-                set_ranges(quantized_weights=True)
+                self.set_ranges(quant_model, calibration, quantized_weights=True)
         progress.say(f"{method}: peak cache {_describe(engine.store.peak)}")
         return QuantReport(method=method, units=tuple(units))
+
+    def set_ranges(self, quant_model: QuantModel, calibration: CalibrationSet, *, quantized_weights: bool) -> None:
+        """Set the ranges of activations, in the network with float or quantized weights."""
+        count = self.calibration_images
+        calibrate_activations(quant_model, calibration, count, self.observer, quantized_weights=quantized_weights)
 
 
 def _describe(peak: dict[str, int]) -> str:

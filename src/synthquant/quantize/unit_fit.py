@@ -44,6 +44,7 @@ class Fitted:
         given: caches of the tensors in it that vary.
         count: how many samples.
         at_once: how many run together without gradients.
+        steps: the sampler step of each sample, if they are of steps.
     """
 
     model: QuantModel
@@ -54,6 +55,7 @@ class Fitted:
     given: Sequence[RowCache]
     count: int
     at_once: int
+    steps: torch.Tensor | None = None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and last sample (exclusive) of what runs at a time."""
@@ -171,8 +173,8 @@ class UnitFit:
             before = snapshot(self.layers, self.quantizers)
             learned, error_of = Learned(None, (), ()), None
             if rounded or phase.activation_scale_lr:
-                error_of, device = UNIT_ERRORS.get(phase.error)(self, rng), self._model.device
-                learnable = Learnable(rounded, self.quantizers, error_of, self._fitted.count, device)
+                error_of, fitted = UNIT_ERRORS.get(phase.error)(self, rng), self._fitted
+                learnable = Learnable(rounded, self.quantizers, error_of, fitted.count, self.device, fitted.steps)
                 with saved_results(self._model.module):
                     learned = learn_unit(phase, learnable, rng, _ticker(bar, self.unit))
             end_loss = self.loss(self.outputs)
