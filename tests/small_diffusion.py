@@ -8,8 +8,11 @@ from typing import Any
 import diffusers
 import torch
 
+from prompts import build_tokenizer
+from synthquant.diffusion.denoiser import Denoiser
 from synthquant.diffusion.library import quiet
-from synthquant.diffusion.pipelines import DiffusionPipeline
+from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling
+from synthquant.models.float_model import ModelSource
 
 CPU = torch.device("cpu")
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -72,6 +75,42 @@ def dit(seed: int = 0, scheduler: str = "DDIMScheduler") -> diffusers.DiTPipelin
         for block in transformer.transformer_blocks:  # untrained, it would hardly read classes and times
             block.norm1.linear.weight.data.mul_(30)
     return diffusers.DiTPipeline(transformer, autoencoder(), getattr(diffusers, scheduler)(**NOISE))
+
+
+def latent(seed: int = 0) -> diffusers.LDMTextToImagePipeline:
+    """Latent diffusion as it was before Stable Diffusion, with a text encoder of its own and other names of parts."""
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    tokenizer = build_tokenizer()
+    options = {"encoder_ffn_dim": 16, "encoder_attention_heads": 2, "head_dim": 4, "d_model": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = LDMBertModel(LDMBertConfig(len(tokenizer), 77, encoder_layers=1, **options))
+        denoiser = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=8,
+            norm_num_groups=4,
+            attention_head_dim=8,
+        )
+    return diffusers.LDMTextToImagePipeline(
+        vqvae=autoencoder(),
+        bert=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=denoiser.eval(),
+        scheduler=diffusers.DDIMScheduler(**NOISE),
+    )
+
+
+def denoiser(pipeline: Any) -> Denoiser:
+    """As `open_model` returns it."""
+    around = opened(pipeline)
+    module = around.denoiser.requires_grad_(False)
+    source = ModelSource(source="diffusers/small", task="denoise")
+    return Denoiser(module, around.first_call(Sampling(steps=2)), "small", source, "denoise", pipeline=around)
 
 
 def opened(pipeline: Any) -> DiffusionPipeline:

@@ -23,7 +23,10 @@ from synthquant.data.loaders import read_loader
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
+from synthquant.diffusion.denoiser import Denoiser
+from synthquant.diffusion.pipelines import DiffusionPipeline, open_pipeline
 from synthquant.diffusion.text_to_image import open_text_to_image
+from synthquant.diffusion.trajectory import Trajectory, open_trajectory
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.evaluate.image_features import open_features
 from synthquant.evaluate.image_quality import ImageQuality, QualitySettings, compare_images
@@ -55,7 +58,7 @@ from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDiffusio
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
-from synthquant.synthesize import DSG, GenieD, Noise, PromptTuning, TextToImage, ZeroQ, tune_prompt
+from synthquant.synthesize import DSG, GenieD, Noise, PromptTuning, SelfSampling, TextToImage, ZeroQ, tune_prompt
 
 __version__ = package_version()
 
@@ -75,7 +78,9 @@ __all__ = [
     "Brecq",
     "ConsoleProgress",
     "DataError",
+    "Denoiser",
     "DiffusersFolder",
+    "DiffusionPipeline",
     "Distill",
     "Energy",
     "Erq",
@@ -118,10 +123,12 @@ __all__ = [
     "SchemeError",
     "Selection",
     "Selector",
+    "SelfSampling",
     "Synthesizer",
     "SynthquantError",
     "TextToImage",
     "TorchProgram",
+    "Trajectory",
     "UnknownNameError",
     "UnsupportedModelError",
     "VerificationError",
@@ -136,7 +143,9 @@ __all__ = [
     "open_features",
     "open_images",
     "open_model",
+    "open_pipeline",
     "open_text_to_image",
+    "open_trajectory",
     "read_loader",
     "run",
     "run_filters",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from synthquant.core.errors import InputError
+from synthquant.core.errors import DataError, InputError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
@@ -16,12 +16,15 @@ from synthquant.core.settings import parse_settings
 from synthquant.core.working_folder import require_space, size_of, working_folder
 from synthquant.data.image_set import ImageSet
 from synthquant.data.store import JOURNAL_NAME
+from synthquant.diffusion.denoiser import Denoiser
+from synthquant.diffusion.trajectory import Trajectory
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.export.checkpoint import load_checkpoint, read_config
 from synthquant.export.onnx import Onnx
 from synthquant.methods import FineTuned, MemoryBudget, QuantReport, is_checking, is_generating
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
+from synthquant.models.samples import Samples
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.bias_correction import correct_biases
@@ -30,6 +33,7 @@ from synthquant.quantize.reparameterize import require_layer_norms
 from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, SourceSection, SynthesizeSection
 from synthquant.select.write import write_selection
 from synthquant.synthesize.batches import image_form, open_writer
+from synthquant.synthesize.self_sampling import SelfSampling
 
 
 def synthesize(
@@ -40,10 +44,10 @@ def synthesize(
     progress: Progress = QUIET,
     *,
     ray: RayWorkers | None = None,
-) -> ImageSet:
+) -> ImageSet | Trajectory:
     """Make the images of `section` in `folder`, part by part; called again, make the parts that are missing.
 
-    With `ray` the workers of a cluster make them (`text_to_image` only); the images are the same.
+    With `ray` the workers of a cluster make them (`text_to_image` and `self_sampling` only); they are the same.
 
     Raises:
         DataError: `folder` holds images of another method, setting, seed or network.
@@ -54,22 +58,43 @@ def synthesize(
     rng = Rng(seed).child("images")
     with working_folder(folder, (JOURNAL_NAME,)):
         require_space(folder, {"images": image_bytes(section, model) - size_of(folder)})
+        if isinstance(method, SelfSampling):
+            trajectories = method.open_writer(folder, progress)
+            if ray is not None:
+                return ray.record(method, model, section.count, rng, trajectories, progress)
+            return method.synthesize(model, section.count, rng, writer=trajectories, progress=progress)
         writer = open_writer(folder, section.method, method, section.count, seed, model, progress)
         if ray is not None:
             return ray.synthesize(method, model, section.count, rng, writer, progress)
         return method.synthesize(model, section.count, rng, writer=writer, progress=progress)
 
 
-def given_images(section: SourceSection, model: FloatModel, seed: int, progress: Progress) -> ImageSet:
+def fitted(model: FloatModel, images: ImageSet | Trajectory | None) -> FloatModel:
+    """Return the network with the arguments that a trajectory has, in its size; as it is for images.
+
+    Raises `DataError` for a trajectory of another pipeline, or if the network is no denoiser.
+    """
+    if not isinstance(images, Trajectory):
+        return model
+    if not isinstance(model, Denoiser):
+        raise DataError(f"{images.name} is a trajectory of {images.manifest.source}, and {model.name} is no denoiser")
+    return model.taking(images)
+
+
+def given_images(section: SourceSection, model: FloatModel, seed: int, progress: Progress) -> ImageSet | Trajectory:
     """Draw `count` images without repetition, or put all of them in a random order.
 
     Folders are sorted by class, and methods that look at a few images only take the first ones. Images that a
     method made have no such order: they stay as they are, so that `synthesize` and `quantize` do what `run` does.
+    Of a trajectory the first `count` rows are taken, which are of all its steps.
     """
     count, source = section.count, section.source
-    images = in_classes_of(section.open(), classes_of(model), source, progress)
-    if count is not None and count > len(images):
-        raise InputError(f"images.count is {count} but {source} holds {len(images)}; lower it or leave it out")
+    opened = section.open()
+    if count is not None and count > len(opened):
+        raise InputError(f"images.count is {count} but {source} holds {len(opened)}; lower it or leave it out")
+    if isinstance(opened, Trajectory):
+        return opened if count is None else opened.subset(range(count))
+    images = in_classes_of(opened, classes_of(model), source, progress)
     if count is not None or images.manifest.method is None:
         order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
         images = images.subset(order[:count])
@@ -113,7 +138,7 @@ def select(
 def quantize(
     model: FloatModel,
     section: QuantizeSection,
-    images: ImageSet | None,
+    images: ImageSet | Samples | None,
     seed: int,
     progress: Progress = QUIET,
     *,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from synthquant.core.run_metrics import FineTuneMetrics
     from synthquant.data.image_set import ImageSet
-    from synthquant.data.store import ImageSetWriter
+    from synthquant.diffusion.trajectory import Trajectory
     from synthquant.models.float_model import FloatModel
     from synthquant.models.samples import Samples
     from synthquant.nn.quant_model import QuantModel
@@ -153,7 +153,7 @@ class FineTuned:
 
 
 class Synthesizer(Protocol):
-    """Makes images from a trained network alone."""
+    """Makes images from a trained network alone, or what a diffusion model samples of itself."""
 
     def synthesize(
         self,
@@ -161,14 +161,15 @@ class Synthesizer(Protocol):
         count: int,
         rng: Rng,
         *,
-        writer: ImageSetWriter | None = None,
+        writer: Any = None,
         progress: Progress = QUIET,
-    ) -> ImageSet:
+    ) -> ImageSet | Trajectory:
         """Make exactly `count` images in pixel space; the last batch may be smaller.
 
         With a `writer`, each batch is one part on disk and parts that are already there are skipped. Batch `b` draws
         only from `rng.child(f"batch-{b}")`, or its images from `rng.child(f"image-{i}")` with their numbers in the set,
-        so that a resumed run makes the same bytes.
+        so that a resumed run makes the same bytes. A writer is an `ImageSetWriter`; a method that makes something else,
+        which says `makes_images = False`, opens one of its own (`open_writer`).
         """
         ...
 

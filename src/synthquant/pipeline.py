@@ -100,7 +100,8 @@ def _with_first(recipe: Recipe, out: Path, device: str, parts: Mapping[str, Any]
     assert recipe.finetune is not None
     model = open_model(recipe.model, device=device, progress=Silent())
     if isinstance(recipe.images, SourceSection) and recipe.select is None:
-        images: ImageSet | None = given_images(recipe.images, model, recipe.seed, Silent())
+        given = given_images(recipe.images, model, recipe.seed, Silent())
+        images = given if isinstance(given, ImageSet) else None
     else:
         made = images_of(out)
         if made is None and recipe.images is not None:

@@ -31,6 +31,7 @@ from synthquant.core.settings import LARGEST_INT, Settings, is_unset, parse_sett
 from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
+from synthquant.diffusion.trajectory import Trajectory, open_calibration
 from synthquant.export.presets import find_preset
 from synthquant.methods import (
     FINE_TUNERS,
@@ -76,15 +77,16 @@ class SourceSection(Settings):
     """Images that exist."""
 
     source: str = Field(min_length=1)
-    """An image set folder, a folder of class folders, a Parquet file or folder, or a `datasets` name."""
+    """An image set folder, a folder of class folders, a Parquet file or folder, a `datasets` name, or for a diffusion
+    pipeline the folder of a trajectory that self_sampling made."""
     count: int | None = Field(default=None, ge=1)
-    """How many of them to use, drawn at random; none: all."""
+    """How many of them to use, drawn at random, of a trajectory the first ones; none: all."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
     """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
 
-    def open(self) -> ImageSet:
-        """Return all of the images; raises as `open_images`."""
-        return open_images(self.source, max_pixels=self.max_pixels)
+    def open(self) -> ImageSet | Trajectory:
+        """Return all of the images; raises as `open_calibration`."""
+        return open_calibration(self.source, max_pixels=self.max_pixels)
 
 
 class FilterSection(Settings):

@@ -12,6 +12,7 @@ from synthquant.core.run_folder import RunFolder
 from synthquant.core.run_metrics import ReportMetrics
 from synthquant.data.manifest import MANIFEST_NAME, read_manifest
 from synthquant.data.store import JOURNAL_NAME
+from synthquant.diffusion.trajectory import is_trajectory
 from synthquant.export.checkpoint import WEIGHTS_NAME, read_config
 from synthquant.recipe import Recipe
 from synthquant.stages import Stage
@@ -78,7 +79,7 @@ def require_recorded(found: str, recorded: str | None) -> None:
 
 def _says_what_it_is(folder: Path) -> bool:
     """Whether an image set, finished or not, can be gone on with."""
-    if (folder / JOURNAL_NAME).is_file():
+    if (folder / JOURNAL_NAME).is_file() or is_trajectory(folder):
         return True
     try:
         read_manifest(folder)

@@ -14,12 +14,15 @@ from synthquant.core.run_folder import RunFolder
 from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, SelectMetrics
 from synthquant.core.working_folder import size_of
 from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
+from synthquant.diffusion.trajectory import Trajectory, is_trajectory
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.evaluate.diversity import measure_diversity
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.make import (
     finetune,
+    fitted,
     given_images,
     image_bytes,
     quantize,
@@ -33,7 +36,7 @@ from synthquant.measure import costs_and_sqnr, float_beside_quantized
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.coverage import summarize
-from synthquant.recipe import FineTuneSection, Recipe, SourceSection, SynthesizeSection
+from synthquant.recipe import EvaluateSection, FineTuneSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.resume import checkpoint_hash, require_recorded
 from synthquant.select.sequence import require_supported
 from synthquant.select.write import selection_metrics
@@ -82,7 +85,7 @@ class ModelStage(Stage):
             "num_classes": model.num_classes,
             "class_names": None if model.class_names is None else list(model.class_names),
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-            "preprocess": model.preprocess.model_dump(mode="json"),
+            "preprocess": model.takes.model_dump(mode="json") if isinstance(model.takes, Preprocess) else None,
         }
 
     def take_up(self, run: Run) -> None:
@@ -105,7 +108,7 @@ class ImagesStage(Stage):
 
     def require_files(self, folder: RunFolder) -> None:
         """Raise `InputError` if images are not as they were made."""
-        images = ImageSet.open(folder.images)
+        images = _made_in(folder.images)
         images.verify()
         require_recorded(images.fingerprint, folder.record.metrics("images", ImagesMetrics).fingerprint)
 
@@ -120,19 +123,20 @@ class ImagesStage(Stage):
         folder, progress = run.folder, run.progress
         before = folder.record.metrics("images", ImagesMetrics).fingerprint
         run.images = images = synthesize(run.model, self._section, run.recipe.seed, folder.images, progress)
+        run.model = fitted(run.model, images)
         if before not in (None, images.fingerprint):
             progress.warn(f"{folder.images} came out otherwise than before; what was made from the images before stays")
-        diversity = measure_diversity(run.model, images).row()
         return {
             "method": self._section.method,
             "count": len(images),
             "fingerprint": images.fingerprint,
-            "diversity": diversity,
+            "diversity": _diversity(run.model, images),
         }
 
     def take_up(self, run: Run) -> None:
         """Read them."""
-        run.images = ImageSet.open(run.folder.images)
+        run.images = _made_in(run.folder.images)
+        run.model = fitted(run.model, run.images)
 
 
 class GivenImagesStage(Stage):
@@ -147,14 +151,15 @@ class GivenImagesStage(Stage):
         """Choose from them and say what they are."""
         self.take_up(run)
         assert run.images is not None
-        source = self._section.source
-        found = warn_of_suspicious(run.images, run.progress, source)
-        diversity = measure_diversity(run.model, run.images).row()
-        return {"method": "given", "source": source, "count": len(run.images), "diversity": diversity, **found}
+        source, images = self._section.source, run.images
+        found = warn_of_suspicious(images, run.progress, source) if isinstance(images, ImageSet) else {}
+        diversity = _diversity(run.model, images)
+        return {"method": "given", "source": source, "count": len(images), "diversity": diversity, **found}
 
     def take_up(self, run: Run) -> None:
         """Choose the same."""
         run.images = given_images(self._section, run.model, run.recipe.seed, run.progress)
+        run.model = fitted(run.model, run.images)
 
 
 class SelectStage(Stage):
@@ -182,7 +187,7 @@ class SelectStage(Stage):
     def do(self, run: Run) -> dict[str, Any]:
         """Choose."""
         recipe, pool, folder = run.recipe, run.images, run.folder.selected
-        assert recipe.select is not None and pool is not None
+        assert recipe.select is not None and isinstance(pool, ImageSet)  # else it was refused before any work
         run.images = kept = select(pool, run.model, recipe.select, recipe.seed, folder, run.progress, real=run.real)
         counts = {"pool": len(pool), "rejected": len(pool) - len(kept), "count": len(kept)}
         return {**counts, "fingerprint": kept.fingerprint, **selection_metrics(folder)}
@@ -224,7 +229,7 @@ class QuantizeStage(Stage):
         coverage = run.quant_model.coverage()
         metrics: dict[str, Any] = report.model_dump(mode="json")
         given = recipe.images.source if isinstance(recipe.images, SourceSection) else _GIVEN
-        metrics |= {} if images is None else say_what_was_read(images, progress, given)
+        metrics |= say_what_was_read(images, progress, given) if isinstance(images, ImageSet) else {}
         return metrics | {
             "scheme": run.quant_model.scheme.describe(),
             "coverage": [asdict(row) for row in coverage],
@@ -254,7 +259,7 @@ class FineTuneStage(Stage):
     def do(self, run: Run) -> dict[str, Any]:
         """Train; a training that was killed goes on."""
         quant_model, images, seed = run.quant_model, run.images, run.recipe.seed
-        assert quant_model is not None
+        assert quant_model is not None and not isinstance(images, Trajectory)  # a denoiser was refused before any work
         with run.followers.called(lambda: sent(quant_model)):
             tuned = finetune(quant_model, self._section, images, seed, run.progress, workdir=self._work(run))
         run.quant_model = tuned.best
@@ -320,7 +325,7 @@ class EvaluateStage(Stage):
         if images is None or run.quant_model is None:
             raise DataError("there are no images to measure on; name some as evaluate.data")
         found: dict[str, Any]
-        if run.model.task == "classify":
+        if run.model.task == "classify" and isinstance(images, ImageSet):
             rows, result = float_beside_quantized(section, run.model, run.quant_model, images, progress)
             found = {"count": result.count, "accuracy": rows}
         else:
@@ -328,11 +333,25 @@ class EvaluateStage(Stage):
             rows = costs_and_sqnr(run.quant_model, outputs.total)
             found = {"count": len(images), "accuracy": rows, "output_sqnr": asdict(outputs)}
         sqnr = measure_sqnr(run.quant_model, images, float_model=run.model, progress=progress)
-        return say_what_was_read(images, progress, section.data if section else _GIVEN) | {
+        read = say_what_was_read(images, progress, _source(section)) if isinstance(images, ImageSet) else {}
+        return read | {
             "data": section.data if section else None,
             **found,
             "sqnr": [row.row() for row in sqnr],
         }
+
+
+def _made_in(folder: Path) -> ImageSet | Trajectory:
+    """What a synthesis method made; raises `DataError` if it is not there or not finished."""
+    return Trajectory.open(folder) if is_trajectory(folder) else ImageSet.open(folder)
+
+
+def _diversity(model: FloatModel, images: ImageSet | Trajectory) -> dict[str, Any] | None:
+    return measure_diversity(model, images).row() if isinstance(images, ImageSet) else None
+
+
+def _source(section: EvaluateSection | None) -> str:
+    return section.data if section else _GIVEN
 
 
 def _codes(run: Run) -> int:

@@ -28,6 +28,7 @@ from synthquant.core.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from synthquant.data.image_set import ImageSet
+    from synthquant.diffusion.trajectory import Trajectory
     from synthquant.models.float_model import FloatModel
     from synthquant.nn.quant_model import QuantModel
     from synthquant.recipe import Recipe
@@ -47,8 +48,8 @@ class Run:
     """Told how far it is."""
     real: ImageSet | None = None
     """Images to measure on; none: those to quantize with."""
-    images: ImageSet | None = None
-    """Images to quantize with; none: there are none yet, or the step makes its own."""
+    images: ImageSet | Trajectory | None = None
+    """Images to quantize with, or what a denoiser was given; none: there are none yet, or the step makes its own."""
     quant_model: QuantModel | None = None
     """The quantized network, once there is one."""
     followers: Followers = field(default_factory=lambda: Followers(ALONE))

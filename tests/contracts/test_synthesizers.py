@@ -20,12 +20,16 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.store import ImageSetWriter
 from synthquant.methods import SYNTHESIZERS, Synthesizer
 from synthquant.models.float_model import FloatModel
-from synthquant.synthesize.batches import open_writer
+from synthquant.synthesize.batches import makes_images, open_writer
 from synthquant.synthesize.low_pass import low_passed
 
 # The least work that still is the method; a method without these fields gets its defaults.
 SMALL: dict[str, Any] = {"iterations": 2, "batch_size": 4, "latent_size": 8, "steps": 1, "height": 16, "width": 16}
-NAMES = tuple(name for name in SYNTHESIZERS.names() if name != "text_to_image" or importlib.util.find_spec("diffusers"))
+NAMES = tuple(
+    name
+    for name, method in SYNTHESIZERS.items()
+    if makes_images(method) and (name != "text_to_image" or importlib.util.find_spec("diffusers"))
+)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from tests.small_pipeline import build_small_pipeline
 import synthquant as sq
 from synthquant.core.errors import InputError, ModelError, UnsupportedModelError
 from synthquant.diffusion.denoiser import Denoiser
-from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling, conditioning_of
+from synthquant.diffusion.library import conditioning_of
+from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling
 from synthquant.diffusion.recording import normal_form
 
 FAST = Sampling(steps=4)

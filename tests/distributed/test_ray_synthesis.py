@@ -112,7 +112,7 @@ def test_a_finished_set_needs_no_cluster(network: FloatModel, generator_folder: 
 
 def test_other_methods_are_refused(network: FloatModel, tmp_path: Path) -> None:
     writer = open_writer(tmp_path, "noise", Noise(), 2, 0, network)
-    with pytest.raises(InputError, match="only text_to_image is spread over a Ray cluster"):
+    with pytest.raises(InputError, match="only text_to_image and self_sampling are spread over a Ray cluster"):
         RayWorkers("local").synthesize(Noise(), network, 2, Rng(0), writer, QUIET)
 
 

@@ -24,6 +24,7 @@ def kept_in_folder(out: Path) -> str:
             found.append(f"{'' if name == Path() else f'{name}: '}{', '.join(done)}")
     kinds = (
         ("part-*.parquet", "part of images", "parts of images"),
+        ("part-*.safetensors", "part of a trajectory", "parts of a trajectory"),
         ("unit-*", "unit", "units"),
         ("training.safetensors", "state of training", "states of training"),
     )

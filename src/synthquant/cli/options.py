@@ -87,7 +87,7 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS|local",
-        help="Spread the work over the workers of a Ray cluster: drawing (text_to_image), or scoring.",
+        help="Spread the work over the workers of a Ray cluster: drawing (text_to_image, self_sampling), or scoring.",
     ),
 ]
 RayCount = Annotated[

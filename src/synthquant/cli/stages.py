@@ -16,6 +16,7 @@ from synthquant.core.files import require_writable
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
+from synthquant.data.image_set import ImageSet
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection
@@ -65,7 +66,8 @@ def synthesize(
     float_model = open_model(source, device=place, progress=ConsoleProgress())
     images = make.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
-    print_result(result, device) if json else print(f"{len(images)} images in {out}")
+    noun = "images" if isinstance(images, ImageSet) else "rows of a trajectory"
+    print_result(result, device) if json else print(f"{len(images)} {noun} in {out}")
 
 
 def quantize(

@@ -9,4 +9,8 @@
 - `recording`: what a sampler really gives its denoiser: calls in one form, watched while a pipeline draws.
 - `text_cache`: text embeddings of a pipeline, computed once for each distinct prompt.
 - `text_to_image`: text-to-image pipelines, whose prompts may hold learned tokens.
+- `trajectory`: a denoiser's own calibration data: what its sampler gave it, of some images at some steps.
+- `trajectory_form`: one part of a trajectory as a file: what a denoiser was given of some images, each value once.
+- `trajectory_manifest`: what a trajectory says about itself: `trajectory.json`.
+- `trajectory_writer`: writing a trajectory while it is being recorded, part by part.
 """

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
-from synthquant.core.errors import ModelError
+from synthquant.core.errors import DataError, ModelError
 from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling, open_pipeline
 from synthquant.diffusion.quantized import require_float
+from synthquant.diffusion.trajectory import Trajectory
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.opened import OPENERS, Opened
 
@@ -26,6 +27,20 @@ class Denoiser(FloatModel):
 
     pipeline: DiffusionPipeline = field(kw_only=True)
     """All of the pipeline; its other networks stay in floating point."""
+
+    def taking(self, trajectory: Trajectory) -> Denoiser:
+        """The same, with the arguments of a trajectory as the example of its own: of its size, and in its form.
+
+        Raises `DataError` if the trajectory is one of another pipeline.
+        """
+        recorded = trajectory.manifest
+        if recorded.pipeline != self.pipeline.fingerprint:
+            raise DataError(
+                f"{trajectory.name} is a trajectory of another pipeline ({recorded.source}, whose fingerprint is"
+                f" {recorded.pipeline[:8]}...) than {self.source.source} ({self.pipeline.fingerprint[:8]}...); record"
+                " one with self_sampling"
+            )
+        return replace(self, takes=next(trajectory.batches(recorded.repeats)))
 
     def to(self, device: torch.device | str) -> Denoiser:
         """The same on `device`. The pipeline itself moves, so the old value is on `device` too."""
@@ -47,5 +62,5 @@ def open_denoiser(name: str, request: ModelSource, published: bool) -> Opened:
     if published:
         require_float(request.source)
     pipeline = open_pipeline(request.source, published=published)
-    example, _ = pipeline.first_call(Sampling(steps=_FEW_STEPS))
+    example = pipeline.first_call(Sampling(steps=_FEW_STEPS))
     return Opened(pipeline.denoiser, example=example, task="denoise", make=partial(Denoiser, pipeline=pipeline))

@@ -35,6 +35,9 @@ SCHEDULERS = {
 }
 """Samplers by their short names; the full name of any scheduler of diffusers does too."""
 
+Conditioning = Literal["none", "prompts", "labels"]
+"""What a pipeline wants to be told of an image: nothing, a prompt, or the number of a class."""
+
 DENOISERS = ("unet", "transformer")
 """What pipelines call the network that predicts noise."""
 
@@ -46,6 +49,12 @@ FOREIGN_ERRORS: tuple[type[Exception], ...] = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError),
     *(RuntimeError, SyntaxError, TypeError, ValueError, SafetensorError),
 )
+
+
+# What every pipeline takes that makes images of noise, and what only other kinds take (image to image, video, sound).
+_NEEDED = ("num_inference_steps", "generator", "output_type")
+_NEEDED_OF_TEXT = ("prompt", "guidance_scale")
+_OF_OTHER_KINDS = ("image", "video", "num_frames", "audio_length_in_s", "audio_end_in_s")
 
 
 @contextmanager
@@ -122,6 +131,35 @@ def pipeline_class(index: Mapping[str, Any], source: str) -> Any:
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise UnsupportedModelError(f"{source} is a {name}, which diffusers {diffusers.__version__} does not have")
     return cls
+
+
+def conditioning_of(cls: Any, source: str) -> Conditioning:
+    """Return what pipelines of a class want to be told of an image, as far as their class says.
+
+    Raises `UnsupportedModelError` for those that do not make images of noise, prompts and labels.
+    """
+    parameters = inspect.signature(cls.__call__).parameters
+    fits = all(key in parameters for key in _NEEDED) and not any(key in parameters for key in _OF_OTHER_KINDS)
+    if fits and all(key in parameters for key in _NEEDED_OF_TEXT):
+        return "prompts"
+    if fits and "class_labels" in parameters and parameters["class_labels"].default is inspect.Parameter.empty:
+        return "labels"
+    if fits and "batch_size" in parameters:
+        return "none"
+    raise UnsupportedModelError(
+        f"{source} is a {cls.__name__}, which does not make images of noise, or of prompts or class labels; choose a"
+        " pipeline that does"
+    )
+
+
+def denoiser_name(parts: Mapping[str, Any], source: str) -> str:
+    """Return which of a pipeline's parts is its denoiser; raises `UnsupportedModelError` if none is there."""
+    for name in DENOISERS:
+        if parts.get(name) is not None:
+            return name
+    raise UnsupportedModelError(
+        f"{source} has no denoiser: neither a unet nor a transformer is among its parts; choose another pipeline"
+    )
 
 
 def load_pipeline(cls: Any, location: str, source: str, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -23,7 +23,10 @@ from synthquant.core.settings import Settings, is_unset
 from synthquant.diffusion.library import (
     DENOISERS,
     FOREIGN_ERRORS,
+    Conditioning,
     Precision,
+    conditioning_of,
+    denoiser_name,
     load_denoiser,
     load_pipeline,
     pipeline_class,
@@ -41,16 +44,8 @@ from synthquant.diffusion.text_cache import TextCache
 from synthquant.models.signature import Inputs
 from synthquant.models.weights import one_line
 
-Conditioning = Literal["none", "prompts", "labels"]
-"""What a pipeline wants to be told of an image: nothing, a prompt, or the number of a class."""
-
 Conditions = Sequence[str] | Sequence[int] | None
 """Prompts, labels, or nothing."""
-
-# What every pipeline takes that makes images of noise, and what only other kinds take (image to image, video, sound).
-_NEEDED = ("num_inference_steps", "generator", "output_type")
-_NEEDED_OF_TEXT = ("prompt", "guidance_scale")
-_OF_OTHER_KINDS = ("image", "video", "num_frames", "audio_length_in_s", "audio_end_in_s")
 
 
 class Sampling(Settings):
@@ -108,7 +103,7 @@ class DiffusionPipeline:
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self.conditioning: Conditioning = conditioning_of(type(pipeline), name)
         """What it wants to be told of an image."""
-        if self.conditioning == "none" and "class_labels" in self._parameters and self._number_of_labels() is not None:
+        if self.conditioning == "none" and "class_labels" in self._parameters and self.number_of_labels is not None:
             self.conditioning = "labels"  # left out, they are drawn at random by the process
         self._texts = TextCache(pipeline, device)
 
@@ -167,6 +162,16 @@ class DiffusionPipeline:
                 )
         return twin
 
+    def in_precision(self, name: Precision) -> DiffusionPipeline:
+        """Return the pipeline in that precision: itself, or a copy of all its networks."""
+        dtype = precision(name, self.device)
+        if all(part.dtype == dtype for part in self.denoiser.parameters()):
+            return self
+        twin = DiffusionPipeline(copy.deepcopy(self.pipeline), self.name, self.device)
+        with quiet():
+            twin.pipeline.to(dtype)
+        return twin
+
     def replaced(self, module: nn.Module) -> DiffusionPipeline:
         """Return the same pipeline with another denoiser, which takes what `normal_form` gives; the rest is shared."""
         twin = self._twin()
@@ -216,18 +221,17 @@ class DiffusionPipeline:
                 )
         return recorder.found
 
-    def first_call(self, sampling: Sampling) -> tuple[Inputs, list[float]]:
-        """Return what the denoiser is given first for one image, and the time steps of the sampler; nothing is run."""
+    @property
+    def timesteps(self) -> list[float]:
+        """The time of each step that the sampler made last."""
+        return [float(time) for time in torch.as_tensor(self.pipeline.scheduler.timesteps).tolist()]
+
+    def first_call(self, sampling: Sampling) -> Inputs:
+        """Return what the denoiser is given first for one image, before it runs."""
         conditions: dict[Conditioning, Conditions] = {"none": None, "prompts": ["a photo"], "labels": [0]}
         recorder = Recorder({0}, at_first=True)
         self._watched(recorder, conditions[self.conditioning], [0], sampling)
-        timesteps = torch.as_tensor(self.pipeline.scheduler.timesteps).tolist()
-        return recorder.found[0], [float(time) for time in timesteps]
-
-    def is_guided(self, sampling: Sampling) -> bool:
-        """Return whether the scale of guidance is one that the pipeline draws with."""
-        scale = self._guidance(sampling)
-        return scale is not None and scale > 1
+        return recorder.found[0]
 
     def is_cut(self, prompt: str) -> bool:
         """Return whether a prompt is longer than the text encoder reads, which then sees its beginning only."""
@@ -265,7 +269,7 @@ class DiffusionPipeline:
             if key not in self._parameters:
                 raise InputError(f"{self.name} ({type(self.pipeline).__name__}) takes no {key}; leave it out")
         self._require_scheduler_for(sampling)
-        guidance = self._guidance(sampling)
+        guidance = self.guidance(sampling)
         if guidance is not None:
             options["guidance_scale"] = guidance
         if "batch_size" in self._parameters:
@@ -288,13 +292,14 @@ class DiffusionPipeline:
                 raise InputError(f"{self.name} reads prompts, which are texts; give one for each image")
             return self._texts.arguments(prompts, guidance, negative)
         labels = [label for label in found if isinstance(label, int)]
-        classes = self._number_of_labels()
+        classes = self.number_of_labels
         if len(labels) < count or min(labels) < 0 or (classes is not None and max(labels) >= classes):
             last = "" if classes is None else f" to {classes - 1}"
             raise InputError(f"{self.name} reads labels, which are whole numbers from 0{last}; give one for each image")
         return {"class_labels": labels}
 
-    def _guidance(self, sampling: Sampling) -> float | None:
+    def guidance(self, sampling: Sampling) -> float | None:
+        """Return the scale of classifier-free guidance that it draws with; none if it has no guidance."""
         if "guidance_scale" not in self._parameters:
             return None
         own = self._parameters["guidance_scale"].default
@@ -312,42 +317,15 @@ class DiffusionPipeline:
         if sampling.eta is not None and "eta" not in inspect.signature(scheduler.step).parameters:
             raise InputError(f"the scheduler {type(scheduler).__name__} takes no eta; leave it out, or choose ddim")
 
-    def _number_of_labels(self) -> int | None:
+    @property
+    def number_of_labels(self) -> int | None:
+        """Classes that the denoiser tells apart; none if it does not say."""
         config: Mapping[str, Any] = getattr(self.denoiser, "config", {})
         names = ("num_embeds_ada_norm", "num_class_embeds")
         return next((int(config[name]) for name in names if config.get(name) is not None), None)
 
     def _twin(self) -> DiffusionPipeline:
         return DiffusionPipeline(copy.copy(self.pipeline), self.name, self.device)
-
-
-def conditioning_of(cls: Any, source: str) -> Conditioning:
-    """Return what pipelines of a class want to be told of an image, as far as their class says.
-
-    Raises `UnsupportedModelError` for those that do not make images of noise, prompts and labels.
-    """
-    parameters = inspect.signature(cls.__call__).parameters
-    fits = all(key in parameters for key in _NEEDED) and not any(key in parameters for key in _OF_OTHER_KINDS)
-    if fits and all(key in parameters for key in _NEEDED_OF_TEXT):
-        return "prompts"
-    if fits and "class_labels" in parameters and parameters["class_labels"].default is inspect.Parameter.empty:
-        return "labels"
-    if fits and "batch_size" in parameters:
-        return "none"
-    raise UnsupportedModelError(
-        f"{source} is a {cls.__name__}, which does not make images of noise, or of prompts or class labels; choose a"
-        " pipeline that does"
-    )
-
-
-def denoiser_name(parts: Mapping[str, Any], source: str) -> str:
-    """Return which of a pipeline's parts is its denoiser; raises `UnsupportedModelError` if none is there."""
-    for name in DENOISERS:
-        if parts.get(name) is not None:
-            return name
-    raise UnsupportedModelError(
-        f"{source} has no denoiser: neither a unet nor a transformer is among its parts; choose another pipeline"
-    )
 
 
 def open_pipeline(

@@ -15,6 +15,7 @@ from synthquant.diffusion.embedding import Embedding, read_embedding
 from synthquant.diffusion.library import (
     DENOISERS,
     Precision,
+    conditioning_of,
     load_pipeline,
     pipeline_class,
     pipeline_index,
@@ -24,7 +25,7 @@ from synthquant.diffusion.library import (
     scheduler_like,
     without_checker,
 )
-from synthquant.diffusion.pipelines import DiffusionPipeline, conditioning_of
+from synthquant.diffusion.pipelines import DiffusionPipeline
 from synthquant.diffusion.quantized import checkpoint_of, load_quantized
 
 

@@ -14,7 +14,7 @@ from synthquant.core.settings import Settings
 from synthquant.data.codec import MAX_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read
-from synthquant.data.sources import open_images
+from synthquant.diffusion.trajectory import Trajectory, open_calibration
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint
 from synthquant.methods import EXPORTERS, Exporter
 
@@ -70,7 +70,8 @@ def export_run(
             try:
                 verification = exporter.verify(quant_model, temporary, images, progress=progress)
             finally:  # a refusal may come of the images
-                read = say_what_was_read(images, progress, data or "the images to verify with")
+                what = data or "the images to verify with"
+                read = say_what_was_read(images, progress, what) if isinstance(images, ImageSet) else {}
             verification |= read
     return {
         "out": str(out),
@@ -106,16 +107,16 @@ def _checkpoint(run: Path) -> Path:
     return run / "model"
 
 
-def _images(run: Path, data: str | None, max_pixels: int) -> ImageSet:
+def _images(run: Path, data: str | None, max_pixels: int) -> ImageSet | Trajectory:
     """The images given, or those that the run quantized with."""
     if data is not None:
-        return open_images(data, max_pixels=max_pixels)
+        return open_calibration(data, max_pixels=max_pixels)
     record = run / "run.json"
     if not record.is_file():
         raise DataError(f"{run} does not say which images it was made with: give --data, or --no-verify")
     source = RunRecord.load(record).image_source or run / "images"
     try:
-        return open_images(str(source), max_pixels=max_pixels)
+        return open_calibration(str(source), max_pixels=max_pixels)
     except DataError as error:
         raise DataError(f"no images to verify with: {error}; give --data, or --no-verify") from error
 

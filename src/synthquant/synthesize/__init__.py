@@ -3,6 +3,7 @@
 - `attentive`: what a vision transformer says of images with gradients: how diverse patches look, how alike heads look.
 - `batches`: what all methods share: counts, parts, resuming, pixel space.
 - `class_names`: what the classes of a classifier are called: built in, from a file, or as the network says.
+- `conditions`: what a diffusion pipeline is told of each image that it samples of itself.
 - `correlation`: sample correlation inhibition of DSG: images as little alike as noise.
 - `diversity`: what keeps images apart in any method of inversion: slack and sample correlation.
 - `drawing`: drawing batches of a prompt plan: bad images are found and drawn again with the next seed.
@@ -19,6 +20,7 @@
 - `prompt_tuning`: prompt tuning of GenQ: one token, shared by all classes, learned from a few real images.
 - `prompts`: from classes to prompts: which class, template and seed each image of a text-to-image set has.
 - `psaq_vit`: PSAQ-ViT: pixels optimised until patches look as diverse as possible to a vision transformer.
+- `self_sampling`: Q-Diffusion's calibration data: what a diffusion model samples of itself, recorded at steps.
 - `slack`: slack distribution alignment of DSG: how far statistics may be off before it counts.
 - `swing`: swing convolution of Genie: strided layers that start at random offsets.
 - `text_to_image`: GenQ: images of the classes drawn by a text-to-image model.
@@ -30,7 +32,8 @@ from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.noise import Noise
 from synthquant.synthesize.prompt_tuning import PromptTuning, tune_prompt
 from synthquant.synthesize.psaq_vit import PsaqVit
+from synthquant.synthesize.self_sampling import SelfSampling
 from synthquant.synthesize.text_to_image import TextToImage
 from synthquant.synthesize.zeroq import ZeroQ
 
-__all__ = ["DSG", "GenieD", "Noise", "PromptTuning", "PsaqVit", "TextToImage", "ZeroQ", "tune_prompt"]
+__all__ = ["DSG", "GenieD", "Noise", "PromptTuning", "PsaqVit", "SelfSampling", "TextToImage", "ZeroQ", "tune_prompt"]

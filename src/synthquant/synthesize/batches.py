@@ -194,6 +194,11 @@ def image_form(method: Synthesizer | Settings) -> ImageForm:
     return form
 
 
+def makes_images(method: Synthesizer | type[Synthesizer]) -> bool:
+    """Return whether a method makes images, and not something else that networks are quantized with."""
+    return bool(getattr(method, "makes_images", True))
+
+
 def lacking(method: str, model: FloatModel, lacks: str, need: str) -> UnsupportedModelError:
     """Return the error for a network without what a method needs; it names the methods that do not need it.
 
@@ -203,7 +208,7 @@ def lacking(method: str, model: FloatModel, lacks: str, need: str) -> Unsupporte
         lacks: what it lacks, as "no ...".
         need: the class variable by which a method says that it needs that.
     """
-    others = [name for name, other in SYNTHESIZERS.items() if not getattr(other, need, False)]
+    others = [name for name, other in SYNTHESIZERS.items() if makes_images(other) and not getattr(other, need, False)]
     return UnsupportedModelError(
         f"{model.name} has {lacks}, which {method} needs;"
         f" use a method that does not: {', '.join(sorted(others)) or '(none is registered)'}"
