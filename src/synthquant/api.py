@@ -54,7 +54,8 @@ from synthquant.models.signature import Inputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantArgs, QuantScheme
 from synthquant.pipeline import run
-from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDiffusion, QDrop, RepqVit, Rtn
+from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDiffusion, QDrop, RepqVit, Rotation, Rtn
+from synthquant.quantize.difference_ranges import calibrate_differences
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
@@ -117,6 +118,7 @@ __all__ = [
     "RecipeError",
     "RepqVit",
     "Rng",
+    "Rotation",
     "Rtn",
     "RunRecord",
     "Samples",
@@ -134,6 +136,7 @@ __all__ = [
     "VerificationError",
     "ZeroQ",
     "__version__",
+    "calibrate_differences",
     "compare_images",
     "evaluate_model",
     "export_run",

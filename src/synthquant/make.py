@@ -28,6 +28,7 @@ from synthquant.models.samples import Samples
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.bias_correction import correct_biases
+from synthquant.quantize.difference_ranges import modulation_report
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.reparameterize import require_layer_norms
 from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, SourceSection, SynthesizeSection
@@ -171,6 +172,8 @@ def quantize(
         report = step.apply(quant_model, None, rng, progress=progress, workdir=workdir, memory=memory)
     if section.bias_correction and images is not None:
         report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
+    if quant_model.modulation is not None:
+        report = report.model_copy(update={"modulation": modulation_report(quant_model, images, progress)})
     return quant_model, report
 
 

@@ -119,6 +119,20 @@ class ReparameterizationReport(Settings):
         return f"reparameterised {len(self.norms)} layer norms" + (f", left out: {left}" if left else "")
 
 
+class ModulationReport(Settings):
+    """What a modulated network reads and keeps."""
+
+    layers: int
+    """Layers that read differences between the steps of a sampler."""
+
+    bytes_per_row: int
+    """Bytes kept between steps for each row of a batch of the example's size: an image, or with classifier-free
+    guidance half of one."""
+
+    images: int | None = None
+    """Trajectories that static ranges were set from; none: ranges are measured at run time."""
+
+
 class QuantReport(Settings):
     """What a quantization step did, unit by unit."""
 
@@ -133,6 +147,9 @@ class QuantReport(Settings):
 
     reparameterization: ReparameterizationReport | None = Field(default=None, exclude_if=is_unset)
     """What became of layer norms before it; none: they were left as they are."""
+
+    modulation: ModulationReport | None = Field(default=None, exclude_if=is_unset)
+    """What layers read between the steps of a sampler; none: the network is not modulated."""
 
     @property
     def diverged(self) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ Tensors in `model.safetensors`:
 - `NAME.weight_scale` `[C, G, 1]` float32 and `NAME.weight_zero_point` `[C, G, 1]`
 - `QUANTIZER.scale` `[1]` float32 and `QUANTIZER.zero_point` `[1]` of every activation quantizer that is affine, and of
   others the tensors that their grids consist of
+- `NAME.reading.scale` and `NAME.reading.zero_point` `[1]` of the differences that layer NAME reads, where modulation
+  has static ranges, and `modulation.timesteps` `[S]` float64, the sampler's steps that these are of
 - everything else (biases, normalisation, layers left in float) under the names of the float network, batch norms folded
 - in an equalised network, what was done to the float one: `NAME.equalize_rows`, `NAME.equalize_columns` and
   `NAME.equalize_shift` of layers, `NAME.equalize_bounds` and `NAME.equalize_bound_shift` of clips, float32
@@ -163,11 +165,13 @@ def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
     """Write `quant_model` to `folder`, which is there wholly or not at all; one that is already there is replaced.
 
     Raises:
-        ModelError: activation ranges are not calibrated yet.
+        ModelError: activation ranges, or static ranges of differences, are not calibrated yet.
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
     quant_model.require_calibrated()
+    if quant_model.modulation is not None:
+        quant_model.modulation.require_calibrated()
     weights = save_safetensors(_packed(quant_model))
     config = _config(quant_model, sha256_bytes(weights))
     with atomic_folder(folder, replace=True) as temporary:

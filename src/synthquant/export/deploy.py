@@ -191,8 +191,9 @@ def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> Qua
 
     Raises:
         ModelError: activation ranges are not calibrated.
-        SchemeError: the preset cannot express a grid; names it.
+        SchemeError: the network is modulated, or the preset cannot express a grid; names it.
     """
+    require_stateless(quant_model)
     quant_model.require_calibrated()
     packed = packed_layers(quant_model, preset)
     copied = copy.deepcopy(quant_model, {id(quant_model.float_model): quant_model.float_model}).cpu().eval()
@@ -208,8 +209,18 @@ def deploy(quant_model: QuantModel, preset: Preset, operators: Operators) -> Qua
     return copied
 
 
+def require_stateless(quant_model: QuantModel) -> None:
+    """Raise `SchemeError` if the network keeps tensors from one call to the next, which no exported graph does."""
+    if quant_model.modulation is not None:
+        raise SchemeError(
+            f"{quant_model.float_model.name}: modulation keeps tensors between the steps of a sampler, and no exported"
+            " graph does; keep the checkpoint and sample with that, or leave scheme.modulation out"
+        )
+
+
 def require_takes(quant_model: QuantModel, preset: Preset) -> None:
     """Raise `SchemeError` if the preset cannot express the scheme, as far as that is known before quantization."""
+    require_stateless(quant_model)
     packed_layers(quant_model, preset)
     for name, quantizer in quant_model.quantizers.items():
         require_expressible(quantizer.args, name, preset)
@@ -274,5 +285,7 @@ def _deploy_layer(layer: QuantLayer, grid: WeightGrid, name: str, operators: Ope
 
 
 def _is_plain_linear(layer: QuantLayer) -> bool:
-    """Whether the layer's own forward, behind quantization's, is that of `nn.Linear`."""
+    """Whether the layer's own forward, behind quantization's, is that of `nn.Linear`, and nothing is put before it."""
+    if type(layer).forward is not QuantLayer.forward:
+        return False
     return isinstance(layer, nn.Linear) and cast(Any, super(QuantLayer, layer)).forward.__func__ is nn.Linear.forward

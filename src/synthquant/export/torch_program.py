@@ -16,7 +16,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import require_close, row, run_beside
-from synthquant.export.deploy import Arithmetic, deploy
+from synthquant.export.deploy import Arithmetic, deploy, require_stateless
 from synthquant.export.flat import FlatFunction, FlatNetwork, constant_batch, dynamic_shapes, flat_output
 from synthquant.export.presets import find_preset
 from synthquant.methods import EXPORTERS
@@ -50,7 +50,8 @@ class TorchProgram(Settings):
         return path
 
     def check(self, quant_model: QuantModel) -> None:
-        """Every scheme has a program."""
+        """Raise `SchemeError` if the network is modulated; every other scheme has a program."""
+        require_stateless(quant_model)
 
     def verify(
         self, quant_model: QuantModel, path: Path | str, images: ImageSet | Samples, *, progress: Progress = QUIET

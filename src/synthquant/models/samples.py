@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
+
+from torch import Tensor
 
 from synthquant.core.errors import DataError
 from synthquant.core.files import sha256_bytes
@@ -35,6 +37,30 @@ class Samples(Protocol):
         Samples that cannot be read are left out: batches may be smaller, and fewer.
         """
         ...
+
+
+class SteppedSamples(Samples, Protocol):
+    """Samples that a sampler's steps were given: each is of one image at one step."""
+
+    @property
+    def steps(self) -> Tensor:
+        """The step of each sample, int64 `[rows]`, counted from the sampler's first."""
+        ...
+
+    @property
+    def images(self) -> Tensor:
+        """The image of each sample, int64 `[rows]`; with guidance it has several at a step."""
+        ...
+
+    @property
+    def is_consecutive(self) -> bool:
+        """Whether all steps of the sampler are there."""
+        ...
+
+
+def is_stepped(samples: Samples) -> TypeGuard[SteppedSamples]:
+    """Return whether samples know their steps and images."""
+    return all(hasattr(samples, name) for name in ("steps", "images", "is_consecutive"))
 
 
 class PreparedImages:

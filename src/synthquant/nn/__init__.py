@@ -7,12 +7,15 @@
 - `called_layers`: linear layers whose weights a function multiplies, as calls of these layers.
 - `coverage`: what quantization reaches of a network, row by row and in numbers.
 - `derived`: classes derived at run time, so that a module keeps its place, its attributes and its own forward.
+- `dynamic`: the kind of quantizer whose range is measured at run time.
 - `equalization`: channels scaled so that a network computes the same: the factors, and applying them.
 - `functional`: fake quantization and soft rounding as pure functions of tensors.
+- `input_schemes`: parts of a scheme that change what layers read: differences of steps, rotated channels.
 - `kinds`: the package's own kinds of activation quantizers.
 - `layer_norms`: which linear layers read what a layer norm puts out, and nothing else does.
 - `layers`: quantized layers: the user's own layer whose `weight` reads as the decoded codes.
 - `log_sqrt2`: the kind of quantizer for softmaxes: powers of the square root of 2 below one scale.
+- `modulation`: MoDiff: layers that read differences between the steps of a sampler, and what they keep.
 - `moves`: operations that only move values: what they put out keeps the grid of what they read.
 - `observers`: choice of scale and zero point: what range of values a grid covers.
 - `operations`: modules whose own operations read or put out quantized tensors.
@@ -23,6 +26,8 @@
 - `placement_reads`: which tensors are quantized in the papers' way: what layers read and, if asked, what products read.
 - `quant_model`: the quantized copy of a network: its state, its modes, its coverage.
 - `rewrites`: modules that multiply by functions, as equal modules of layers and visible products.
+- `rotation`: layers that rotate their input channels by Hadamard matrices before they are quantized.
+- `sampler_run`: one run of a sampler: which calls of a denoiser are its steps, and whether a call can be the next one.
 - `scheme`: quantization schemes as plain data, in the vocabulary of compressed-tensors.
 - `split_shortcuts`: layers that read a concatenation, as one layer for each of the tensors in it.
 - `twin_uniform`: PTQ4ViT's kind of quantizer, for what a softmax or a GELU puts out.

@@ -53,6 +53,7 @@ class ActivationQuantizer(nn.Module, ABC):
         calibrated: there is a grid.
         enabled: quantize at all.
         fixed: the grid is known beforehand (the image's) and neither calibrated nor learned.
+        channel_dim: the dimension of the channels in what is quantized: the last one, or 1 where convolutions read it.
         headroom: the calibrated range is to be this much wider.
         learning: the grid takes gradients, and values are dropped at random.
         quantize_probability: probability that an element is quantized while learning (QDrop, arXiv:2203.05740: 0.5).
@@ -73,6 +74,7 @@ class ActivationQuantizer(nn.Module, ABC):
         self.calibrated = False
         self.enabled = True
         self.fixed = False
+        self.channel_dim = -1
         self.headroom = 1.0
         self.learning = False
         self.quantize_probability = 1.0

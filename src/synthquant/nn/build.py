@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,15 @@ from synthquant.models.trace import Trace, trace
 from synthquant.nn.activation_quantizers import ActivationQuantizer, new_quantizer
 from synthquant.nn.equalization import Equalization
 from synthquant.nn.layers import QuantLayer, quantize_block, quantize_layer, switched, weight_layout
+from synthquant.nn.modulation import ModulatedLayer, Modulation, modulate, modulated_plan, require_linear
 from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
 from synthquant.nn.placement_reads import ReadPlacement, readable
 from synthquant.nn.rewrites import make_visible
+from synthquant.nn.rotation import channel_dim, rotated_layer, rotated_plan
+from synthquant.nn.sampler_run import SamplerRun
 from synthquant.nn.scheme import AttentionScheme, LayerScheme, QuantArgs, QuantScheme
 from synthquant.nn.split_shortcuts import split_layers, whole_names, with_parts
 from synthquant.nn.visible import ATTENTION, KERNELS
@@ -55,6 +58,7 @@ class Parts:
         units: reconstruction units by granularity, of layers quantized or not.
         splits: the parts of each layer that was split (`scheme.split_shortcuts`), by its name.
         softmaxes: names of the quantizers of what a softmax puts out.
+        modulation: the layers that read differences between the steps of a sampler, or none.
     """
 
     module: nn.Module
@@ -70,6 +74,7 @@ class Parts:
     units: dict[Granularity, list[Unit]] = field(default_factory=dict)
     splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
     softmaxes: list[str] = field(default_factory=list)
+    modulation: Modulation | None = None
 
 
 def build_parts(
@@ -188,6 +193,7 @@ class _Insertion:
         self._parts = parts
         self._module = parts.module
         self._device = float_model.device
+        self._name, self._forward = float_model.name, float_model.module.forward
         self._gives_logits = float_model.task == "classify"
         self._whole = whole_names(parts.splits)
 
@@ -221,12 +227,19 @@ class _Insertion:
         example: Inputs,
     ) -> None:
         """Put quantizers in where layers read tensors and, if the scheme says so, where products do."""
-        entries = block_inputs(seen, self._parts.units["block"], order) if self._scheme.shortcuts else {}
+        modulated, rotated = self._scheme.modulation, self._scheme.rotation
+        at_entries = self._scheme.shortcuts and modulated is None and rotated is None
+        entries = block_inputs(seen, self._parts.units["block"], order) if at_entries else {}
         flow, scopes = Flow(seen, order), {}
         if self._scheme.attention is not None:
             scopes = watch_operations(self._module, seen, order, ATTENTION)
             flow = self._seen_again(order, example)
         plan = self._scheme.resolve(order, second, readable(flow) if scopes else (), self._whole)
+        differences: dict[str, QuantArgs] = {}
+        if modulated is not None:
+            plan, differences = modulated_plan(plan, modulated)
+        if rotated is not None:
+            plan = rotated_plan(self._module, plan)
         placement = ReadPlacement(flow, self._scheme, plan, groups, entries)
         self._parts.operations = placement.rows()
         reads: dict[str, ActivationQuantizer] = {}
@@ -243,7 +256,14 @@ class _Insertion:
                 scope.quantize_operand(operand.operation, operand.index, quantizer, flow.seen.counts)
             if not tensor.layers:
                 self._parts.operation_quantizers.append(quantizer)
-        self._insert_layers(order, plan, reads, {}, bool(scopes))
+        self._insert_layers(order, plan, reads, {}, bool(scopes), differences)
+        if modulated is not None:
+            run = SamplerRun(self._name, self._forward)
+            modulation = modulate(self._module, run, modulated, differences, groups, seen, example)
+            parts = self._parts.layers.values(), self._parts.quantizers.values()
+            with switched(*parts, weights=False, activations=False):
+                require_linear(self._module, modulation, example)
+            self._parts.modulation = modulation
 
     def _seen_again(self, order: Sequence[str], example: Inputs) -> Flow:
         """Another forward pass, once functions that hide operations show them."""
@@ -291,6 +311,7 @@ class _Insertion:
     def _add(self, name: str, args: QuantArgs, layers: Iterable[str]) -> ActivationQuantizer:
         """A quantizer of what these layers read."""
         quantizer = new_quantizer(args).to(self._device)
+        quantizer.channel_dim = next((channel_dim(get_module(self._module, name)) for name in layers), -1)
         self._parts.quantizers[name] = quantizer
         self._parts.reads.update(dict.fromkeys(layers, name))
         return quantizer
@@ -302,13 +323,19 @@ class _Insertion:
         reads: Mapping[str, ActivationQuantizer],
         puts_out: Mapping[str, ActivationQuantizer],
         watched: bool,
+        differences: Container[str] = (),
     ) -> None:
         """Turn layers into quantized ones; where operations are watched, what float layers compute is none of them."""
         for name in order:
             layer, scheme, weight_quantizer = get_module(self._module, name), plan.get(name, LayerScheme()), None
             if scheme.weights is not None:
                 weight_quantizer = WeightQuantizer(weight_layout(layer), scheme.weights, name).to(self._device)
-            if weight_quantizer is not None or scheme.input_activations is not None:
-                self._parts.layers[name] = quantize_layer(layer, weight_quantizer, reads.get(name), puts_out.get(name))
+            if weight_quantizer is not None or scheme.input_activations is not None or name in differences:
+                parts = weight_quantizer, reads.get(name), puts_out.get(name)
+                kind = ModulatedLayer if name in differences else QuantLayer
+                if self._scheme.rotation is not None:
+                    self._parts.layers[name] = rotated_layer(layer, self._scheme.rotation, *parts)
+                else:
+                    self._parts.layers[name] = quantize_layer(layer, *parts, kind)
             elif watched:
                 quantize_layer(layer, None, None, puts_out.get(name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,13 @@ from synthquant.nn.operations import outside_of_scopes
 from synthquant.nn.weight_quantizers import WeightLayout, WeightQuantizer
 from synthquant.nn.weight_sources import WeightSource
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class Switch(Protocol):
+    """What quantizes, or not."""
+
+    enabled: bool
 
 
 class QuantLayer(nn.Module):
@@ -131,9 +137,10 @@ def quantize_layer(
     weight_quantizer: WeightQuantizer | None,
     input_quantizer: ActivationQuantizer | None,
     output_quantizer: ActivationQuantizer | None = None,
+    kind: type[QuantLayer] = QuantLayer,
 ) -> QuantLayer:
-    """Turn a convolution or linear layer into its quantized self, in place."""
-    layer.__class__ = derived_class(QuantLayer, type(layer))
+    """Turn a convolution or linear layer into its quantized self, in place; `kind` is what is added to its class."""
+    layer.__class__ = derived_class(kind, type(layer))
     quantized = cast(QuantLayer, layer)
     quantized.weight_quantizer = weight_quantizer
     quantized.input_quantizer = input_quantizer
@@ -157,13 +164,13 @@ def weight_layout(layer: nn.Module) -> WeightLayout:
             " weight an ordinary parameter first, for example with torch.nn.utils.remove_weight_norm or"
             " torch.nn.utils.parametrize.remove_parametrizations"
         )
-    groups = layer.groups if isinstance(layer, _TRANSPOSED) else 0
+    groups = layer.groups if isinstance(layer, TRANSPOSED) else 0
     return WeightLayout(tuple(weight.shape), groups)
 
 
 @contextmanager
 def switched(
-    layers: Iterable[QuantLayer], quantizers: Iterable[ActivationQuantizer], *, weights: bool, activations: bool
+    layers: Iterable[QuantLayer], quantizers: Iterable[Switch], *, weights: bool, activations: bool
 ) -> Iterator[None]:
     """Let layers use quantized weights, or not, and quantizers quantize, or not, for a while."""
     former_layers = [(layer, layer.weights_enabled) for layer in layers]

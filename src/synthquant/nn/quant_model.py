@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class QuantModel(nn.Module):
         operations: what becomes of the operations outside layers, in execution order.
         splits: the parts of each layer that was split (`scheme.split_shortcuts`), by its name.
         softmaxes: names of the quantizers of what a softmax puts out.
+        modulation: the layers that read differences between the steps of a sampler, or none.
         loaded: the state came from a checkpoint, so that float weights are not there.
     """
 
@@ -58,6 +59,7 @@ class QuantModel(nn.Module):
         self.splits = parts.splits
         self.softmaxes = parts.softmaxes
         self.operation_quantizers = nn.ModuleList(parts.operation_quantizers)
+        self.modulation = parts.modulation
         self.loaded = False
         self.equalization = equalization
         self._products = parts.products
@@ -92,8 +94,8 @@ class QuantModel(nn.Module):
         """Change the float network that this one was made of, in place; ranges and codes have to be set anew.
 
         Raises:
-            ModelError: it is of another network, batch norms are not folded, one of its layers is split, or this one
-                was loaded from a checkpoint.
+            ModelError: it is of another network, batch norms are not folded, one of its layers is split, its input
+                channels are rotated, or it was loaded from a checkpoint.
         """
         split = [name for name in (*equalization.rows, *equalization.columns) if name in self.splits]
         if split:
@@ -101,11 +103,39 @@ class QuantModel(nn.Module):
                 f"{self.float_model.name}: layer {split[0]} is split, so its channels cannot be scaled any more; leave"
                 " scheme.split_shortcuts out"
             )
-        if self.loaded or not self.fold:
+        if self.loaded or not self.fold or self.scheme.rotation is not None:
             why = "was loaded from a checkpoint" if self.loaded else "keeps its batch norms"
+            why = why if self.scheme.rotation is None else "has rotated input channels"
             raise ModelError(f"{self.float_model.name}: a network that {why} cannot be equalised")
         equalization.apply(self.module)
         self.equalization = equalization if self.equalization is None else self.equalization.then(equalization)
+
+    def rebuild(self, scheme: QuantScheme) -> None:
+        """Become, in place, the network that another scheme makes of the same float one; nothing is calibrated yet.
+
+        Raises:
+            SchemeError: as `build`.
+            ModelError: this one was loaded from a checkpoint, which holds no float weights.
+        """
+        if self.loaded:
+            raise ModelError(f"{self.float_model.name}: loaded from a checkpoint, which holds no float weights")
+        other = QuantModel.build(self.float_model, scheme, self.equalization, fold=self.fold)
+        self.__dict__.update(other.__dict__)
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """A sampler runs inside, whose steps are the calls of the network; only a modulated network cares.
+
+        Each trajectory, a batch of images from noise to the end, has one of its own. Calls of a second-order scheduler
+        at points between two steps are steps as well.
+
+        Raises:
+            InputError: another sampler runs, and from a call in it that cannot be the next step.
+            ModelError: static ranges of differences are not set.
+        """
+        if self.modulation is None:
+            return nullcontext()
+        self.modulation.require_calibrated()
+        return self.modulation.sampling()
 
     def trainable_copy(self) -> QuantModel:
         """A copy whose float parameters take gradients: biases, batch norms, layers that are left in floating point.
@@ -152,12 +182,16 @@ class QuantModel(nn.Module):
         """
         if not weights and self.loaded:
             raise ModelError(f"{self.float_model.name}: loaded from a checkpoint, which holds no float weights")
-        with switched(self.layers.values(), self.quantizers.values(), weights=weights, activations=activations):
+        readings = () if self.modulation is None else self.modulation.readings.values()
+        quantizers = (*self.quantizers.values(), *readings)
+        with switched(self.layers.values(), quantizers, weights=weights, activations=activations):
             yield
 
     def coverage(self) -> list[CoverageRow]:
         """What becomes of every layer, every other weight, every other matrix product and what else joins tensors."""
         reads = {layer: self.quantizers[name].args for layer, name in self.reads.items()}
+        if self.modulation is not None:
+            reads |= {name: layer.reading.args for name, layer in self.modulation.layers.items()}
         return coverage_rows(self.module, self._products, self.layers, reads, self.operations)
 
     def input_bits(self, name: str) -> int | None:
@@ -194,14 +228,15 @@ class QuantModel(nn.Module):
                 state[f"{name}.weight_zero_point"] = layer.weight_quantizer.zero_point
         for name, quantizer in self.quantizers.items():
             state |= {f"{name}.{part}": tensor for part, tensor in quantizer.grid().items()}
-        return state
+        return state if self.modulation is None else state | self.modulation.state()
 
     @property
     def whole_numbers(self) -> set[str]:
         """Names of those tensors of the state, beside codes, that hold whole numbers."""
         weights = {f"{name}.weight_zero_point" for name, layer in self.layers.items() if layer.weight_quantizer}
         grids = {f"{name}.{part}" for name, quantizer in self.quantizers.items() for part in quantizer.whole_numbers}
-        return weights | grids
+        modulation = () if self.modulation is None else self.modulation.state()
+        return weights | grids | {name for name in modulation if name.endswith(".zero_point")}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -216,6 +251,8 @@ class QuantModel(nn.Module):
             codes = state.get(f"{name}.weight_codes")
             if layer.weight_quantizer is not None and codes is not None:
                 layer.weight_quantizer.make_room_for(codes)
+        if self.modulation is not None:
+            self.modulation.make_room(state)
         own = self.state()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
@@ -229,6 +266,9 @@ class QuantModel(nn.Module):
             value.copy_(state[name])
         for quantizer in self.quantizers.values():
             quantizer.load_grid(quantizer.grid())
+        if self.modulation is not None:
+            for reading in self.modulation.readings.values():
+                reading.calibrated = True
         for layer in self.layers.values():
             layer.drop_float_weight()
         self.loaded = True
@@ -241,6 +281,7 @@ class QuantModel(nn.Module):
     def _of_quantization(self) -> set[int]:
         """Identities of the tensors that make up grids and codes, and of the weights that these stand for."""
         parts: list[nn.Module] = [*self.quantizers.values()]
+        parts += [] if self.modulation is None else self.modulation.readings.values()
         parts += [layer.weight_quantizer for layer in self.layers.values() if layer.weight_quantizer is not None]
         own = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}

@@ -12,6 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from synthquant.core.errors import SchemeError
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
+from synthquant.nn.input_schemes import ModulationScheme, RotationScheme
 from synthquant.nn.observers import OBSERVERS
 
 _PRESET = re.compile(r"W(\d+)A(?:(16)INT|(\d+))", re.IGNORECASE)
@@ -30,8 +31,9 @@ class QuantArgs(Settings):
     """Bits of one code: 2 to 8, and 16 for activations."""
     symmetric: bool = False
     """Zero sits in the middle of the grid; for activations that are never negative, at its lower end."""
-    strategy: Literal["tensor", "channel", "group"] = "tensor"
-    """What shares one scale: the whole tensor, an output channel, or a group inside an output channel."""
+    strategy: Literal["tensor", "channel", "group", "token"] = "tensor"
+    """What shares one scale: the whole tensor (of kind `dynamic`, that of one sample), an output channel, a group
+    inside an output channel, or (of kind `dynamic`) a token, which is a position of a feature map."""
     group_size: int | None = Field(default=None, gt=0)
     """Weights in a group (strategy `group` only); must divide the weights of one output channel."""
     observer: str | None = None
@@ -39,7 +41,7 @@ class QuantArgs(Settings):
     paper does."""
     kind: str = AFFINE
     """How values are spaced: `affine` (evenly), or another registered kind of quantizer, for activations, such as
-    `log_sqrt2` for softmaxes."""
+    `log_sqrt2` for softmaxes, or `dynamic`, whose range is measured at run time."""
 
     @model_validator(mode="after")
     def _consistent(self) -> QuantArgs:
@@ -114,6 +116,13 @@ class QuantScheme(Settings):
     """Layers that read feature maps joined along their channels, as the shortcuts of a UNet are, become one layer for
     each map, with ranges of its own for what it reads and for its weights (Q-Diffusion). `skip`: layers that read the
     concatenation itself; `all`: also those that read it through normalisations and activations; null: none."""
+    modulation: ModulationScheme | None = None
+    """Quantize differences between the steps of a sampler, at the bits of `input_activations`, in place of what layers
+    with weights read; products of attention stay at 8 bits, and no shortcut is quantized. Outside of sampling the
+    network is the one of the first step. Null: off."""
+    rotation: RotationScheme | None = None
+    """Layers rotate what they read and quantize it in ranges measured at run time: for each token where they are linear
+    or 1x1 convolutions, else for each sample; the method `rotation` sets it. Null: off."""
     ignore: tuple[str, ...] = ()
     """Layers (and operations, with deploy `full`; products, with `attention`) left in floating point, by glob or,
     behind `re:`, by regular expression."""
@@ -136,13 +145,33 @@ class QuantScheme(Settings):
             raise ValueError("deploy 'full' quantizes activations: give input_activations, or leave deploy at 'papers'")
         if self.deploy == "full" and not self.shortcuts:
             raise ValueError("deploy 'full' quantizes shortcuts too: leave shortcuts on, or deploy at 'papers'")
+        self._check_readers()
         return self
+
+    def _check_readers(self) -> None:
+        """What layers read is quantized where they read it, in one way."""
+        for name, asked in (("modulation", self.modulation), ("rotation", self.rotation)):
+            if asked is not None and self.deploy == "full":
+                raise ValueError(f"{name} quantizes what layers read, and no runtime has it: leave deploy at 'papers'")
+        softmax = self.attention.softmax if self.attention is not None else None
+        if self.rotation is not None and softmax is not None and softmax.kind not in (AFFINE, "dynamic"):
+            raise ValueError(
+                f"rotation measures ranges at run time, for which a softmax of kind {softmax.kind!r} has none"
+            )
+        if self.modulation is None:
+            return
+        if self.rotation is not None:
+            raise ValueError("modulation and rotation do not go together; leave one of them out")
+        if self.input_activations is None:
+            raise ValueError("modulation quantizes activations: give input_activations, or leave modulation out")
+        if self.modulation.first_bits is not None:
+            _require_bits(self.modulation.first_bits, _ACTIVATION_BITS, "modulation.first_bits")
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave fields out that are null and came later: such files are as they were before there were such fields."""
         fields: dict[str, Any] = handler(self)
-        for name in ("attention", "split_shortcuts"):
+        for name in ("attention", "split_shortcuts", "modulation", "rotation"):
             if getattr(self, name) is None:
                 fields.pop(name, None)
         return fields
@@ -172,6 +201,10 @@ class QuantScheme(Settings):
         except ValueError as error:
             raise SchemeError(str(error)) from error
 
+    def with_rotation(self, rotation: RotationScheme) -> QuantScheme:
+        """The same with rotated input channels; raises `SchemeError` if that does not go with the rest."""
+        return QuantScheme.parse(self.model_dump() | {"rotation": rotation.model_dump()})
+
     @property
     def name(self) -> str:
         """Short name such as `W4A4`; `A16` stands for activations in floating point, `A16int` for 16 bit integers."""
@@ -189,6 +222,8 @@ class QuantScheme(Settings):
         extra = ["every tensor between integer kernels, logits 8 bit (deploy full)"] if self.deploy == "full" else []
         extra += [self._describe_attention()] if self.attention else []
         extra += [_SPLIT[self.split_shortcuts]] if self.split_shortcuts else []
+        extra += [self.modulation.describe()] if self.modulation else []
+        extra += [self.rotation.describe()] if self.rotation else []
         extra += [f"{len(self.ignore)} ignore patterns"] if self.ignore else []
         extra += [f"{len(self.overrides)} overrides"] if self.overrides else []
         return f"{self.name} ({'; '.join([*parts, ends, *extra])})"
@@ -240,9 +275,13 @@ class QuantScheme(Settings):
         Raises:
             SchemeError: an override that is not a valid scheme.
         """
-        inputs = _at_least(self.input_activations, 8) if after_first and self.ends == "w8a8" else self.input_activations
+        apart = self.modulation is not None or self.rotation is not None
+        wide = apart or (after_first and self.ends == "w8a8")
+        inputs = _at_least(self.input_activations, 8) if wide else self.input_activations
         if softmax and self.attention is not None:
             inputs = self.attention.softmax or inputs
+        if self.rotation is not None and inputs is not None:
+            inputs = inputs.model_copy(update={"kind": "dynamic", "symmetric": True})
         return self._overridden(name, LayerScheme(input_activations=inputs)).input_activations
 
     def _layer(self, name: str, whole: str, ends: tuple[str, str], after_first: bool) -> LayerScheme:
@@ -297,13 +336,15 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _give_bits(fields: dict[str, Any]) -> None:
-    """Give a softmax that names no bits those of activations."""
+    """Give a softmax that names no bits those of activations, or the 8 of products beside modulation or rotation."""
     attention, activations = fields.get("attention"), fields.get("input_activations")
     if not (isinstance(attention, dict) and isinstance(activations, dict) and "num_bits" in activations):
         return
     softmax = attention.get("softmax")
     if isinstance(softmax, dict):
-        fields["attention"] = {**attention, "softmax": {"num_bits": activations["num_bits"], **softmax}}
+        apart = fields.get("modulation") is not None or fields.get("rotation") is not None
+        bits = max(activations["num_bits"], 8 if apart else 0)
+        fields["attention"] = {**attention, "softmax": {"num_bits": bits, **softmax}}
 
 
 def _require_bits(bits: int, allowed: tuple[int, ...], where: str) -> None:
@@ -318,6 +359,8 @@ def _check_weights(args: QuantArgs | None) -> None:
     _require_bits(args.num_bits, _WEIGHT_BITS, "weights")
     if args.kind != AFFINE:
         raise SchemeError(f"weights cannot have kind {args.kind!r}; only {AFFINE!r} is supported")
+    if args.strategy == "token":
+        raise SchemeError("weights cannot have strategy 'token'; choose tensor, channel or group")
 
 
 def _check_activations(args: QuantArgs | None) -> None:

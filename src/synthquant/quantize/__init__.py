@@ -5,6 +5,7 @@
 - `brecq`: BRECQ: roundings first, activation steps after.
 - `cache`: where the inputs and outputs of units are kept: device, memory, files.
 - `calibrate`: ranges: where the grids of weights and activations lie before anything is learned.
+- `difference_ranges`: ranges of differences between the steps of a sampler.
 - `equalize`: finding the factors by which channels are scaled before quantization.
 - `erq`: ERQ: weights regressed on quantized inputs and rounded half of the columns at a time.
 - `fima`: the error of FIMA-Q: as a low-rank and diagonal Fisher matrix weighs it.
@@ -23,6 +24,7 @@
 - `reparameterize`: layer norms changed with the layers behind them, so that one grid does what grids of channels did.
 - `replay`: running a network up to one unit, or from one on, without running the units before it.
 - `repq_vit`: RepQ-ViT: rounding to nearest behind reparameterised layer norms.
+- `rotation`: input channels rotated by Hadamard matrices, with ranges at run time.
 - `rounding`: what the methods that learn roundings have in common: settings, and the one way to apply them.
 - `running_ranges`: ranges of activations as moving averages over all samples.
 - `rtn`: rounding to nearest, the baseline.
@@ -39,6 +41,7 @@ from synthquant.quantize.ptq4vit import Ptq4Vit
 from synthquant.quantize.q_diffusion import QDiffusion
 from synthquant.quantize.qdrop import QDrop
 from synthquant.quantize.repq_vit import RepqVit
+from synthquant.quantize.rotation import Rotation
 from synthquant.quantize.rtn import Rtn
 
-__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDiffusion", "QDrop", "RepqVit", "Rtn"]
+__all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDiffusion", "QDrop", "RepqVit", "Rotation", "Rtn"]
