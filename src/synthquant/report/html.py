@@ -56,6 +56,7 @@ from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
+from synthquant.diffusion.trajectory import is_trajectory, open_trajectory
 from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.report import figures, formatting
 from synthquant.report.quality import QualitySection, comparison_section, quality_section
@@ -225,7 +226,10 @@ def _add_images(section: RunSection) -> None:
     run = section.run
     classes: tuple[int, ...] = ()
     given = run.text("images", "source")
-    if run.images_folder is not None:
+    recorded = run.trajectory_folder or (Path(given) if given is not None and is_trajectory(given) else None)
+    if recorded is not None:
+        section.notes.append(_about_trajectory(recorded))
+    elif run.images_folder is not None:
         images = ImageSet.open(run.images_folder)
         section.manifest = images.manifest.model_dump(mode="json")
         section.problems = _problems(section.manifest)
@@ -237,6 +241,16 @@ def _add_images(section: RunSection) -> None:
     source = run.text("evaluate", "data")
     if source is not None:
         section.real = _sheet_of(section, source, "evaluation", classes)
+
+
+def _about_trajectory(folder: Path) -> str:
+    """What a denoiser was quantized with, in words; raises `DataError` if the folder is not whole."""
+    found = open_trajectory(folder).manifest
+    guidance = f" with guidance {found.guidance:g}, each without and with its condition" if found.repeats > 1 else ""
+    return (
+        f"Quantized with {found.rows} rows that {found.source} sampled of itself: {len(found.seeds)} images at"
+        f" {len(found.steps)} of {len(found.timesteps)} steps of {found.scheduler['class']}{guidance}."
+    )
 
 
 def _sheet_of(section: RunSection, source: str, what: str, classes: tuple[int, ...]) -> Sheet | None:

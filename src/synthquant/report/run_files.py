@@ -14,6 +14,7 @@ from synthquant.core.files import read_sealed_json
 from synthquant.core.quality_file import read_quality
 from synthquant.core.record import RunRecord, StageRecord
 from synthquant.core.run_metrics import METRICS, EvaluateMetrics, FineTuneMetrics, ImagesMetrics, QuantizeMetrics, Row
+from synthquant.diffusion.trajectory import is_trajectory
 from synthquant.nn.coverage import CoverageSummary
 
 _Value = TypeVar("_Value")
@@ -85,6 +86,12 @@ class RunFiles:
         return folder if (folder / "manifest.json").is_file() else None
 
     @property
+    def trajectory_folder(self) -> Path | None:
+        """The trajectory of the run, if it made one."""
+        folder = self.folder / "images"
+        return folder if is_trajectory(folder) else None
+
+    @property
     def selected_folder(self) -> Path | None:
         """The images chosen from the pool, if the run chose."""
         folder = self.folder / "selected"
@@ -116,7 +123,7 @@ class RunFiles:
             "per-layer SQNR": self.sqnr,
             "coverage": self.coverage,
             "loss curves": [unit for unit in self.units if unit.losses],
-            "images": self.images_folder or self.value("images", "source"),
+            "images": self.images_folder or self.trajectory_folder or self.value("images", "source"),
             "recipe": self.recipe_text,
             "environment": self.record.environment,
         }
