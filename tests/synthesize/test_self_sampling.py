@@ -137,6 +137,7 @@ def test_exactly_the_count_in_equal_shares(ddim: Denoiser, count: int) -> None:
     shares = Counter(trajectory.steps.tolist())
     assert sorted(shares) == [0, 2, 4] and max(shares.values()) - min(shares.values()) <= 1
     assert trajectory.images.tolist() == [row // 3 for row in range(count)]
+    assert len(set(trajectory.manifest.seeds)) == -(-count // 3)
 
 
 @pytest.mark.parametrize(

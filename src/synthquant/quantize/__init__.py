@@ -26,8 +26,8 @@
 - `repq_vit`: RepQ-ViT: rounding to nearest behind reparameterised layer norms.
 - `rotation`: input channels rotated by Hadamard matrices, with ranges at run time.
 - `rounding`: what the methods that learn roundings have in common: settings, and the one way to apply them.
-- `running_ranges`: ranges of activations as moving averages over all samples.
 - `rtn`: rounding to nearest, the baseline.
+- `running_ranges`: ranges of activations as moving averages over all samples.
 - `sampler_steps`: batches and orders in which all steps of a sampler count alike.
 - `unit_files`: finished units on disk, so that a killed reconstruction goes on where it stopped.
 - `unit_fit`: one unit while it is fitted: what it reads and gives, its error, learning it.
