@@ -56,6 +56,7 @@ from synthquant.nn.scheme import QuantArgs, QuantScheme
 from synthquant.pipeline import run
 from synthquant.quantize import AdaRound, Brecq, Erq, GenieM, Ptq4Vit, QDiffusion, QDrop, RepqVit, Rotation, Rtn
 from synthquant.quantize.difference_ranges import calibrate_differences
+from synthquant.quantize.shortcut_ranges import shortcut_ranges
 from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
@@ -153,6 +154,7 @@ __all__ = [
     "run",
     "run_filters",
     "save_checkpoint",
+    "shortcut_ranges",
     "tune_prompt",
     "write_report",
 ]

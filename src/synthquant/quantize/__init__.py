@@ -29,6 +29,7 @@
 - `rtn`: rounding to nearest, the baseline.
 - `running_ranges`: ranges of activations as moving averages over all samples.
 - `sampler_steps`: batches and orders in which all steps of a sampler count alike.
+- `shortcut_ranges`: ranges of the halves of concatenated shortcuts.
 - `unit_files`: finished units on disk, so that a killed reconstruction goes on where it stopped.
 - `unit_fit`: one unit while it is fitted: what it reads and gives, its error, learning it.
 """
