@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 
 import diffusers
 from tests.nn.toy_denoiser import Rows
-from tests.small_diffusion import NOISE, ddim
+from tests.small_diffusion import NOISE, ddim, saved
 from tests.small_pipeline import build_small_pipeline
 from torch import Tensor
 
-from synthquant.core.errors import InputError
+import synthquant as sq
+from synthquant.core.errors import DataError, InputError
 from synthquant.core.rng import Rng
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.signature import Inputs
@@ -170,3 +172,27 @@ def test_each_call_of_a_pipeline_is_a_trajectory_of_its_own(pipeline: Any, modul
         draw(pipeline, modulated.module)
         draw(pipeline, modulated.module)
     assert torch.equal(sampled(), first)
+
+
+def test_a_run_samples_with_the_steps_that_it_was_calibrated_on(tmp_path: Path) -> None:
+    source, run = saved(ddim(), tmp_path / "pipeline"), tmp_path / "run"
+    recipe = {
+        "model": f"diffusers/{source}",
+        "images": {"method": "self_sampling", "count": 12, "sampler_steps": STEPS, "steps": None, "batch_size": 2},
+        "quantize": {"method": "rtn", "scheme": {"preset": "W4A4", "modulation": {"ranges": "static"}}},
+        "device": "cpu",
+    }
+    sq.run(sq.Recipe.parse(recipe), run)
+    metrics = sq.RunRecord.load(run / "run.json").stages["quantize"].metrics
+    kept = metrics["modulation"]["bytes_per_row"]
+    assert metrics["modulation"]["images"] == 2 and kept > 0
+    quantized = sq.load_pipeline(run)
+    quantized.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(quantized), draw(quantized))
+    with pytest.raises(InputError, match="static ranges of differences are of a sampler with 6 steps"):
+        draw(quantized, steps=4)
+    few = recipe | {"images": recipe["images"] | {"steps": 3}}  # type: ignore[operator]
+    with pytest.raises(
+        DataError, match="need all 6 steps of the sampler, one after the other, and the trajectory has 3"
+    ):
+        sq.run(sq.Recipe.parse(few), tmp_path / "few")

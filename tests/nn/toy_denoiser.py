@@ -69,6 +69,7 @@ class Rows:
 
     def __init__(self, samples: Sequence[Tensor], times: Sequence[float] = TIMES, *, consecutive: bool = True) -> None:
         self.is_consecutive = consecutive
+        self.timesteps = tuple(times)
         self.sample = torch.cat(list(samples))
         self.time = torch.cat([torch.full((len(one),), time) for one, time in zip(samples, times, strict=True)])
         self.steps = torch.cat([torch.full((len(one),), step) for step, one in enumerate(samples)])

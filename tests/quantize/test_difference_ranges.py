@@ -34,7 +34,7 @@ def rounded(scheme: Any = STATIC) -> QuantModel:
 @pytest.fixture
 def model() -> QuantModel:
     model = rounded()
-    assert calibrate_differences(model, Rows(trajectory())) == 3
+    assert calibrate_differences(model, Rows(trajectory()), observer="minmax") == 3
     return model
 
 
@@ -90,7 +90,7 @@ def test_rows_may_lie_in_any_order_and_have_two_rows_of_an_image(model: QuantMod
     guided.images = torch.zeros(len(rows), dtype=torch.int64)  # three rows of one image at each step
     for other in (shuffled, guided):
         again = rounded()
-        calibrate_differences(again, other)
+        calibrate_differences(again, other, observer="minmax")
         assert again.modulation is not None and model.modulation is not None
         assert again.modulation.run.timesteps.tolist() == list(TIMES)
         for name, tensor in model.modulation.state().items():
@@ -99,12 +99,35 @@ def test_rows_may_lie_in_any_order_and_have_two_rows_of_an_image(model: QuantMod
 
 def test_only_so_many_images_are_looked_at() -> None:
     model = rounded()
-    assert calibrate_differences(model, Rows(trajectory()), images=1) == 1
+    assert calibrate_differences(model, Rows(trajectory()), images=1, observer="minmax") == 1
     first = trajectory()
     layer = model.layers["conv_in"]
     assert isinstance(layer, ModulatedLayer)
     differences = torch.stack([after[:1] - before[:1] for before, after in pairwise(first)])
     torch.testing.assert_close(layer.reading.scale, (differences.max() - differences.min())[None] / 255)
+
+
+def test_images_that_lack_a_step_are_left_out(model: QuantModel) -> None:
+    rows, again = Rows(trajectory(4)), rounded()
+    keep = torch.arange(len(rows)) != len(rows) - 1  # the fourth image's last step
+    for name in ("sample", "time", "steps", "images"):
+        setattr(rows, name, getattr(rows, name)[keep])
+    assert calibrate_differences(again, rows) == 3
+
+
+def test_a_search_cuts_off_what_the_next_step_makes_up_for(model: QuantModel) -> None:
+    searched = rounded()
+    calibrate_differences(searched, Rows(trajectory()))
+    assert model.modulation is not None and searched.modulation is not None
+    ways = zip(searched.modulation.readings.values(), model.modulation.readings.values(), strict=True)
+    shares = [float(one.scale / whole.scale) for one, whole in ways]
+    assert max(shares) <= 1.001 and min(shares) < 0.9
+    # A scheme may say so.
+    asked = rounded({**STATIC, "input_activations": {"observer": "minmax"}})
+    calibrate_differences(asked, Rows(trajectory()))
+    assert asked.modulation is not None
+    for one, whole in zip(asked.modulation.readings.values(), model.modulation.readings.values(), strict=True):
+        torch.testing.assert_close(one.scale, whole.scale)
 
 
 def test_the_report_says_what_is_kept() -> None:
@@ -131,16 +154,17 @@ def test_a_set_that_is_no_whole_trajectory_is_refused() -> None:
     model = rounded()
     with pytest.raises(ModelError, match="static ranges of differences are not set yet"):
         sampled(model, trajectory())
-    wrong = Rows(trajectory())
-    wrong.images = wrong.images.clone()
-    wrong.images[0] = 7
+    scattered, short = Rows(trajectory()), Rows(trajectory())
+    scattered.images = torch.arange(len(scattered))
+    short.timesteps = (*TIMES, 50)
     unfinished = Rows(trajectory())
     unfinished.sample[2] = float("nan")
     for source, message in (
         (None, "toy: static ranges of differences are set from a trajectory"),
         (ImageSet.from_tensors(torch.zeros(2, 3, 8, 8)), "toy: static ranges of differences are set from a trajectory"),
-        (Rows(trajectory(), consecutive=False), "toy: static ranges of differences need all steps of the sampler"),
-        (wrong, "toy: image 7 of the trajectory lacks rows at a step"),
+        (Rows(trajectory(), consecutive=False), "toy: static ranges of differences need all 5 steps of the sampler"),
+        (short, "toy: static ranges of differences need all 6 steps .* the trajectory has 5 of them; record all"),
+        (scattered, "toy: the trajectory has no image with rows at all of its 5 steps"),
         (unfinished, "a row of the trajectory cannot be read or is not finite"),
     ):
         with pytest.raises(DataError, match=message):

@@ -104,6 +104,11 @@ class Trajectory:
         return self._chosen // self._rows_of_image
 
     @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The time of each step that the sampler made, also of those that were not recorded."""
+        return self.manifest.timesteps
+
+    @property
     def is_consecutive(self) -> bool:
         """Whether rows of each image are of steps that follow each other, at least two, as the sampler made them."""
         images, steps = self.images, self.steps

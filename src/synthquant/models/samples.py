@@ -53,14 +53,19 @@ class SteppedSamples(Samples, Protocol):
         ...
 
     @property
+    def timesteps(self) -> Sequence[float]:
+        """The time of each step that the sampler made, also of those that no sample is of."""
+        ...
+
+    @property
     def is_consecutive(self) -> bool:
-        """Whether all steps of the sampler are there."""
+        """Whether samples of each image are of steps that follow each other."""
         ...
 
 
 def is_stepped(samples: Samples) -> TypeGuard[SteppedSamples]:
     """Return whether samples know their steps and images."""
-    return all(hasattr(samples, name) for name in ("steps", "images", "is_consecutive"))
+    return all(hasattr(samples, name) for name in ("steps", "images", "timesteps", "is_consecutive"))
 
 
 class PreparedImages:

@@ -46,7 +46,7 @@ def calibrate_differences(
     model: QuantModel,
     source: ImageSet | Samples | None,
     images: int = IMAGES,
-    observer: str = "minmax",
+    observer: str = "genie",
     progress: Progress = QUIET,
 ) -> int:
     """Set the range of each layer's differences from those between the steps of a trajectory.
@@ -58,14 +58,15 @@ def calibrate_differences(
         model: a modulated network with static ranges.
         source: rows of a sampler's inputs, of all of its steps.
         images: how many images' trajectories to look at, evenly spaced over those there are.
-        observer: how ranges are searched, where the scheme's `input_activations` does not say.
+        observer: how ranges are searched, where the scheme's `input_activations` does not say. The authors' ranges are
+            those from the smallest to the largest difference; what a smaller one cuts off is part of the next step's.
         progress: told how far it is.
 
     Returns:
         How many images there were.
 
     Raises:
-        DataError: the source is no trajectory, its steps do not follow each other, or an image lacks one.
+        DataError: the source is no trajectory, it has not all of the sampler's steps, or no image has.
     """
     modulation, rows = model.modulation, _Trajectories(model, source)
     assert modulation is not None
@@ -99,11 +100,12 @@ class _Trajectories:
                 " and steps of its rows (synthesize --method self_sampling); give one, or set"
                 " scheme.modulation.ranges=dynamic"
             )
-        if not source.is_consecutive:
+        recorded = len(set(source.steps.tolist()))
+        if not source.is_consecutive or recorded != len(source.timesteps):
             raise DataError(
-                f"{model.float_model.name}: static ranges of differences need all steps of the sampler, and the"
-                " trajectory has some of them; record all (self_sampling with steps=all), or quantize with"
-                " scheme.modulation.ranges=dynamic"
+                f"{model.float_model.name}: static ranges of differences need all {len(source.timesteps)} steps of the"
+                f" sampler, one after the other, and the trajectory has {recorded} of them; record all (self_sampling"
+                " with steps=null), or set scheme.modulation.ranges=dynamic"
             )
         self._model, self._samples = model, samples_for(model.float_model, source)
         self._rows = _rows_of_images(source, model.float_model.name)
@@ -129,7 +131,7 @@ class _Trajectories:
 
 
 def _rows_of_images(source: SteppedSamples, name: str) -> Tensor:
-    """Positions of rows, int64 `[images, S]`, steps in the order of the sampler.
+    """Positions of rows, int64 `[images, S]`, steps in the order of the sampler; images that lack a step left out.
 
     With guidance an image has several rows at a step, and each is a trajectory of its own.
     """
@@ -137,11 +139,13 @@ def _rows_of_images(source: SteppedSamples, name: str) -> Tensor:
     found: dict[int, dict[int, list[int]]] = {}
     for row, (step, image) in enumerate(zip(steps, images, strict=True)):
         found.setdefault(image, {}).setdefault(step, []).append(row)
-    wanted = sorted(set(steps))
-    trajectories = []
-    for image, of_steps in found.items():
+    wanted, trajectories = sorted(set(steps)), []
+    for of_steps in found.values():
         counts = {len(rows) for rows in of_steps.values()}
-        if sorted(of_steps) != wanted or len(counts) != 1:
-            raise DataError(f"{name}: image {image} of the trajectory lacks rows at a step; record it anew")
-        trajectories += [list(rows) for rows in zip(*(of_steps[step] for step in wanted), strict=True)]
+        if sorted(of_steps) == wanted and len(counts) == 1:
+            trajectories += [list(rows) for rows in zip(*(of_steps[step] for step in wanted), strict=True)]
+    if not trajectories:
+        raise DataError(
+            f"{name}: the trajectory has no image with rows at all of its {len(wanted)} steps; make it larger"
+        )
     return torch.tensor(trajectories)
