@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from synthquant.core.rng import Rng
 from synthquant.data.codec import MAX_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read
+from synthquant.data.sampler_steps import SamplerSteps
 from synthquant.data.sources import open_images
 from synthquant.evaluate.image_features import open_features
 from synthquant.evaluate.image_quality import QualitySettings, compare_images
+from synthquant.evaluate.step_errors import step_errors
 
 DEFAULT_FEATURES = "zoo/cifar10-resnet20"
 """The bundled classifier: it tells pictures of 32x32 apart."""
@@ -51,7 +54,8 @@ def compare(
         progress: takes bars and warnings.
 
     Returns:
-        The fields of `ImageQuality` as JSON values, and `images`, `reference`, `baseline`, `seed`, `settings`,
+        The fields of `ImageQuality` as JSON values, `step_errors` (fields of `StepError`; empty unless both sets keep
+        what their samplers were given), and `images`, `reference`, `baseline`, `seed`, `settings`,
         `environment`.
 
     Raises:
@@ -79,9 +83,11 @@ def compare(
         progress.warn(
             f"images of the same seed were drawn with other settings ({other}), which is part of their distance"
         )
+    kept = [SamplerSteps.read(one.folder) for one in (sets["images"], beside)]
     return {
         **names,
         **found.row(),
+        "step_errors": [asdict(one) for one in step_errors(kept[0], kept[1])],
         "seed": seed,
         "settings": how.model_dump(mode="json"),
         "environment": environment(place),

@@ -61,3 +61,13 @@ def test_the_digest_tells_names_types_shapes_and_values_apart() -> None:
     ]
     assert digest_of(plain) == digest_of(dict(reversed(plain.items())))
     assert len({digest_of(plain), *map(digest_of, others)}) == 1 + len(others)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(3), "a": torch.rand(2, 2, generator=torch.Generator().manual_seed(0))}
+    texts = {name: f"text {name} \u00e9" for name in "qwertz"}
+    for number in range(20):
+        write_sealed_tensors(tmp_path / f"{number}", tensors, texts)
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(20)}) == 1
+    found = read_sealed_tensors(tmp_path / "0")
+    assert found.texts == texts and torch.equal(found.tensors["a"], tensors["a"])

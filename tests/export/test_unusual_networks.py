@@ -112,6 +112,7 @@ def test_every_kind_of_product_is_counted() -> None:
             a = MatMul(x, turned)
             b = MatMul(w, a)
             c = Einsum<equation = "ij,jk->ik">(b, w)
+            one = Einsum<equation = "ij->ji">(c)
             attention = MatMul(a, c)
             d = MatMulInteger(x, w)
             h, last = GRU<hidden_size = 3>(attention, w, w)

@@ -9,6 +9,7 @@
 - `options`: options that several commands share; their help is the docstring of the setting they stand for.
 - `output`: results on standard output: a table for people, JSON for programs.
 - `run`: `run` and `demo`: the whole flow.
+- `sample`: `sample`: a diffusion pipeline, float or quantized, draws a set of images.
 - `select`: `select`: keep what resembles the training data.
 - `show`: `list`, `show` and `report`: what there is, and what came out.
 - `stages`: `synthesize`, `quantize` and `evaluate`: one stage at a time.

@@ -10,7 +10,7 @@ from functools import cache, partial
 import typer
 from typer.exceptions import TyperException
 
-from synthquant.cli import compare, export, finetune, select, show, stages, tune_prompt
+from synthquant.cli import compare, export, finetune, sample, select, show, stages, tune_prompt
 from synthquant.cli import run as run_commands
 from synthquant.cli.command import Command, MemoryRanOut, Stopped
 from synthquant.cli.stop import STOP, show_cursor
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 for command in (
     *(run_commands.demo, run_commands.run, stages.synthesize, select.select, stages.quantize),
-    *(finetune.finetune, stages.evaluate, compare.compare),
+    *(finetune.finetune, stages.evaluate, sample.sample, compare.compare),
     *(export.export, export.benchmark, show.report, show.show),
 ):
     app.command(cls=Command)(command)

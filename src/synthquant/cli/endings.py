@@ -87,6 +87,7 @@ ENDINGS = {
     "demo": Ending(_RUN, kept_in_folder),
     "run": Ending(_RUN, kept_in_folder),
     "synthesize": Ending("lower --set batch_size, --input-size or --count", kept_in_folder),
+    "sample": Ending("lower --set batch_size or --set height and width", kept_in_folder),
     "select": Ending("lower --batch-size, --set table_gib or the number of images"),
     "quantize": Ending(
         "choose another --out and lower --set batch_size, --input-size or the number of images", kept_in_folder

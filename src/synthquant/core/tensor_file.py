@@ -33,9 +33,13 @@ class TensorFile:
 
 
 def write_sealed_tensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write tensors and texts, atomically, with a hash of both in the metadata; raises `OutputError`."""
+    """Write tensors and texts, atomically, with a hash of both in the metadata; raises `OutputError`.
+
+    The same content gives the same bytes.
+    """
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(own, metadata={**texts, _FORMAT: _FORMAT_VERSION, SEAL: _seal(own, texts)}))
+    metadata = {**texts, _FORMAT: _FORMAT_VERSION, SEAL: _seal(own, texts)}
+    write_bytes(path, _with_header_in_order(save(own, metadata=metadata)))
 
 
 def read_sealed_tensors(path: Path) -> TensorFile:
@@ -75,6 +79,16 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _with_header_in_order(file: bytes) -> bytes:
+    """A safetensors file with the entries of its metadata sorted: the library's order differs from write to write."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def _seal(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@
 - `quality`: what is suspicious about the images of a set, and what is said of their reading.
 - `reading`: images decoded ahead in threads, and what is remembered of their reading.
 - `rows`: where a set's images lie: in memory or in single files.
+- `sampler_steps`: what a few images of a set looked like at every step of the sampler.
 - `scan`: statistics and defects of images, gathered one image after another.
 - `seed_pairs`: images of two sets that were drawn from the same noise.
 - `sources`: images from where people keep them: folders, Parquet files, `datasets`, the package itself.

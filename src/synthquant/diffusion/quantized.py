@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ import torch
 from torch import nn
 
 from synthquant.core.errors import InputError, ModelError
-from synthquant.core.files import atomic_folder, read_json, write_json
+from synthquant.core.files import atomic_folder, read_json, read_sealed_json, write_json, write_sealed_json
+from synthquant.core.record import RunRecord
 from synthquant.core.registry import Registry
 from synthquant.diffusion.library import DENOISERS, INDEX, Precision, quiet
+from synthquant.diffusion.trajectory_manifest import TRAJECTORY_NAME, read_trajectory_manifest
+
+CALIBRATION = "calibration.json"
+"""Beside the checkpoint of an exported folder: what it was calibrated for."""
 
 QUANT_CONFIG = "quant_config.json"
 """The file by which a folder is known to hold a quantized network."""
@@ -62,6 +68,43 @@ def require_float(source: str) -> None:
             f"{source} holds a quantized denoiser, no float weights; name the pipeline that it was made from, or sample"
             " this one"
         )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the ranges of a quantized denoiser were set for."""
+
+    sampler_steps: int
+    """Steps of the sampler that its calibration set was recorded at."""
+    scheduler: str
+    """Class of that sampler."""
+
+
+def calibration_of(source: str) -> Calibration | None:
+    """Return what a quantized pipeline was calibrated for; none where that is not known any more.
+
+    A run names its trajectory, which may lie elsewhere; a folder that `--to diffusers` wrote says it by itself.
+    """
+    checkpoint = checkpoint_of(source)
+    if checkpoint is None:
+        return None
+    if (checkpoint / CALIBRATION).is_file():
+        found = read_sealed_json(checkpoint / CALIBRATION)
+        return Calibration(int(found["sampler_steps"]), str(found["scheduler"]))
+    run = checkpoint.parent
+    if not (run / "run.json").is_file():
+        return None
+    given = RunRecord.load(run / "run.json").image_source
+    folder = run / "images" if given is None else Path(given).expanduser()
+    if not (folder / TRAJECTORY_NAME).is_file():
+        return None
+    manifest = read_trajectory_manifest(folder / TRAJECTORY_NAME)
+    return Calibration(manifest.sampler_steps, str(manifest.scheduler["class"]))
+
+
+def write_calibration(found: Calibration, checkpoint: Path) -> None:
+    """Write it beside a checkpoint; raises `OutputError`."""
+    write_sealed_json(checkpoint / CALIBRATION, asdict(found))
 
 
 def as_quantized(

@@ -34,7 +34,7 @@ def normal_form(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
 
     Raises `UnsupportedModelError` for an argument that mixes tensors with and without rows.
     """
-    signature = inspect.signature(module.forward)
+    signature = inspect.signature(module.original.forward if isinstance(module, StandIn) else module.forward)
     given: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
@@ -143,12 +143,18 @@ class StandIn(nn.Module):
     def __init__(self, module: nn.Module, original: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._original: tuple[Any] = (original,)  # in a tuple, so that its weights are none of this module
+        self._original: tuple[nn.Module] = (original,)  # in a tuple, so that its weights are none of this module
+
+    @property
+    def original(self) -> nn.Module:
+        """The denoiser in whose place it is."""
+        return self._original[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of what it takes."""
-        dtype: torch.dtype = self._original[0].dtype
+        original: Any = self.original
+        dtype: torch.dtype = original.dtype
         return dtype
 
     @property

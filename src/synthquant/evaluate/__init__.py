@@ -9,5 +9,6 @@
 - `image_quality`: how good drawn images are beside reference images, and in relation to the float pipeline's.
 - `paired`: two networks on the same images: how far they differ, with a 95% interval.
 - `same_seed`: how far two pipelines take the same noise apart: images of the same seed, pair by pair.
+- `step_errors`: how the error of a quantized pipeline grows over the steps of its sampler.
 - `torch_metrics`: the one door to torchmetrics: Inception's features, and structural similarity.
 """

@@ -13,7 +13,6 @@ diffusers itself does not open it: there are no float weights, which it asks for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,12 +31,13 @@ from synthquant.diffusion.denoiser import Denoiser
 from synthquant.diffusion.pipelines import Conditions, DiffusionPipeline, Sampling
 from synthquant.diffusion.quantized import (
     LOADERS,
-    Sampler,
     as_quantized,
+    calibration_of,
     checkpoint_of,
     is_saved_pipeline,
     load_quantized,
     save_parts,
+    write_calibration,
 )
 from synthquant.export.checkpoint import load_checkpoint, read_config, save_checkpoint
 from synthquant.export.compare import row, run_beside
@@ -78,7 +78,7 @@ def quantized_pipeline(quant_model: QuantModel) -> Any:
     def save(pipeline: Any, folder: Path) -> None:
         _write(quant_model, pipeline, folder, None)
 
-    return as_quantized(model.pipeline.replaced(quant_model).pipeline, _sampler(quant_model), save)
+    return as_quantized(model.pipeline.replaced(quant_model).pipeline, quant_model.sampling, save)
 
 
 @LOADERS.register("quantized")
@@ -150,12 +150,9 @@ class DiffusersFolder(Settings):
 
     def _draw(self, pipeline: Any, quant_model: QuantModel) -> Tensor:
         opened = DiffusionPipeline(pipeline, quant_model.float_model.name, quant_model.device)
-        return opened.draw(_CONDITIONS[opened.conditioning], _SEEDS, Sampling(steps=2)).images
-
-
-def _sampler(quant_model: QuantModel) -> Sampler:
-    sampling: Sampler = getattr(quant_model, "sampling", nullcontext)
-    return sampling
+        modulation = quant_model.modulation
+        steps = 2 if modulation is None else len(modulation.run.timesteps) or 2  # static ranges are of these alone
+        return opened.draw(_CONDITIONS[opened.conditioning], _SEEDS, Sampling(steps=steps)).images
 
 
 def _write(quant_model: QuantModel, pipeline: Any, folder: Path, run: Path | None) -> None:
@@ -163,6 +160,9 @@ def _write(quant_model: QuantModel, pipeline: Any, folder: Path, run: Path | Non
     name = model.pipeline.denoiser_name
     save_checkpoint(quant_model, folder / name)
     save_parts(pipeline, folder, name, model.pipeline.denoiser)
+    calibration = None if run is None else calibration_of(str(run))
+    if calibration is not None:
+        write_calibration(calibration, folder / name)
     record = None if run is None or not (run / "run.json").is_file() else RunRecord.load(run / "run.json")
     quality = None if run is None else read_quality(run)
     size = (folder / name / "model.safetensors").stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeGuard
 
 from torch import Tensor
@@ -94,7 +95,7 @@ class _FittingSamples:
     """Samples of which every batch fits the network."""
 
     def __init__(self, samples: Samples, model: FloatModel) -> None:
-        self._samples, self._signature = samples, model.example(1).signature
+        self._samples, self._example = samples, model.example(1)
 
     @property
     def fingerprint(self) -> str:
@@ -107,8 +108,16 @@ class _FittingSamples:
         for batch in self._samples.batches(size, indices):
             if not isinstance(batch, Inputs):
                 raise DataError(f"batches of samples must be synthquant.Inputs; one is a {type(batch).__name__}")
-            batch.require(self._signature)
-            yield batch
+            ordered = self._ordered(batch)
+            ordered.require(self._example.signature)
+            yield ordered
+
+    def _ordered(self, batch: Inputs) -> Inputs:
+        """The batch with its keywords in the order of the example: files sort them, exported networks count them."""
+        names = list(self._example.kwargs)
+        if set(batch.kwargs) != set(names) or list(batch.kwargs) == names:
+            return batch
+        return replace(batch, kwargs={name: batch.kwargs[name] for name in names})
 
 
 def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:

@@ -20,6 +20,7 @@
 - `prompt_tuning`: prompt tuning of GenQ: one token, shared by all classes, learned from a few real images.
 - `prompts`: from classes to prompts: which class, template and seed each image of a text-to-image set has.
 - `psaq_vit`: PSAQ-ViT: pixels optimised until patches look as diverse as possible to a vision transformer.
+- `sampling`: sets of images that a diffusion pipeline draws, float or quantized.
 - `self_sampling`: Q-Diffusion's calibration data: what a diffusion model samples of itself, recorded at steps.
 - `slack`: slack distribution alignment of DSG: how far statistics may be off before it counts.
 - `swing`: swing convolution of Genie: strided layers that start at random offsets.

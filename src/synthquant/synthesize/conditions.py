@@ -62,12 +62,28 @@ class ConditionSettings(Settings):
         if pipeline.conditioning == "labels":
             return self._labels_of(pipeline, count, rng)
         if self.classes:
-            plan = PromptPlan(class_names(self.classes), rng.child("prompts"), templates=self.templates or TEMPLATES)
+            plan = self._plan(rng)
             return [plan.prompt(plan.slot(number)).text for number in range(count)]
         prompts = _read(self.prompts) if isinstance(self.prompts, str) else self.prompts
         if not prompts:
             raise InputError(f"{pipeline.name} reads prompts; give prompts=FILE, prompts=[...], or classes")
         return [prompts[number % len(prompts)] for number in range(count)]
+
+    def labels_for(self, pipeline: DiffusionPipeline, count: int, rng: Rng) -> list[int] | None:
+        """Return the number of the class that each of `count` images is drawn for; none if they are of no classes.
+
+        Raises as `conditions` does.
+        """
+        found = self.conditions(pipeline, count, rng)
+        if pipeline.conditioning == "labels":
+            return [int(label) for label in found or ()]
+        if not self.classes:
+            return None
+        plan = self._plan(rng)
+        return [plan.slot(number).labels[0] for number in range(count)]
+
+    def _plan(self, rng: Rng) -> PromptPlan:
+        return PromptPlan(class_names(self.classes), rng.child("prompts"), templates=self.templates or TEMPLATES)
 
     def _labels_of(self, pipeline: DiffusionPipeline, count: int, rng: Rng) -> Sequence[int]:
         if self.labels:

@@ -75,7 +75,7 @@ def count_layers(graph: onnx.GraphProto) -> IntegerCoverage:
         if of_images.intersection(node.input):
             of_images.update(node.output)
         factors = _INTEGER.get(node.op_type) or _FLOAT.get(node.op_type)
-        if factors is None:
+        if factors is None or len(node.input) <= max(factors):  # an Einsum of one tensor multiplies nothing
             continue
         is_integer = node.op_type in _INTEGER
         has_weight = not of_images.issuperset(node.input[index] for index in factors)
