@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 
 import diffusers
+from tests.denoisers import DENOISERS, denoiser
 from tests.nn.toy_denoiser import Rows
 from tests.small_diffusion import NOISE, ddim, saved
 from tests.small_pipeline import build_small_pipeline
 from torch import Tensor
 
 import synthquant as sq
-from synthquant.core.errors import DataError, InputError
+from synthquant.core.errors import DataError, InputError, SchemeError
 from synthquant.core.rng import Rng
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.signature import Inputs
@@ -102,6 +104,29 @@ def test_calls_between_two_steps_are_steps_as_well(pipeline: Any, modulated: Qua
         found = sample(modulated.module)
         assert modulated.modulation is not None and modulated.modulation.run.steps > 1.5 * STEPS
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_split_shortcuts_contexts_and_transformers_are_modulated_too(kind: str) -> None:
+    # Three samples of each step, one step after the other.
+    own = denoiser(kind, count=9)
+    fields: dict[str, Any] = {"preset": "W8A8", "split_shortcuts": "all", "modulation": {}}
+    off: dict[str, Any] = {}
+    if kind == "transformer":  # it embeds the timestep a second time, for its last layers
+        embedder = "transformer_blocks.0.norm1.emb.timestep_embedder"
+        with pytest.raises(SchemeError, match=rf"{embedder}.linear_1 runs 2 times in a pass") as told:
+            QuantModel.build(own.model, QuantScheme.parse(fields))
+        off = json.loads(str(told.value).partition("scheme.overrides=")[2])
+        assert set(off) == {f"{embedder}.linear_1", f"{embedder}.linear_2"}
+    model = QuantModel.build(own.model, QuantScheme.parse({**fields, "overrides": off}))
+    steps = [own.inputs.rows(start, start + 3) for start in (0, 3, 6)]
+    with torch.no_grad():
+        wanted = torch.cat([one.clone().call(own.model.module)[0] for one in steps])
+        with model.mode(weights=False, activations=False), model.sampling():
+            found = torch.cat([one.clone().call(model)[0] for one in steps])
+    assert model.modulation is not None and set(model.modulation.layers) == set(model.layers) - set(off)
+    assert (kind == "transformer") == (not model.splits)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_guidance_doubles_the_rows_which_keep_their_places() -> None:

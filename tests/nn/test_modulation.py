@@ -15,6 +15,7 @@ from synthquant.core.rng import Rng
 from synthquant.nn.modulation import ModulatedLayer
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
+from synthquant.quantize import Brecq, QDrop
 from synthquant.quantize.rtn import Rtn
 
 MODULATED: dict[str, Any] = {"preset": "W4A4", "modulation": {}}
@@ -191,6 +192,26 @@ def test_half_precision_adds_up_what_was_multiplied(model: QuantModel, kind: str
     assert all(torch.equal(one.to(half).to(one.dtype), one) for one in read), "no more digits than are multiplied"
     assert all(one.dtype == half for one in found)
     assert float((torch.cat(found).float() - wanted).norm() / wanted.norm()) < 0.2
+
+
+def test_samplers_run_without_recording_versions_too(model: QuantModel) -> None:
+    samples, wanted = trajectory(), sampled(model, trajectory())
+    with torch.inference_mode():
+        assert far(sampled(model, samples), wanted) == 0
+
+
+@pytest.mark.parametrize("method", [Brecq, QDrop])
+def test_methods_learn_the_network_of_the_first_step(method: Any) -> None:
+    settings = {"iterations": 2, "batch_size": 4, "activation_iterations": 2}
+    known = {name: value for name, value in settings.items() if name in method.model_fields}
+    models = [
+        QuantModel.build(denoiser(), QuantScheme.parse(s)) for s in (MODULATED, {"preset": "W4A8", "shortcuts": False})
+    ]
+    for model in models:
+        method(**known).apply(model, Rows(trajectory()), Rng(0))
+    state = models[0].state()
+    assert state.keys() == models[1].state().keys()
+    assert all(torch.equal(value, models[1].state()[name]) for name, value in state.items())
 
 
 def test_what_follows_may_overwrite_what_a_layer_put_out(model: QuantModel) -> None:

@@ -89,9 +89,9 @@ class Reading(nn.Module):
             UnsupportedModelError: the layers read different tensors in one step, or it changed its shape.
         """
         if self._given is None:
-            self._given = x, x._version
+            self._given = x, _version(x)
             self._difference = self._read(x, first)
-        elif self._given[0] is not x or self._given[1] != x._version:
+        elif self._given[0] is not x or self._given[1] != _version(x):
             raise UnsupportedModelError(
                 f"{self.run.network}: layers that read one tensor when the network was quantized, or a layer that ran"
                 " once, read two of them in one step now; put them on the scheme's ignore list or leave out modulation"
@@ -143,6 +143,11 @@ class Reading(nn.Module):
     def extra_repr(self) -> str:
         """Bits and ranges, for `print(model)`."""
         return f"differences, {self.args.num_bits} bits, {'dynamic' if self.dynamic else 'static'}"
+
+
+def _version(x: torch.Tensor) -> int:
+    """How often a tensor was changed in place, where PyTorch counts it."""
+    return 0 if x.is_inference() else x._version
 
 
 def _as_multiplied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -327,25 +332,28 @@ def modulate(
     Raises:
         SchemeError: a layer runs more than once in a pass.
     """
+    repeated = [name for name in differences if len(seen.calls(name)) != 1]
+    if repeated:
+        off = ", ".join(f'"{name}": {{"input_activations": null}}' for name in repeated)
+        times = len(seen.calls(repeated[0]))
+        raise SchemeError(
+            f"{run.network}: {repeated[0]} runs {times} times in a pass, and modulation keeps one input for a layer;"
+            f" leave out all that do with scheme.overrides={{{off}}}"
+        )
     modulation, partners, kept = Modulation(run), {name: tuple(group) for group in groups for name in group}, 0
     for name, args in differences.items():
-        calls = seen.calls(name)
-        if len(calls) != 1:
-            raise SchemeError(
-                f"{run.network}: {name} runs {len(calls)} times in a pass, and modulation keeps one input for a layer;"
-                f' leave it out with scheme.overrides={{"{name}": {{"input_activations": null}}}}'
-            )
+        (call,) = seen.calls(name)
         first = next(other for other in partners.get(name, (name,)) if differences.get(other) == args)
         if first not in modulation.readings:
             reading = Reading(args, run, dynamic=scheme.ranges == "dynamic")
             modulation.readings[first] = reading.to(device_of(network))
-            kept += calls[0].inputs[0].numel()
+            kept += call.inputs[0].numel()
         layer = get_module(network, name)
         assert isinstance(layer, ModulatedLayer)
         layer.reading, layer.without_bias = modulation.readings[first], False
         layer.put_out, layer.put_out_at = None, 0
         modulation.layers[name] = layer
-        kept += calls[0].outputs[0].numel()
+        kept += call.outputs[0].numel()
     modulation.bytes_per_sample = math.ceil(kept * torch.float32.itemsize / len(example))
     network.__class__ = derived_class(ModulatedNetwork, type(network), prefix="Modulated")
     cast(ModulatedNetwork, network).modulation = modulation

@@ -9,7 +9,7 @@ from synthquant.core.errors import DataError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.methods import ModulationReport
-from synthquant.models.samples import Samples, SteppedSamples, is_stepped, samples_for, spread
+from synthquant.models.samples import Samples, SteppedSamples, is_stepped, samples_for
 from synthquant.models.signature import Inputs
 from synthquant.nn.modulation import Modulation
 from synthquant.nn.observers import ActivationHistogram
@@ -57,7 +57,7 @@ def calibrate_differences(
     Args:
         model: a modulated network with static ranges.
         source: rows of a sampler's inputs, of all of its steps.
-        images: how many images' trajectories to look at, evenly spaced over those there are.
+        images: how many images' trajectories to look at: the first ones.
         observer: how ranges are searched, where the scheme's `input_activations` does not say. The authors' ranges are
             those from the smallest to the largest difference; what a smaller one cuts off is part of the next step's.
         progress: told how far it is.
@@ -70,7 +70,7 @@ def calibrate_differences(
     """
     modulation, rows = model.modulation, _Trajectories(model, source)
     assert modulation is not None
-    chosen = spread(len(rows.images), images)
+    chosen = rows.images[:images]
     watched = [reading for reading in modulation.readings.values() if not reading.calibrated]
     with model.mode(weights=True, activations=False), torch.no_grad(), progress.bar("differences", 2) as bar:
         try:
@@ -88,6 +88,10 @@ def calibrate_differences(
                 reading.watcher, reading.watching_range = None, False
     modulation.run.timesteps = torch.tensor(rows.timesteps, dtype=torch.float64)
     return len(chosen)
+
+
+_KEPT_BYTES = 2**30
+"""Of what the network keeps between steps, for all trajectories that run at a time."""
 
 
 class _Trajectories:
@@ -114,7 +118,8 @@ class _Trajectories:
 
     def run(self, modulation: Modulation, chosen: list[int]) -> None:
         """Let the trajectories of some images go through the network, as many at once as its memory allows."""
-        at_once = self._model.float_model.samples_at_once(len(chosen))
+        most = max(1, min(len(chosen), _KEPT_BYTES // modulation.bytes_per_sample))
+        at_once = self._model.float_model.samples_at_once(most)
         for start in range(0, len(chosen), at_once):
             rows = self._rows[torch.tensor(chosen[start : start + at_once])]
             order = rows.T.reshape(-1).tolist()
