@@ -215,6 +215,20 @@ def test_a_quantized_pipeline_is_a_generator_of_images_from_text(stable: Case) -
         open_text_to_image(str(stable.run), dtype="float16")
 
 
+def test_the_loop_closes_a_quantized_generator_draws_the_images_of_a_classifier(stable: Case, tmp_path: Path) -> None:
+    model = small_float_model(tmp_path)
+    names = ("cat", "ship", "dog", "frog", "deer", "bird", "truck")
+    sets = {}
+    for name, generator in (("float", stable.source), ("run", stable.run), ("folder", stable.folder)):
+        method = sq.TextToImage(generator=str(generator), classes=names, steps=1, batch_size=4)
+        sets[name] = method.synthesize(model, 4, sq.Rng(0))
+    assert [one.column("prompt") for one in sets.values()] == [sets["float"].column("prompt")] * 3
+    images = {name: [one[index].image for index in range(4)] for name, one in sets.items()}
+    assert all(torch.equal(a, b) for a, b in zip(images["run"], images["folder"], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(images["run"], images["float"], strict=True))
+    assert sets["run"].column("generator")[0] != sets["float"].column("generator")[0]
+
+
 def test_what_is_no_quantized_pipeline_is_one_line(ddim: Case, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no quantized network"):
         sq.load_pipeline(ddim.source)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from synthquant.core.record import RunRecord
 from synthquant.core.registry import Registry
 from synthquant.diffusion.library import DENOISERS, INDEX, Precision, quiet
 from synthquant.diffusion.trajectory_manifest import TRAJECTORY_NAME, read_trajectory_manifest
+from synthquant.nn.quant_model import QuantModel
+
+if TYPE_CHECKING:
+    from synthquant.diffusion.pipelines import DiffusionPipeline
 
 CALIBRATION = "calibration.json"
 """Beside the checkpoint of an exported folder: what it was calibrated for."""
@@ -100,6 +104,13 @@ def calibration_of(source: str) -> Calibration | None:
         return None
     manifest = read_trajectory_manifest(folder / TRAJECTORY_NAME)
     return Calibration(manifest.sampler_steps, str(manifest.scheduler["class"]))
+
+
+def static_timesteps(pipeline: DiffusionPipeline) -> list[float]:
+    """Return the times of the steps whose differences a quantized pipeline has static ranges for; none: of any."""
+    network = getattr(pipeline.denoiser, "module", None)
+    modulation = network.modulation if isinstance(network, QuantModel) else None
+    return [] if modulation is None else [float(time) for time in modulation.run.timesteps.tolist()]
 
 
 def write_calibration(found: Calibration, checkpoint: Path) -> None:

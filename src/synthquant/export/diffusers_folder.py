@@ -37,6 +37,7 @@ from synthquant.diffusion.quantized import (
     is_saved_pipeline,
     load_quantized,
     save_parts,
+    static_timesteps,
     write_calibration,
 )
 from synthquant.export.checkpoint import load_checkpoint, read_config, save_checkpoint
@@ -150,8 +151,7 @@ class DiffusersFolder(Settings):
 
     def _draw(self, pipeline: Any, quant_model: QuantModel) -> Tensor:
         opened = DiffusionPipeline(pipeline, quant_model.float_model.name, quant_model.device)
-        modulation = quant_model.modulation
-        steps = 2 if modulation is None else len(modulation.run.timesteps) or 2  # static ranges are of these alone
+        steps = len(static_timesteps(opened)) or 2
         return opened.draw(_CONDITIONS[opened.conditioning], _SEEDS, Sampling(steps=steps)).images
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from synthquant.core.errors import InputError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.rng import Rng
 from synthquant.core.working_folder import working_folder
@@ -17,7 +18,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.sampler_steps import STEPS_NAME, SamplerSteps
 from synthquant.data.store import JOURNAL_NAME, ImageSetWriter
 from synthquant.diffusion.pipelines import Conditions, DiffusionPipeline, Sampling
-from synthquant.diffusion.quantized import calibration_of
+from synthquant.diffusion.quantized import calibration_of, static_timesteps
 from synthquant.models.signature import Inputs
 from synthquant.synthesize.batches import batch_sizes
 from synthquant.synthesize.conditions import ConditionSettings
@@ -111,9 +112,16 @@ def sample(
 def warn_of_other_steps(source: str, pipeline: DiffusionPipeline, settings: SampleSettings, progress: Progress) -> None:
     """Warn if a quantized pipeline is sampled in another way than its ranges were set for.
 
-    More or fewer steps of the same sampler give the denoiser other times than it was calibrated on; where that is not
-    harmless, as with static ranges of differences between steps, drawing is an error.
+    More or fewer steps of the same sampler give the denoiser other times than it was calibrated on.
+
+    Raises `InputError` where that is not harmless: static ranges of differences belong to their steps.
     """
+    static = static_timesteps(pipeline)
+    if static and settings.steps != len(static):
+        raise InputError(
+            f"{source} has static ranges of the differences between {len(static)} steps of its sampler; sample with"
+            f" --steps {len(static)}, or quantize with scheme.modulation.ranges=dynamic"
+        )
     known = calibration_of(source)
     if known is None:
         return
