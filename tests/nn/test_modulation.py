@@ -138,6 +138,10 @@ def test_layers_that_read_one_tensor_keep_it_once(model: QuantModel) -> None:
         made = [layer.put_out for layer in modulation.layers.values()]
         found = sum(tensor.nbytes for tensor in [*read, *made] if tensor is not None)
         assert modulation.bytes_per_sample == found / 3
+        # Nothing else stays: each tensor is let go of when its last reader has read it.
+        assert all(
+            reading._given is None and not reading._difference.numel() for reading in modulation.readings.values()
+        )
     assert all(reading.kept is None for reading in modulation.readings.values())
     assert all(layer.put_out is None for layer in modulation.layers.values())
     assert f"{found / 3 / 2**20:.1f} MiB are kept between steps" in str(modulation)
@@ -248,6 +252,15 @@ def test_a_timestep_may_be_a_number_for_all(model: QuantModel) -> None:
         call(torch.tensor([700]))
         with pytest.raises(InputError, match="from 700 back to 900"):
             call(torch.tensor(900.0))
+
+
+def test_a_layer_that_runs_again_in_a_step_is_refused(model: QuantModel) -> None:
+    conv, attend = model.layers["conv_in"], model.layers["to_q"]
+    for layer, x in ((conv, torch.zeros(3, 3, 8, 8)), (attend, torch.zeros(3, 16, 8))):
+        with torch.no_grad(), model.sampling():
+            layer(x)
+            with pytest.raises(UnsupportedModelError, match="a layer that ran once, read two of them in one step now"):
+                layer(x.clone())
 
 
 class Twice(Denoiser):

@@ -25,6 +25,7 @@
 - `placement_check`: whether quantizers that stand where tensors are made reach everything that reads these tensors.
 - `placement_reads`: which tensors are quantized in the papers' way: what layers read and, if asked, what products read.
 - `quant_model`: the quantized copy of a network: its state, its modes, its coverage.
+- `reading`: a tensor that layers read as differences between the steps of a sampler.
 - `rewrites`: modules that multiply by functions, as equal modules of layers and visible products.
 - `rotation`: layers that rotate their input channels by Hadamard matrices before they are quantized.
 - `sampler_run`: one run of a sampler: which calls of a denoiser are its steps, and whether a call can be the next one.
