@@ -31,7 +31,7 @@ from synthquant.data.sources import open_images
 
 MODEL = "zoo/cifar10-ddpm"
 FEATURES = "zoo/cifar10-resnet20"
-# No exception for the first and last layer, and softmaxes at 8 bits whose grid begins at 0, as the authors' code has it.
+# As in the code of the authors: no exception for first and last layer, softmaxes at 8 bits whose grid begins at 0.
 COMMON = ("scheme.ends=same", "scheme.attention.softmax.num_bits=8", "scheme.attention.softmax.symmetric=true")
 SPLIT = ("scheme.split_shortcuts=skip",)
 MODULATED = ("scheme.modulation={}",)
