@@ -93,7 +93,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(synthquant: Command, folder:
     ):
         assert message in synthquant(*recording(folder, out, *settings)).error
     assert "is no diffusion pipeline, whose sampler" in synthquant(*recording("zoo/cifar10-resnet20", out)).error
+    assert "diffusers/ names no pipeline" in synthquant(*recording("diffusers/", out)).error
     assert "there is no pipeline folder nix" in synthquant(*recording("diffusers/nix", out)).error
     noise = synthquant("synthesize", folder, "--method", "noise", "--count", "2", "--out", out).error
-    assert "takes no images, but inputs sample, timestep" in noise
+    assert "takes no images, but inputs sample, timestep" in noise and noise.endswith("what self_sampling records")
     assert not out.parent.exists()

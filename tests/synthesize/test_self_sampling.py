@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 
 from tests import small_diffusion as small
 from tests.damage import Warned
+from tests.diffusion.test_text_cache import extra_large, latent_consistency
 from tests.small_pipeline import build_small_pipeline
 
 import synthquant as sq
@@ -130,6 +131,13 @@ def test_latent_diffusion() -> None:
     assert len(trajectory) == 12 and rows(trajectory)["sample"].shape == (12, 4, 8, 8)
 
 
+def test_trees_of_conditions_and_distilled_models() -> None:
+    extra = rows(record(small.denoiser(extra_large()), 3, prompts=PROMPTS))
+    assert {"added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"} < set(extra)
+    distilled = record(small.denoiser(latent_consistency()), 3, prompts=PROMPTS)
+    assert len(distilled) == 3 and "timestep_cond" in rows(distilled)  # it is told its guidance
+
+
 @pytest.mark.parametrize("count", [3, 6, 7, 8])
 def test_exactly_the_count_in_equal_shares(ddim: Denoiser, count: int) -> None:
     trajectory = record(ddim, count)
@@ -233,6 +241,8 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_what_is_written_is_what_was_recorded(stable: Denoiser, tmp_path: Path) -> None:
     settings = {"prompts": PROMPTS, "guidance": 3.0}
     trajectory = written(stable, tmp_path / "set", **settings)
+    with pytest.raises(DataError, match="holds no images but the trajectory of a diffusion model"):
+        sq.open_images(tmp_path / "set")
     assert sorted(hashes(tmp_path / "set")) == ["part-00000.safetensors", "part-00001.safetensors", "trajectory.json"]
     opened = sq.open_trajectory(tmp_path / "set")
     opened.verify()

@@ -12,6 +12,8 @@ from synthquant.core.files import read_sealed_json, write_sealed_json
 from synthquant.core.settings import Settings, is_unset, parse_settings
 
 MANIFEST_NAME = "manifest.json"
+TRAJECTORY_NAME = "trajectory.json"
+"""The manifest of what a diffusion model was given, which is no set of images."""
 FORMAT_VERSION = 2
 """Since 2 a manifest carries the hash of its own content (`core.files.write_sealed_json`)."""
 _UNSEALED_VERSION = 1

@@ -20,7 +20,7 @@ from synthquant.data.columns import label_numbers, require_images
 from synthquant.data.folders import file_kind, files_below, printable
 from synthquant.data.image_folder import SUFFIXES, open_image_folder, require_one_split
 from synthquant.data.image_set import ImageSet
-from synthquant.data.manifest import MANIFEST_NAME, Manifest
+from synthquant.data.manifest import MANIFEST_NAME, TRAJECTORY_NAME, Manifest
 from synthquant.data.parts import ParquetRows, PartFile, open_parquet
 from synthquant.data.quality import say_what_was_read
 from synthquant.data.rows import Rows, Stored
@@ -101,6 +101,8 @@ def _open_bundled(name: str) -> ImageSet:
 def _open_folder(folder: Path, columns: tuple[str, str] | None) -> ImageSet:
     if (folder / MANIFEST_NAME).is_file():
         return ImageSet.open(folder)
+    if (folder / TRAJECTORY_NAME).is_file():
+        raise DataError(f"{folder} holds no images but the trajectory of a diffusion model; quantize that with it")
     if (folder / JOURNAL_NAME).is_file():
         raise DataError(f"{folder} is an unfinished image set; run the command that makes it again to finish it")
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():

@@ -98,12 +98,17 @@ def pipeline_location(source: str) -> str:
         if name in PIPELINES and name not in installed_pipelines():
             raise ModelError(f"{source} is not bundled with this version; give the folder of a pipeline")
         return str(pipeline_folder(name))
-    where = name if kind == "diffusers" and name else source
+    where = name if kind == "diffusers" and "/" in source else source
+    if not where:
+        raise ModelError(f"{source} names no pipeline; give diffusers/FOLDER or diffusers/OWNER/NAME")
     path = Path(where).expanduser()
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise ModelError(f"{where} is a file; give the folder of a diffusers pipeline")
+        raise ModelError(
+            f"{where} is a file; give the folder of a diffusers pipeline, which save_pretrained writes of one that"
+            " from_single_file has read"
+        )
     if where.startswith((".", "/", "~")) or where.count("/") != 1:
         raise ModelError(
             f"there is no pipeline folder {where}; give the folder of a diffusers pipeline or a name such as"

@@ -17,8 +17,9 @@ from synthquant.core.errors import InputError, ModelError
 from synthquant.core.files import atomic_folder, read_json, read_sealed_json, write_json, write_sealed_json
 from synthquant.core.record import RunRecord
 from synthquant.core.registry import Registry
+from synthquant.data.manifest import TRAJECTORY_NAME
 from synthquant.diffusion.library import DENOISERS, INDEX, Precision, quiet
-from synthquant.diffusion.trajectory_manifest import TRAJECTORY_NAME, read_trajectory_manifest
+from synthquant.diffusion.trajectory_manifest import read_trajectory_manifest
 from synthquant.nn.quant_model import QuantModel
 
 if TYPE_CHECKING:

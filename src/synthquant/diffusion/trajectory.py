@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,10 +17,10 @@ from synthquant.core.errors import DataError
 from synthquant.core.files import sha256_bytes, sha256_file
 from synthquant.data.codec import MAX_PIXELS
 from synthquant.data.image_set import ImageSet
+from synthquant.data.manifest import TRAJECTORY_NAME
 from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory_form import rows_of
 from synthquant.diffusion.trajectory_manifest import (
-    TRAJECTORY_NAME,
     UNFINISHED_NAME,
     TrajectoryManifest,
     read_trajectory_manifest,
@@ -140,7 +141,7 @@ class Trajectory:
         places = []
         for row in rows:
             image, rest = divmod(row, self._rows_of_image)
-            part = next(index for index, end in enumerate(self._first[1:]) if image < end)
+            part = bisect_right(self._first, image) - 1
             places.append((part, (image - self._first[part], rest // repeats, rest % repeats)))
         pieces = [
             rows_of(self._part(part), [place for _, place in group], self.manifest.arguments)

@@ -11,7 +11,6 @@ from synthquant.core.errors import DataError, InputError
 from synthquant.core.files import read_sealed_json, write_sealed_json
 from synthquant.core.settings import Settings, parse_settings
 
-TRAJECTORY_NAME = "trajectory.json"
 UNFINISHED_NAME = "trajectory.parts.json"
 """The same while parts are missing: it is what a killed run goes on from."""
 FORMAT_VERSION = 1

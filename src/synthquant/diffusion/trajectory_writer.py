@@ -13,9 +13,9 @@ from synthquant.core.errors import DataError, OutputError
 from synthquant.core.files import make_folder, require_writable, sha256_bytes, sha256_file, write_bytes
 from synthquant.core.locks import remove_leftovers
 from synthquant.core.progress import QUIET, Progress
+from synthquant.data.manifest import TRAJECTORY_NAME
 from synthquant.diffusion.trajectory import Trajectory
 from synthquant.diffusion.trajectory_manifest import (
-    TRAJECTORY_NAME,
     UNFINISHED_NAME,
     TrajectoryManifest,
     TrajectoryPart,

@@ -147,8 +147,10 @@ class FloatModel:
         """How images become input; raises `UnsupportedModelError` if the network takes something else."""
         if not isinstance(self.takes, Preprocess):
             names = ", ".join(name for name, _ in self.takes.named())
+            instead = "; quantize it with what self_sampling records" if self.task == "denoise" else ""
             raise UnsupportedModelError(
                 f"{self.name} takes no images, but inputs {names}; what makes, reads or selects images cannot be used"
+                f"{instead}"
             )
         return self.takes
 
