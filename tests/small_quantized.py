@@ -6,6 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
+from tests.small_diffusion import NOISE
+
 from synthquant.core.files import sha256_bytes
 from synthquant.core.rng import Rng
 from synthquant.diffusion.denoiser import Denoiser
@@ -16,6 +20,22 @@ from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.rtn import Rtn
 
 STEPS = 3
+
+
+def tiny() -> diffusers.DDIMPipeline:
+    """The least that samples: one level, and an attention in the middle; images of 8x8 pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8,),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            norm_num_groups=4,
+            attention_head_dim=8,
+        ).eval()
+    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(**NOISE))
 
 
 class Recorded:

@@ -11,12 +11,13 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 
 from tests import small_diffusion as small
 from tests.cli.conftest import Command
+from tests.small_quantized import tiny
 
 from synthquant import ImageSet
 
 
 def test_float_run_and_exported_folder_are_sampled_alike(synthquant: Command, tmp_path: Path) -> None:
-    source = f"diffusers/{small.saved(small.ddim(), tmp_path / 'pipeline')}"
+    source = f"diffusers/{small.saved(tiny(), tmp_path / 'pipeline')}"
     calibration, run, folder = tmp_path / "calibration", tmp_path / "run", tmp_path / "folder"
     given = (
         "--method",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
@@ -19,7 +20,7 @@ import diffusers
 from tests import small_diffusion as small
 from tests.small_networks import small_float_model, small_images
 from tests.small_pipeline import build_small_pipeline
-from tests.small_quantized import quantized
+from tests.small_quantized import quantized, tiny
 
 import synthquant as sq
 from synthquant.core.errors import InputError, ModelError, UnsupportedModelError, VerificationError
@@ -34,7 +35,7 @@ from synthquant.quantize.rtn import Rtn
 
 FAST = Sampling(steps=3)
 KINDS: dict[str, tuple[Any, Any]] = {
-    "ddim": (small.ddim, None),
+    "ddim": (tiny, None),
     "dit": (small.dit, [1, 7]),
     "stable": (build_small_pipeline, ["photo of a cat", "photo of a ship"]),
 }
@@ -157,8 +158,10 @@ def test_the_same_network_gives_the_same_bytes_and_names_its_codes(ddim: Case, t
     assert files == sorted(path.relative_to(ddim.folder) for path in ddim.folder.rglob("*") if path.is_file())
     for path in files:
         assert (again / path).read_bytes() == (ddim.folder / path).read_bytes(), path
-    packed = (ddim.folder / "unet" / "model.safetensors").stat().st_size
-    assert packed < 0.6 * sum(value.numel() * 4 for value in ddim.quant_model.float_model.module.parameters())
+    tensors = load_file(ddim.folder / "unet" / "model.safetensors")
+    for name, layer in ddim.quant_model.layers.items():
+        assert tensors[f"{name}.weight_packed"].dtype == torch.uint8 and f"{name}.weight" not in tensors
+        assert tensors[f"{name}.weight_packed"].numel() == layer.weight.numel(), "eight bits each"
 
 
 def test_verification_finds_another_network_and_another_scheduler(ddim: Case, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 from tests import small_diffusion as small
 from tests.cli.conftest import Command
 from tests.cli.conftest import synthquant as synthquant
+from tests.small_quantized import tiny
 
 import synthquant as sq
 from synthquant.core.errors import InputError
@@ -30,7 +31,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, sq.QuantModel, Any]]:
     root = tmp_path_factory.mktemp("modulated")
-    model = sq.open_model(f"diffusers/{small.saved(small.ddim(), root / 'pipeline')}")
+    model = sq.open_model(f"diffusers/{small.saved(tiny(), root / 'pipeline')}")
     assert isinstance(model, Denoiser)
     trajectory = SelfSampling(sampler_steps=STEPS, steps=None).synthesize(model, 2 * STEPS, sq.Rng(0))
     found = {}

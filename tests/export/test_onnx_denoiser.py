@@ -15,10 +15,9 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
 
-import diffusers
 from PIL import Image
 from tests import small_diffusion as small
-from tests.small_quantized import Recorded, quantized
+from tests.small_quantized import Recorded, quantized, tiny
 
 import synthquant as sq
 from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling, open_pipeline
@@ -27,21 +26,6 @@ from synthquant.nn.quant_model import QuantModel
 ROOT = Path(__file__).parents[2]
 # Seven bits: no sum of two products overflows in 16 bits, as CPUs without VNNI add them.
 SCHEME: dict[str, Any] = {"preset": "W7A8", "weights": {"symmetric": True}, "ends": "same", "deploy": "full"}
-
-
-def tiny() -> diffusers.DDIMPipeline:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DModel(
-            sample_size=8,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            norm_num_groups=4,
-            attention_head_dim=8,
-        ).eval()
-    return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(**small.NOISE))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 
 from tests import small_diffusion as small
 from tests.small_pipeline import build_small_pipeline
-from tests.small_quantized import quantized
+from tests.small_quantized import quantized, tiny
 
 import synthquant as sq
 from synthquant.compare import compare
@@ -31,9 +31,9 @@ FAST = SampleSettings(steps=3, batch_size=4)
 
 @pytest.fixture(scope="module")
 def float_and_quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    source = small.saved(small.ddim(), tmp_path_factory.mktemp("sample") / "pipeline")
+    source = small.saved(tiny(), tmp_path_factory.mktemp("sample") / "pipeline")
     quant_model, _ = quantized(source, scheme="W4A8")
-    pipeline = small.opened(small.ddim())
+    pipeline = small.opened(tiny())
     return pipeline, pipeline.replaced(quant_model)
 
 
@@ -189,7 +189,7 @@ def test_steps_of_other_seeds_times_or_shapes_are_not_compared(tmp_path: Path) -
 
 
 def test_samples_whose_keywords_come_in_another_order_are_those_of_the_network(tmp_path: Path) -> None:
-    model = sq.open_model(f"diffusers/{small.saved(small.ddim(), tmp_path / 'pipeline')}")
+    model = sq.open_model(f"diffusers/{small.saved(tiny(), tmp_path / 'pipeline')}")
     example = model.example(2)
 
     class Sorted:
