@@ -175,7 +175,8 @@ def test_a_layer_that_is_left_out_at_a_step_reads_all_it_has_missed(model: Quant
 
 @pytest.mark.parametrize("kind", ["half", "autocast"])
 def test_half_precision_adds_up_what_was_multiplied(model: QuantModel, kind: str) -> None:
-    samples, layer, half = trajectory(), model.layers["grouped"], torch.bfloat16
+    # Under autocast what `conv_in` reads is float32 still; the layer takes digits off itself.
+    samples, layer, half = trajectory(), model.layers["conv_in"], torch.bfloat16
     assert isinstance(layer, ModulatedLayer)
     wanted = torch.cat(sampled(model, samples))
     reading, read = layer.reading, []

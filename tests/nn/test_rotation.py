@@ -75,6 +75,7 @@ def test_layers_read_tokens_where_kernels_can_and_samples_elsewhere() -> None:
     assert len(products) == 4 and {(one.kind, one.num_bits, one.strategy) for one in products} == {
         ("dynamic", 8, "tensor")
     }
+    assert "activations 4 bit symmetric, ranges of tokens or samples" in model.scheme.describe()
     assert model.calibrated and "rotated in blocks of up to 256 channels" in model.scheme.describe()
 
 

@@ -12,6 +12,7 @@ from tests.nn.toy_denoiser import TIMES, Rows, denoiser, inputs, trajectory
 from torch import Tensor
 
 from synthquant.core.errors import DataError, InputError, ModelError, SchemeError
+from synthquant.core.progress import Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.export import Onnx, TorchProgram
@@ -131,8 +132,14 @@ def test_a_search_cuts_off_what_the_next_step_makes_up_for(model: QuantModel) ->
 
 
 def test_the_report_says_what_is_kept() -> None:
+    class Told(Progress):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    told: list[str] = []
     model = rounded()
-    report = modulation_report(model, Rows(trajectory()))
+    report = modulation_report(model, Rows(trajectory()), Told())
+    assert told == [str(model.modulation)] and "MiB are kept between steps for each row of a batch" in told[0]
     assert report is not None and model.modulation is not None
     assert (report.layers, report.images, report.bytes_per_row) == (9, 3, model.modulation.bytes_per_sample)
     dynamic = modulation_report(rounded({"preset": "W4A4", "modulation": {}}), None)

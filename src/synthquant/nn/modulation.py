@@ -162,7 +162,8 @@ class Modulation:
         """One line: what is kept between steps."""
         return (
             f"modulation: {len(self.layers)} layers read differences between the sampler's steps, and"
-            f" {self.bytes_per_sample / 2**20:.1f} MiB are kept between steps for each row of a batch"
+            f" {self.bytes_per_sample / 2**20:.1f} MiB are kept between steps for each row of a batch; outside of"
+            " sampling, where outputs are measured, it is the network of the first step"
         )
 
 

@@ -219,6 +219,8 @@ class QuantScheme(Settings):
             "same": "same bits in every layer, image 8 bit",
         }[self.ends]
         parts = [f"{role} {_describe(args)}" for role, args in self._roles()]
+        if self.rotation is not None and self.input_activations is not None:
+            parts[-1] = f"activations {self.input_activations.num_bits} bit symmetric, ranges of tokens or samples"
         extra = ["every tensor between integer kernels, logits 8 bit (deploy full)"] if self.deploy == "full" else []
         extra += [self._describe_attention()] if self.attention else []
         extra += [_SPLIT[self.split_shortcuts]] if self.split_shortcuts else []
