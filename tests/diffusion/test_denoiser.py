@@ -235,6 +235,38 @@ def test_weights_that_are_not_those_of_the_denoiser(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model_index.json", "[]", "is no diffusers pipeline: its model_index.json does not name"),
+        ("model_index.json", '{"_class_name": "UNet2DModel"}', "is a UNet2DModel, which diffusers .* does not have"),
+        ("unet/config.json", "{", "cannot be opened: OSError: It looks like the config file"),
+        ("unet/config.json", "{}", "cannot be opened: ValueError: Cannot load because"),
+        ("unet/diffusion_pytorch_model.safetensors", "cut off", "cannot be opened: OSError: Unable to load weights"),
+        ("unet/diffusion_pytorch_model.safetensors", None, "weights are read from safetensors only"),
+    ],
+)
+def test_damaged_pipelines(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str, content: str | None, message: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / file).unlink()
+    if content is not None:
+        (tmp_path / "copy" / file).write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        sq.open_model(str(tmp_path / "copy"))
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+def test_weights_of_a_file(folder: Path, tmp_path: Path) -> None:
+    other = small.saved(small.ddim(seed=4), tmp_path / "other")
+    model = sq.open_model(str(folder), weights=other / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = sq.open_model(str(other))
+    assert model.fingerprint == expected.fingerprint
+    assert isinstance(model, Denoiser) and isinstance(expected, Denoiser)
+    assert model.pipeline.fingerprint == expected.pipeline.fingerprint
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_classes": 10}, "predicts noise; leave --num-classes and --task out"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -69,7 +70,7 @@ def quiet() -> Iterator[None]:
         loggers.append(transformers.utils.logging)
     before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in loggers]
     for each in loggers:
-        each.set_verbosity_error()
+        each.set_verbosity(logging.CRITICAL)  # what is wrong is raised as well
         each.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -123,9 +124,11 @@ def pipeline_index(location: str, source: str) -> Mapping[str, Any]:
         raise ModelError(f"{source} is no diffusers pipeline: it has no {INDEX}")
     try:
         with quiet(), nullcontext() if Path(location).is_dir() else hub_or_cache():
-            index: Mapping[str, Any] = diffusers_library().DiffusionPipeline.load_config(location)
+            index = diffusers_library().DiffusionPipeline.load_config(location)
     except FOREIGN_ERRORS as error:
         raise not_opened(source, error) from error
+    if not isinstance(index, Mapping):
+        raise ModelError(f"{source} is no diffusers pipeline: its {INDEX} does not name the parts of one")
     return index
 
 
@@ -274,4 +277,6 @@ def not_opened(source: str, error: Exception) -> ModelError:
     hint = ""
     if isinstance(error, OSError) and not Path(source.removeprefix("diffusers/")).is_dir():
         hint = "; it is no folder here, and a name on the hub needs a network connection or a copy in the cache"
+    elif isinstance(error, OSError) and "safetensors found in" in str(error):
+        hint = "; weights are read from safetensors only, which save_pretrained writes: others may hold code"
     return ModelError(f"pipeline {source} cannot be opened: {type(error).__name__}: {one_line(error)}{hint}")
