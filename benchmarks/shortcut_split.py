@@ -93,8 +93,8 @@ def of_pipeline(source: str, steps: int, count: int) -> Subject:
     return Subject(model, record(0, count), record(10_000, count // 4))
 
 
-def of_consistency_model(folder: Path, count: int) -> Subject:
-    """Record a consistency model at four noise levels."""
+def of_consistency_model(folder: Path, count: int, drawn: int) -> Subject:
+    """Record a consistency model at four noise levels; `drawn` samples are compared by themselves."""
     spec = importlib.util.spec_from_file_location("sampling", folder / "sampling.py")
     assert spec is not None and spec.loader is not None
     code = importlib.util.module_from_spec(spec)
@@ -133,7 +133,7 @@ def of_consistency_model(folder: Path, count: int) -> Subject:
     unet.requires_grad_(False)
     source = ModelSource(source=folder.name, task="other")
     model = FloatModel(unet, calibration.inputs.rows(0, 3), folder.name, source, "other")
-    seeds, wanted = range(20_000, 20_008), {}
+    seeds, wanted = range(20_000, 20_000 + drawn), {}
     for steps in (1, len(SIGMAS)):
         wanted[f"psnr_{steps}_steps"] = SIGMAS[:steps], draw(unet, seeds, SIGMAS[:steps])
 
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="samples for calibration")
     parser.add_argument("--iterations", type=int, default=100, help="of each phase and unit of q_diffusion")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--drawn", type=int, default=8, help="samples of a consistency model for the PSNR")
     parser.add_argument("--ends", choices=("w8a8", "same"), default="w8a8")
     parser.add_argument("--methods", nargs="+", choices=("rtn", "q_diffusion"), default=["rtn", "q_diffusion"])
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
@@ -202,7 +203,7 @@ def main() -> None:
     if args.pipeline:
         subject = of_pipeline(args.pipeline, args.steps, args.count)
     else:
-        subject = of_consistency_model(args.consistency, args.count)
+        subject = of_consistency_model(args.consistency, args.count, args.drawn)
     options = {"iterations": args.iterations, "batch_size": args.batch_size, "ends": args.ends}
     options |= {"calibration": len(subject.calibration), "test": len(subject.test)}
     result: dict[str, Any] = {"network": subject.model.name, "options": options, "rows": []}

@@ -6,15 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from tests.denoisers import denoiser
 from tests.nn.networks import Block, Encoder, Keywords, Network, Upsampling, float_model
+from tests.quantize.phases import a_phase
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import DataError, UnsupportedModelError
+from synthquant.methods import MemoryBudget
 from synthquant.models.blocks import Unit, find_units
 from synthquant.models.operation_names import QUANTIZABLE
-from synthquant.models.signature import Inputs
+from synthquant.models.signature import Inputs, TensorSpec
+from synthquant.nn.quant_model import QuantModel
+from synthquant.quantize.cache import CacheStore, LeafCaches, Stream
+from synthquant.quantize.calibrate import CalibrationSet
+from synthquant.quantize.reconstruct import Reconstruction
 from synthquant.quantize.replay import NETWORK_INPUT, Replay
+from synthquant.quantize.unit_fit import UnitFit
 
 
 class Stages(nn.Module):
@@ -120,7 +128,8 @@ def test_rolling_forward_equals_hooks_on_the_whole_network(kind: type[nn.Module]
         for leaf, wanted in zip(leaves, replay.inputs[index].per_sample(inputs[index]), strict=True):
             assert torch.allclose(leaf, wanted, atol=1e-6), unit.name
         for leaf, origin in zip(leaves, origins, strict=True):
-            assert origin is None or torch.equal(leaf, outputs[origin][0])
+            given = {NETWORK_INPUT: [x], **outputs}
+            assert origin is None or torch.equal(leaf, given[origin[0]][origin[1]])
         args, kwargs = replay.inputs[index].rebuild([leaf.clone() for leaf in leaves])
         for found, wanted in zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(inputs[index]), strict=True):
             same = torch.allclose(found, wanted, atol=1e-6) if isinstance(found, torch.Tensor) else found == wanted
@@ -146,7 +155,8 @@ def test_an_output_that_is_read_as_it_is_is_told_from_a_changed_one() -> None:
         for index in range(len(replay.units))
     ]
     assert [unit.name for unit in replay.units] == ["stem", "blocks.0", "blocks.1", "fc"]
-    assert origins == [[None], [None], [1], [None]]  # after the stem an activation works in place
+    # after the stem an activation works in place
+    assert origins == [[(NETWORK_INPUT, 0)], [None], [(1, 0)], [None]]
 
 
 def test_a_way_without_gradient_makes_all_earlier_units_sources() -> None:
@@ -260,3 +270,29 @@ def test_a_number_that_a_unit_has_no_entry_for_is_named() -> None:
     assert replay.run_unit(0, [features, which]).shape == (3, 5)
     with pytest.raises(DataError, match=r"no entry for one of its whole numbers .*input 1 of 'inner' runs from 0 to 3"):
         replay.run_unit(0, [features, torch.tensor([3, 0, 1])])
+
+
+def test_what_the_network_is_given_is_cached_once_for_all_units_that_read_it() -> None:
+    one = denoiser("conditional", 6)
+    model = QuantModel.build(one.model, "W8A8")
+    engine = Reconstruction(model, CalibrationSet(model, one.samples), "block", MemoryBudget(), None)
+    fitted, teacher, reading = engine.fitted, Stream(), []
+    context = [name for name, _ in one.inputs.named()].index("encoder_hidden_states")
+    for index, unit in enumerate(engine.units):
+        fit = UnitFit(fitted, index, a_phase(inputs="teacher"))
+        fit.gather(teacher, Stream())
+        teacher.outputs[index] = fit.targets
+        assert fit.teacher is not None
+        if any(rows is fitted.given[context] for rows in fit.teacher.rows):
+            reading.append(unit.name)
+            place = next(place for place, rows in enumerate(fit.teacher.rows) if rows is fitted.given[context])
+            assert torch.equal(fit.teacher.read(0, 6)[place], fitted.inputs(0, 6).tensors[context])
+    assert reading == [unit.name for unit in engine.units if "attentions" in unit.name] and len(reading) == 4
+
+
+def test_a_cache_that_is_shared_still_knows_of_infinite_values() -> None:
+    store = CacheStore(MemoryBudget(), torch.device("cpu"))
+    mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
+    caches = LeafCaches([TensorSpec(1, (2,))], [store.allocate((2, 2))])
+    caches.write(0, [mask], [])  # kept elsewhere
+    assert caches.infinite == {0}

@@ -192,8 +192,8 @@ class LeafCaches:
         for place, (spec, cache, leaf) in enumerate(zip(self.specs, self.rows, leaves, strict=True)):
             if which is None or place in which:
                 cache.write(start, spec.to_rows(leaf))
-                if leaf.is_floating_point() and bool(leaf.isinf().any()):
-                    self.infinite.add(place)
+            if leaf.is_floating_point() and bool(leaf.isinf().any()):
+                self.infinite.add(place)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

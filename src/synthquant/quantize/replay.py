@@ -24,6 +24,8 @@ from synthquant.models.blocks import Unit
 from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec, lookups
 
 NETWORK_INPUT = -1
+Origin = tuple[int, int]
+"""An earlier unit, or `NETWORK_INPUT`, and which of the per-sample leaves that it gives."""
 _AS_ONE = "set granularity=network, which learns the network as one unit"
 _PLAIN = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, torch.Size)
 
@@ -73,7 +75,7 @@ class Replay:
 
     def run_to(
         self, index: int, count: int, inputs: Inputs | None, stored: Callable[[int], Leaves]
-    ) -> tuple[Leaves, list[int | None]]:
+    ) -> tuple[Leaves, list[Origin | None]]:
         """Input of unit `index` for one batch.
 
         Args:
@@ -85,10 +87,11 @@ class Replay:
         Leaves have their samples in the first dimension, here as everywhere.
 
         Returns:
-            The per-sample leaves of the unit's arguments, and for each the earlier unit of which it is the first
-            output leaf itself, untouched, or None.
+            The per-sample leaves of the unit's arguments, and for each whose leaf it is, untouched, or None.
         """
-        given: dict[int, tuple[int, int]] = {}
+        given: dict[int, tuple[Origin, int]] = {}
+        for number, tensor in enumerate([] if inputs is None else inputs.tensors):
+            given[id(tensor)] = (NETWORK_INPUT, number), tensor._version
         caught: list[Leaves] = []
 
         def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -102,10 +105,10 @@ class Replay:
             with suppress(_Reached):
                 (self._nothing(count) if inputs is None else inputs).call(self.network)
         (leaves,) = caught
-        origins: list[int | None] = []
+        origins: list[Origin | None] = []
         for leaf in leaves:
-            source, version = given.get(id(leaf), (None, 0))
-            origins.append(source if source is not None and leaf._version == version else None)
+            origin, version = given.get(id(leaf), (None, 0))
+            origins.append(origin if leaf._version == version else None)
         return leaves, origins
 
     def run_from(self, index: int, inputs: Inputs, stored: Callable[[int], Leaves]) -> Any:
@@ -134,18 +137,23 @@ class Replay:
 
     @contextmanager
     def _replaced(
-        self, index: int, count: int, read: set[int], stored: Callable[[int], Leaves], given: dict[int, tuple[int, int]]
+        self,
+        index: int,
+        count: int,
+        read: set[int],
+        stored: Callable[[int], Leaves],
+        given: dict[int, tuple[Origin, int]],
     ) -> Iterator[None]:
-        """Let units before `index` return stored outputs, or zeros if they are not in `read`."""
+        """Let units before `index` return stored outputs, entered in `given`, or zeros if they are not in `read`."""
         place = device_of(self.network)
 
         def lookup(unit: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 gives = self.outputs[unit]
                 leaves = stored(unit) if unit in read else [spec.zeros(count, place) for spec in gives.varying]
-                if len(leaves) == 1 and unit in read:
-                    given[id(leaves[0])] = (unit, leaves[0]._version)
-                    kept.append(leaves[0])
+                for number, leaf in enumerate(leaves if unit in read else []):
+                    given[id(leaf)] = (unit, number), leaf._version
+                    kept.append(leaf)
                 return gives.rebuild(leaves)
 
             return forward

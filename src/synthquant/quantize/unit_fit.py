@@ -27,7 +27,7 @@ from synthquant.quantize.calibrate import observe
 from synthquant.quantize.fisher import fisher_weights, in_float, output_gradient
 from synthquant.quantize.layout import channels_last
 from synthquant.quantize.learn import Learnable, Learned, Phase, learn_unit, reconstruction_error, undropped
-from synthquant.quantize.replay import NETWORK_INPUT, Replay
+from synthquant.quantize.replay import NETWORK_INPUT, Origin, Replay
 from synthquant.quantize.unit_files import Parts, Snapshot, finite, snapshot
 
 
@@ -299,12 +299,8 @@ class UnitFit:
         for state in (before, after):
             state.restore(self.layers, self.quantizers)
             with torch.no_grad():
-                errors.append(
-                    sum(
-                        float(error.judge(batch, self._run(self.source.gather(batch)))) * len(batch)
-                        for batch in self.samples()
-                    )
-                )
+                batches = ((batch, self._run(self.source.gather(batch))) for batch in self.samples())
+                errors.append(sum(float(error.judge(batch, output)) * len(batch) for batch, output in batches))
         return not errors[1] <= errors[0]
 
     def _quantized(self) -> AbstractContextManager[None]:
@@ -318,26 +314,30 @@ class UnitFit:
         first = self._model.layers.get(self._model.first_layer) if self._phase.skip_first_layer else None
         return [layer for layer in self.layers if layer.weight_quantizer is not None and layer is not first]
 
-    def _arguments(self, start: int, stop: int, stream: Stream) -> tuple[Leaves, list[int | None]]:
-        """The unit's arguments for some samples, and which earlier unit's output each of them is as it is."""
+    def _arguments(self, start: int, stop: int, stream: Stream) -> tuple[Leaves, list[Origin | None]]:
+        """The unit's arguments for some samples, and whose output or input of the network each of them is as it is."""
         reads_inputs = NETWORK_INPUT in self._replay.sources[self._index]
         inputs = self._fitted.inputs(start, stop) if reads_inputs else None
         return self._replay.run_to(self._index, stop - start, inputs, partial(stream.read, start, stop))
 
     def _keep(
-        self, caches: LeafCaches | None, start: int, leaves: Leaves, origins: list[int | None], stream: Stream
+        self, caches: LeafCaches | None, start: int, leaves: Leaves, origins: list[Origin | None], stream: Stream
     ) -> LeafCaches:
-        """Cache the leaves of a chunk; those that are another unit's output as it is share that unit's cache."""
+        """Cache the leaves of a chunk; those that have a cache already, as they are, share that."""
         if caches is None:
             specs = self.reads.varying
             found = [
-                self._fitted.caches([spec]).rows[0] if origin is None else stream.outputs[origin].rows[0]
+                self._fitted.caches([spec]).rows[0] if origin is None else self._cached(origin, stream)
                 for spec, origin in zip(specs, origins, strict=True)
             ]
             caches = LeafCaches(specs, found)
         own = [index for index, origin in enumerate(origins) if origin is None]
         caches.write(start, leaves, own)
         return caches
+
+    def _cached(self, origin: Origin, stream: Stream) -> RowCache:
+        source, leaf = origin
+        return self._fitted.given[leaf] if source == NETWORK_INPUT else stream.outputs[source].rows[leaf]
 
     def _run(self, leaves: Leaves) -> Leaves:
         return self.gives.per_sample(self._replay.run_unit(self._index, leaves))
