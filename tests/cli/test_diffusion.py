@@ -15,7 +15,11 @@ pytest.importorskip("diffusers", reason="needs the extra 'diffusion'")
 from tests import small_diffusion as small
 
 import synthquant as sq
+from synthquant.core.errors import InputError
 from synthquant.core.files import sha256_file
+from synthquant.core.progress import QUIET
+from synthquant.make import given_images
+from synthquant.recipe import SourceSection
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,16 @@ def test_record_and_quantize(synthquant: Command, folder: Path, other: Path, tmp
     assert f"{calib} is a trajectory of another pipeline" in refused and not (tmp_path / "second").exists()
     refused = synthquant("quantize", "zoo/cifar10-resnet20", *quantize, tmp_path / "second").error
     assert "is a trajectory of" in refused and "cifar10-resnet20 is no denoiser" in refused
+
+
+def test_the_first_rows_of_a_trajectory(synthquant: Command, folder: Path, tmp_path: Path) -> None:
+    assert synthquant(*recording(folder, tmp_path / "calib")).out == f"8 rows of a trajectory in {tmp_path / 'calib'}\n"
+    model = sq.open_model(str(folder))
+    some = given_images(SourceSection(source=str(tmp_path / "calib"), count=3), model, 0, QUIET)
+    assert isinstance(some, sq.Trajectory) and some.steps.tolist() == [0, 2, 0]
+    assert some.fingerprint != sq.open_trajectory(tmp_path / "calib").fingerprint
+    with pytest.raises(InputError, match=r"images.count is 9 but .* holds 8"):
+        given_images(SourceSection(source=str(tmp_path / "calib"), count=9), model, 0, QUIET)
 
 
 def test_a_recipe_records_and_quantizes_and_is_taken_up(synthquant: Command, folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.small_pipeline import build_small_pipeline
 import synthquant as sq
 from synthquant.core.errors import InputError, ModelError, UnsupportedModelError
 from synthquant.diffusion.denoiser import Denoiser
-from synthquant.diffusion.library import conditioning_of
+from synthquant.diffusion.library import conditioning_of, require_no_adapters
 from synthquant.diffusion.pipelines import DiffusionPipeline, Sampling
 from synthquant.diffusion.recording import normal_form
 
@@ -255,6 +255,14 @@ def test_damaged_pipelines(
     with pytest.raises(InputError, match=message) as error:
         sq.open_model(str(tmp_path / "copy"))
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+
+
+def test_adapters_beside_weights_in_memory() -> None:
+    network = small.unet()
+    require_no_adapters(network, "it")
+    network.conv_in.lora_A = torch.nn.ModuleDict()
+    with pytest.raises(ModelError, match=r"it has adapters \(LoRA\) beside its weights, .* fuse them"):
+        require_no_adapters(network, "it")
 
 
 def test_weights_of_a_file(folder: Path, tmp_path: Path) -> None:
