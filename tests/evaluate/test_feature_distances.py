@@ -177,8 +177,10 @@ def test_precision_falls_with_unreal_images_and_recall_with_missing_ones() -> No
 
 
 def test_equal_sets_have_full_precision_even_if_images_are_repeated() -> None:
-    rows = seeded(5, 64, seed=3).repeat_interleave(6, dim=0)
-    assert [found.value for found in precision_and_recall(rows, rows)] == [1, 1]
+    rows = (seeded(5, 64, seed=3) + 1000).repeat_interleave(6, dim=0)
+    assert [found.value for found in precision_and_recall(rows, rows.flip(0))] == [1, 1]
+    # The balls around rows that are repeated are points: nothing beside them is inside.
+    assert [found.value for found in precision_and_recall(rows + 1e-6, rows)] == [0, 0]
 
 
 def test_what_cannot_be_compared_is_one_line() -> None:
