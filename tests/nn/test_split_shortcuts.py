@@ -72,23 +72,6 @@ def in_float(model: QuantModel, inputs: Inputs) -> Tensor:
 
 
 @pytest.mark.parametrize("deploy", ["papers", "full"])
-@pytest.mark.parametrize("mode", ["skip", "all"])
-@pytest.mark.parametrize("kind", ["unet", "conditional"])
-def test_denoisers_compute_the_same_and_are_split_where_they_go_up(kind: str, mode: str, deploy: str) -> None:
-    one = denoiser(kind, 3)
-    before = one.model.fingerprint
-    model = split(one.model, mode, deploy=deploy)
-    ends = ("conv_shortcut",) if mode == "skip" else ("conv1", "conv_shortcut")
-    assert set(model.splits) == {f"up_blocks.{a}.resnets.{b}.{end}" for a in (0, 1) for b in (0, 1) for end in ends}
-    for name, parts in model.splits.items():
-        assert parts == (f"{name}.part_0", f"{name}.part_1") and set(parts) <= set(model.layers)
-        assert len({model.reads[part] for part in parts}) == 2
-    wanted = one.outputs(one.model.module)
-    assert torch.allclose(in_float(model, one.inputs), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
-    assert one.model.fingerprint == before
-
-
-@pytest.mark.parametrize("deploy", ["papers", "full"])
 def test_three_by_three_convolutions_of_a_unet_of_ones_own(deploy: str) -> None:
     one = toy("unet")
     quantized, inputs = split(one.model, "skip", deploy=deploy), one.samples.inputs
@@ -315,3 +298,20 @@ def test_channels_are_scaled_before_the_split_and_not_behind_it() -> None:
     assert quantized.splits and torch.allclose(in_float(quantized, Inputs((X,))), model.module(X), atol=1e-5)
     with pytest.raises(ModelError, match=r"layer read is split, so its channels cannot be scaled any more; leave"):
         split(model).equalize(factors)
+
+
+@pytest.mark.parametrize("deploy", ["papers", "full"])
+@pytest.mark.parametrize("mode", ["skip", "all"])
+@pytest.mark.parametrize("kind", ["unet", "conditional"])
+def test_denoisers_compute_the_same_and_are_split_where_they_go_up(kind: str, mode: str, deploy: str) -> None:
+    one = denoiser(kind, 3)
+    before = one.model.fingerprint
+    model = split(one.model, mode, deploy=deploy)
+    ends = ("conv_shortcut",) if mode == "skip" else ("conv1", "conv_shortcut")
+    assert set(model.splits) == {f"up_blocks.{a}.resnets.{b}.{end}" for a in (0, 1) for b in (0, 1) for end in ends}
+    for name, parts in model.splits.items():
+        assert parts == (f"{name}.part_0", f"{name}.part_1") and set(parts) <= set(model.layers)
+        assert len({model.reads[part] for part in parts}) == 2
+    wanted = one.outputs(one.model.module)
+    assert torch.allclose(in_float(model, one.inputs), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    assert one.model.fingerprint == before

@@ -48,27 +48,6 @@ def error(one: Denoiser, model: QuantModel) -> float:
     return float((one.outputs(model) - wanted).norm() / wanted.norm())
 
 
-# Each method on a UNet and on a transformer, and each kind of network with a learned one.
-METHODS = {
-    "unet": ("qdrop", "q_diffusion"),
-    "conditional": ("brecq", "genie_m"),
-    "transformer": ("brecq", "qdrop", "genie_m", "q_diffusion"),
-}
-
-
-@pytest.mark.parametrize("kind", DENOISERS)
-def test_every_method_takes_denoisers_with_several_inputs(kind: str) -> None:
-    """Whole-number time steps, class labels and a context reach every unit; learning beats nearest rounding."""
-    one = denoiser(kind)
-    before = one.model.fingerprint
-    nearest = error(one, quantized("rtn", one))
-    for name in METHODS[kind]:
-        model = quantized(name, one)
-        assert model.calibrated and error(one, model) < nearest, name
-        assert not model.training and all(layer.weight_source is None for layer in model.layers.values())
-    assert one.model.fingerprint == before and not one.model.module.training
-
-
 def test_all_steps_have_equal_shares_of_every_batch() -> None:
     steps = torch.tensor([7] * 5 + [3] * 9 + [1] * 6)
     drawn = batches(20, 8, "steps", torch.Generator().manual_seed(0), steps)
@@ -240,3 +219,24 @@ def test_networks_without_steps_and_without_attention() -> None:
     inputs: Inputs = one.samples.inputs
     wanted = inputs.call(one.model.module)
     assert float((inputs.call(model) - wanted).norm() / wanted.norm()) < 0.3
+
+
+# Each method on a UNet and on a transformer, and each kind of network with a learned one.
+METHODS = {
+    "unet": ("qdrop", "q_diffusion"),
+    "conditional": ("brecq", "genie_m"),
+    "transformer": ("brecq", "qdrop", "genie_m", "q_diffusion"),
+}
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_every_method_takes_denoisers_with_several_inputs(kind: str) -> None:
+    """Whole-number time steps, class labels and a context reach every unit; learning beats nearest rounding."""
+    one = denoiser(kind)
+    before = one.model.fingerprint
+    nearest = error(one, quantized("rtn", one))
+    for name in METHODS[kind]:
+        model = quantized(name, one)
+        assert model.calibrated and error(one, model) < nearest, name
+        assert not model.training and all(layer.weight_source is None for layer in model.layers.values())
+    assert one.model.fingerprint == before and not one.model.module.training
