@@ -6,8 +6,8 @@ A row is four commands: `synthesize` (the trajectory to calibrate with), `quanti
 noises of the float images) and `compare` (with real images, and pair by pair with the float ones). Rows come in the
 order of what they decide and land one at a time in `results/quantized_diffusion/NAME.json`; trajectories, runs and
 images lie in `--work`. Called again after a kill it goes on where the command that was killed stopped; a row is done
-again where its commands have changed. `--dry-run` says what is missing, `--only WORD ...` does rows whose name has all
-of these words.
+again where its commands or the pipeline have changed. `--dry-run` says what is missing, `--only WORD ...` does rows
+whose name has all of these words.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from synthquant.core.files import write_json
 from synthquant.core.record import environment
 from synthquant.core.rng import Rng
 from synthquant.data.sources import open_images
+from synthquant.diffusion.pipelines import open_pipeline
 
 MODEL = "zoo/cifar10-ddpm"
 FEATURES = "zoo/cifar10-resnet20"
@@ -85,15 +86,17 @@ class Table:
         self.args = args
         self.work: Path = args.work
         self.work.mkdir(parents=True, exist_ok=True)
+        self.pipeline = open_pipeline(MODEL).fingerprint
 
     def path(self, row: Row) -> Path:
         """The file of a row."""
         return Path(self.args.out / f"{row.name}.json")
 
     def finished(self, row: Row) -> bool:
-        """Whether a row was made by these commands."""
+        """Whether a row was made by these commands, of this pipeline."""
         path = self.path(row)
-        return path.exists() and json.loads(path.read_text())["commands"] == self.shown(row)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return (found.get("commands"), found.get("pipeline")) == (self.shown(row), self.pipeline)
 
     def shown(self, row: Row) -> list[str]:
         """A row's commands as texts, with paths of this machine left out."""
@@ -156,6 +159,7 @@ def make(row: Row, table: Table) -> dict[str, Any]:
     return {
         "name": row.name,
         "commands": table.shown(row),
+        "pipeline": table.pipeline,
         "quality": found,
         "accuracy": stages.get("evaluate", {}).get("metrics", {}).get("accuracy"),
         "coverage": stages.get("quantize", {}).get("metrics", {}).get("coverage_summary"),

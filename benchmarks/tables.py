@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusion_page
 import diverse_page
 import fine_tuning_page
 import generated_tables
@@ -368,6 +369,9 @@ def main() -> None:
         (folder / "fine-tuning.md").write_text(fine_tuning_page.page(results, table))
     if results := load("vision_transformers"):
         (folder / "transformers.md").write_text(transformers_page.page(results, table))
+    if (pipelines := load("quantized_diffusion")) or load("shortcut_split"):
+        found = diffusion_page.page(pipelines, load("shortcut_split"), table)
+        (folder / "diffusion.md").write_text(found)
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
     if peaks := load("memory/peaks"):
