@@ -37,6 +37,8 @@ def test_float_run_and_exported_folder_are_sampled_alike(synthquant: Command, tm
     exported = synthquant("export", run, "--to", "diffusers", "--out", folder, "--json")
     assert exported.status == 0, exported.err
     assert json.loads(exported.out)["verification"]["drawn"] == 2
+    shown = synthquant("export", run, "--to", "diffusers", "--out", tmp_path / "shown")
+    assert shown.status == 0 and "on 4 samples" in shown.out, shown.err
     sets = {}
     for name, drawn_by, steps in (("float", source, 4), ("run", run, 4), ("folder", folder, 4), ("other", folder, 5)):
         out = tmp_path / f"{name}-images"

@@ -114,10 +114,11 @@ def _print_export(result: dict[str, Any]) -> None:
     if found is None:
         print("not verified")
         return
+    count = found.get("samples", found.get("images"))  # a trajectory's rows are no images
     for name in ("loaded", "as_written", "optimized"):
         if name in found:
             for output, row in found[name].get("outputs", {"": found[name]}).items():
-                print(f"{name.replace('_', ' '):<11} {_difference(output, row, found['images'])}")
+                print(f"{name.replace('_', ' '):<11} {_difference(output, row, count)}")
     if "layers" in found:
         layers = found["layers"]
         print(f"{layers['integer']} of {layers['integer'] + layers['floating']} layers run on integers")
