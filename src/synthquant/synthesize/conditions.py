@@ -1,4 +1,4 @@
-"""What a diffusion pipeline is told of each image that it samples of itself: prompts, labels, or nothing."""
+"""What a diffusion pipeline is told of each image that it samples: prompts, labels, or nothing; and its sampler."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.settings import Settings
+from synthquant.diffusion.pipelines import Sampling
 from synthquant.synthesize.class_names import class_names
 from synthquant.synthesize.prompts import TEMPLATES, PromptPlan, require_template
 
@@ -94,6 +95,34 @@ class ConditionSettings(Settings):
         rounds = -(-count // classes)
         order = [torch.randperm(classes, generator=rng.generator(f"labels of round {turn}")) for turn in range(rounds)]
         return [int(label) for label in torch.cat(order)[:count]]
+
+
+class SamplerSettings(ConditionSettings):
+    """Of which prompts or labels images are, and how a sampler makes them, but for the number of its steps."""
+
+    scheduler: str | None = None
+    """Sampler: ddim, ddpm, dpm++, euler, euler_ancestral, lcm, pndm, unipc, or a scheduler of diffusers; none: the
+    pipeline's own."""
+
+    guidance: float | None = Field(default=None, ge=0)
+    """Classifier-free guidance scale; 1 or less samples without guidance; none: the pipeline's own."""
+
+    negative_prompt: str = ""
+    """What guidance leads away from; empty: nothing."""
+
+    eta: float | None = Field(default=None, ge=0, le=1)
+    """Share of fresh noise in each step of DDIM; none: the pipeline's own."""
+
+    height: int | None = Field(default=None, ge=8)
+    """Height of the images in pixels; none: the pipeline's own."""
+
+    width: int | None = Field(default=None, ge=8)
+    """Width of the images in pixels; none: the pipeline's own."""
+
+    def sampled_in(self, steps: int) -> Sampling:
+        """Return how images are drawn in so many steps; raises `ValueError` for a height without a width."""
+        names = ("guidance", "negative_prompt", "height", "width", "eta")
+        return Sampling(steps=steps, **{name: getattr(self, name) for name in names})
 
 
 def _read(source: str) -> tuple[str, ...]:

@@ -21,35 +21,16 @@ from synthquant.diffusion.pipelines import Conditions, DiffusionPipeline, Sampli
 from synthquant.diffusion.quantized import calibration_of, static_timesteps
 from synthquant.models.signature import Inputs
 from synthquant.synthesize.batches import batch_sizes
-from synthquant.synthesize.conditions import ConditionSettings
+from synthquant.synthesize.conditions import SamplerSettings
 
 _METHOD = "sample"
 
 
-class SampleSettings(ConditionSettings):
+class SampleSettings(SamplerSettings):
     """How a pipeline draws a set of images."""
 
     steps: int = Field(default=50, ge=1)
     """Steps of the sampler."""
-
-    scheduler: str | None = None
-    """Sampler: ddim, ddpm, dpm++, euler, euler_ancestral, lcm, pndm, unipc, or a scheduler of diffusers; none: the
-    pipeline's own."""
-
-    guidance: float | None = Field(default=None, ge=0)
-    """Classifier-free guidance scale; 1 or less draws without guidance; none: the pipeline's own."""
-
-    negative_prompt: str = ""
-    """What guidance leads away from; empty: nothing."""
-
-    eta: float | None = Field(default=None, ge=0, le=1)
-    """Share of fresh noise in each step of DDIM; none: the pipeline's own."""
-
-    height: int | None = Field(default=None, ge=8)
-    """Height of the images in pixels; none: the pipeline's own."""
-
-    width: int | None = Field(default=None, ge=8)
-    """Width of the images in pixels; none: the pipeline's own."""
 
     batch_size: int = Field(default=16, ge=1)
     """Images drawn together, and images in one part on disk. Changes an image by rounding only."""
@@ -61,8 +42,7 @@ class SampleSettings(ConditionSettings):
     @property
     def sampling(self) -> Sampling:
         """How images are drawn."""
-        names = ("steps", "guidance", "negative_prompt", "height", "width", "eta")
-        return Sampling.model_validate({name: getattr(self, name) for name in names})
+        return self.sampled_in(self.steps)
 
 
 def sample(

@@ -25,7 +25,7 @@ from synthquant.diffusion.trajectory_writer import TrajectoryWriter
 from synthquant.methods import SYNTHESIZERS
 from synthquant.models.signature import Inputs
 from synthquant.synthesize.batches import batch_sizes
-from synthquant.synthesize.conditions import ConditionSettings
+from synthquant.synthesize.conditions import SamplerSettings
 
 if TYPE_CHECKING:
     from synthquant.core.rng import Rng
@@ -39,7 +39,7 @@ _DEVIATION = 1 / 6
 
 
 @SYNTHESIZERS.register(_NAME)
-class SelfSampling(ConditionSettings):
+class SelfSampling(SamplerSettings):
     """Q-Diffusion (arXiv:2302.04304), section 4.2: what a diffusion pipeline's own sampler gives its denoiser.
 
     A set of N rows is N / c images at each of c of the sampler's steps; where c does not divide N, the first steps have
@@ -63,25 +63,6 @@ class SelfSampling(ConditionSettings):
     """Which: spread evenly from the first one on, as published; a window of the first, middle or last ones; or drawn
     from a normal distribution around the middle, with a sixth of all steps as its deviation (after PTQ4DM,
     arXiv:2211.15736)."""
-
-    scheduler: str | None = None
-    """Sampler: ddim, ddpm, dpm++, euler, euler_ancestral, lcm, pndm, unipc, or a scheduler of diffusers; none: the
-    pipeline's own."""
-
-    guidance: float | None = Field(default=None, ge=0)
-    """Classifier-free guidance scale; 1 or less samples without guidance; none: the pipeline's own."""
-
-    negative_prompt: str = ""
-    """What guidance leads away from; empty: nothing."""
-
-    eta: float | None = Field(default=None, ge=0, le=1)
-    """Share of fresh noise in each step of DDIM; none: the pipeline's own."""
-
-    height: int | None = Field(default=None, ge=8)
-    """Height of the images in pixels; none: the pipeline's own."""
-
-    width: int | None = Field(default=None, ge=8)
-    """Width of the images in pixels; none: the pipeline's own."""
 
     batch_size: int = Field(default=16, ge=1)
     """Images sampled together, and images in one part on disk. Changes a row by rounding only."""
@@ -161,8 +142,7 @@ class SelfSampling(ConditionSettings):
     @property
     def sampling(self) -> Sampling:
         """How images are drawn."""
-        names = ("guidance", "negative_prompt", "height", "width", "eta")
-        return Sampling(steps=self.sampler_steps, **{name: getattr(self, name) for name in names})
+        return self.sampled_in(self.sampler_steps)
 
     def sampled(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
         """The pipeline with the scheduler and in the precision of the settings."""
