@@ -157,7 +157,7 @@ def files(root: Path) -> list[tuple[str, int]]:
     return sorted((str(path.relative_to(root)), path.stat().st_mtime_ns if path.is_file() else 0) for path in paths)
 
 
-@pytest.mark.parametrize(("command", "name"), cases())
+@pytest.mark.parametrize(("command", "name"), list(cases()))
 def test_a_wrong_value_is_one_line_before_any_work(
     synthquant: Command, things: dict[str, Path], monkeypatch: pytest.MonkeyPatch, command: str, name: str
 ) -> None:

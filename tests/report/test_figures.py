@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from xml.etree import ElementTree
 
@@ -61,7 +62,16 @@ def test_a_users_settings_do_not_matter_and_are_kept() -> None:
     with matplotlib.rc_context({"axes.grid": True, "lines.linewidth": 9.0, "svg.hashsalt": "other"}):
         assert all_figures() == before
         assert matplotlib.rcParams["lines.linewidth"] == 9.0 and matplotlib.rcParams["svg.hashsalt"] == "other"
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_drawing_loads_no_pyplot() -> None:
+    """In a process of its own: other libraries of the tests may have loaded it in this one."""
+    code = (
+        "import sys; from synthquant.core.run_metrics import SqnrRow; from synthquant.report import figures; "
+        "assert figures.layer_sqnr([SqnrRow(name='a', weights=20.0)], 'f'); print('matplotlib.pyplot' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
 
 
 def test_nothing_to_draw_is_nothing() -> None:
