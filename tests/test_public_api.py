@@ -49,6 +49,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "select",
         "stages",
         "synthesize",
+        "targets",
         "annotations",
         "package_version",
     }

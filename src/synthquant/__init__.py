@@ -35,6 +35,7 @@ record = sq.run(recipe, "runs/first")
 - `select/`: keeping what resembles the training data.
 - `stages`: what a stage of a run is, what stages hand on, and the registry of those that a recipe can add.
 - `synthesize/`: making images from a trained network alone, or of its classes.
+- `targets`: what a network is meant for, and the scheme with which that takes everything.
 """
 
 from __future__ import annotations

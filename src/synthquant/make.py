@@ -20,7 +20,6 @@ from synthquant.diffusion.denoiser import Denoiser
 from synthquant.diffusion.trajectory import Trajectory
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.export.checkpoint import load_checkpoint, read_config
-from synthquant.export.onnx import Onnx
 from synthquant.methods import FineTuned, MemoryBudget, QuantReport, is_checking, is_generating
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
@@ -35,6 +34,7 @@ from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, S
 from synthquant.select.write import write_selection
 from synthquant.synthesize.batches import image_form, open_writer
 from synthquant.synthesize.self_sampling import SelfSampling
+from synthquant.targets import exporter_for, network_scheme, require_exportable
 
 
 def synthesize(
@@ -152,7 +152,7 @@ def quantize(
     own. With a `workdir` finished units are kept there, and the same call goes on after them.
 
     Raises:
-        SchemeError: the scheme quantizes nothing, a pattern matches nothing, or it is not one for `export_preset`.
+        SchemeError: the scheme quantizes nothing, a pattern matches nothing, or it is not one for its target.
         DataError: no image can be read, or `workdir` holds units of another run.
         UnsupportedModelError: equalised, the network computes something else.
         InputError: there are no images and something needs them, or `section.run` is no finished run of this network.
@@ -231,28 +231,34 @@ def _taken(model: FloatModel, section: QuantizeSection, folder: Path) -> tuple[Q
 
 
 def build(model: FloatModel, section: QuantizeSection) -> QuantModel:
-    """The network that is to be quantized; raises `SchemeError` if it is meant for a preset that cannot express it."""
-    quant_model = QuantModel.build(model, section.scheme, fold=section.fold_batch_norms)
-    if section.export_preset is not None:
-        Onnx(preset=section.export_preset).check(quant_model)
+    """The network that is to be quantized; raises `SchemeError` if it is meant for a target that cannot express it."""
+    scheme, fold = section.scheme, section.fold_batch_norms
+    if section.target is None:
+        return QuantModel.build(model, scheme, fold=fold)
+    scheme = network_scheme(section.target, model, scheme, fold=fold)
+    quant_model = QuantModel.build(model, scheme, fold=fold)
+    exporter_for(section.target).check(quant_model)
     return quant_model
 
 
-def require_quantizable(model: FloatModel, section: QuantizeSection) -> None:
+def require_quantizable(model: FloatModel, section: QuantizeSection, progress: Progress = QUIET) -> None:
     """Raise what `quantize` would, as far as it is known of the network before there are images.
 
     Raises:
-        SchemeError: the network is meant for a preset that cannot express its scheme.
-        UnsupportedModelError: it is not one for the method or for how it is to be equalised.
+        SchemeError: the network is meant for a target that cannot express its scheme.
+        UnsupportedModelError: it is not one for the method, for how it is to be equalised, or for its target.
+        MissingExtraError: its target needs a package that is not there.
     """
     step, behind_norms = section.build(), section.equalize == "layer_norms"
-    if section.export_preset is None and not behind_norms and not is_checking(step):
+    if section.target is None and not behind_norms and not is_checking(step):
         return
     quant_model = build(model, section)
     if behind_norms:
         require_layer_norms(quant_model)
     if is_checking(step):
         step.check(quant_model)
+    if section.target is not None:
+        require_exportable(quant_model, section.target, progress)
 
 
 def image_bytes(section: SynthesizeSection, model: FloatModel) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from synthquant.core.errors import RecipeError, SchemeError
 from synthquant.core.method_settings import build_method, require_mapping, split_section
@@ -32,7 +32,6 @@ from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory import Trajectory, open_calibration
-from synthquant.export.presets import find_preset
 from synthquant.methods import (
     FINE_TUNERS,
     QUANTIZERS,
@@ -50,6 +49,7 @@ from synthquant.models.float_model import ModelSource
 from synthquant.nn.scheme import QuantScheme
 from synthquant.select.sequence import require_enough
 from synthquant.stages import STAGES
+from synthquant.targets import scheme_for
 
 
 class SynthesizeSection(Settings):
@@ -150,19 +150,14 @@ class QuantizeSection(Settings):
     that fine-tuning trains their factors and offsets beside weights that no batch norm has scaled."""
     bias_correction: bool = False
     """Take the mean error that rounded weights make at each layer's output out of its bias (DFQ, arXiv:1906.04721)."""
-    export_preset: str | None = None
-    """Preset of `synthquant export --to onnx` that the network is meant for: what it cannot express is refused before
-    anything is made; none: no check."""
+    target: str | None = Field(default=None, exclude_if=is_unset)
+    """What the network is meant for, a preset of `synthquant export --to onnx` or another exporter: `scheme` gets what
+    that needs where it says nothing itself, and what cannot be exported is refused before anything is made."""
     run: str | None = Field(default=None, exclude_if=is_unset)
     """Folder of a finished run whose quantized network is taken as it is; the other settings then are those that it was
     made with, and may be left out."""
     settings: dict[str, Any]
     """All fields of the method; written beside `method` in a recipe."""
-
-    @field_validator("export_preset")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        return None if value is None else find_preset(value).name
 
     @model_validator(mode="after")
     def _can_equalize(self) -> QuantizeSection:
@@ -180,14 +175,16 @@ class QuantizeSection(Settings):
         """
         if values.get("run") is not None and "method" not in values:
             values = {**_quantize_section_of(str(values["run"])), **values}
+        if values.get("export_preset", "") is None:  # of runs that are older than `target`
+            values = {name: value for name, value in values.items() if name != "export_preset"}
         own, settings = split_section(values, cls, QUANTIZERS, "quantize", where)
-        if "scheme" in own:
-            if not isinstance(own["scheme"], str | Mapping | QuantScheme):
-                raise SchemeError(
-                    f"{where}: quantize.scheme is {own['scheme']!r}; give a preset such as W4A4 or a mapping"
-                )
-            scheme = own["scheme"]
-            own["scheme"] = QuantScheme.parse(dict(scheme) if isinstance(scheme, Mapping) else scheme)
+        target = own.get("target")
+        if "scheme" in own or target is not None:
+            scheme = own.get("scheme", {})
+            if not isinstance(scheme, str | Mapping | QuantScheme):
+                raise SchemeError(f"{where}: quantize.scheme is {scheme!r}; give a preset such as W4A4 or a mapping")
+            scheme = dict(scheme) if isinstance(scheme, Mapping) else scheme
+            own["scheme"] = QuantScheme.parse(scheme) if target is None else scheme_for(str(target), scheme)
         return parse_settings(cls, {**own, "settings": settings}, f"{where}: quantize")
 
     def build(self) -> QuantStep:

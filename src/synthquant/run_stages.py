@@ -208,7 +208,7 @@ class QuantizeStage(Stage):
         if run.recipe.quantize.run is not None and not self.is_done(run.folder):
             require_run(run.model, run.recipe.quantize)
         elif run.recipe.quantize.run is None and not self.is_done(run.folder):
-            require_quantizable(run.model, run.recipe.quantize)
+            require_quantizable(run.model, run.recipe.quantize, run.progress)
 
     def space(self, run: Run) -> dict[str, int]:
         """Bytes of the units: codes take a byte each while the network is quantized."""

@@ -59,6 +59,7 @@ BY_NAME: dict[str, tuple[str, ...]] = {
     "to": ("nix",),
     "preset": ("nix",),
     "runtime": ("nix", "openvino"),
+    "target": ("nix", "ort-gpu"),
     "dtype": ("float7",),
     "kind": ("nix",),
     "ray_workers": ("1",),

@@ -203,3 +203,19 @@ def test_a_mean_over_channels_is_none() -> None:
     model = graph("m = ReduceMean<keepdims = 0>(images, axes) logits = Flatten(m)", axes=np.array([1], np.int64))
     pool_by_name(model)
     assert "ReduceMean" in {node.op_type for node in model.graph}
+
+
+def test_packed_weights_that_share_zero_points_leave_those_of_other_weights_as_they_are() -> None:
+    from synthquant.export.deploy import PACKED_KEY
+    from synthquant.export.onnx.graph import pack_weights
+
+    names = ("a", "b", "c")
+    body = " ".join(f"{name}d = DequantizeLinear<axis = 0>({name}, s, z)" for name in names)
+    codes = {name: np.arange(-8, 8, dtype=np.int8).reshape(2, 8) for name in names}
+    model = graph(f"{body} logits = Sum(ad, bd, cd)", s=np.ones(2, np.float32), z=np.zeros(2, np.int8), **codes)
+    for node, _ in zip(model.graph, range(2), strict=False):
+        node.metadata_props[PACKED_KEY] = "4"
+    assert pack_weights(model) == 2
+    types = [tuple(node.inputs[at].const_value.dtype.name for at in (0, 2)) for node in list(model.graph)[:3]]
+    assert types == [("INT4", "INT4"), ("INT4", "INT4"), ("INT8", "INT8")]
+    assert [int(value) for value in model.graph.initializers["a"].const_value.numpy().reshape(-1)] == list(range(-8, 8))

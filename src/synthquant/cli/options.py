@@ -14,7 +14,8 @@ from synthquant.data.codec import MOST_PIXELS
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.methods import FINE_TUNERS, QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource, Task
-from synthquant.recipe import EvaluateSection, Recipe, SelectSection, SourceSection, SynthesizeSection
+from synthquant.recipe import EvaluateSection, QuantizeSection, Recipe, SelectSection, SourceSection, SynthesizeSection
+from synthquant.targets import target_names
 
 
 def setting_help(settings: type[Settings], field: str) -> str:
@@ -69,6 +70,9 @@ SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.jo
 FineTuneMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(FINE_TUNERS.names())}.")]
 QuantMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(QUANTIZERS.names())}.")]
 
+Target = Annotated[
+    str | None, typer.Option(help=f"{setting_help(QuantizeSection, 'target')} One of {', '.join(target_names())}.")
+]
 Count = Annotated[int, typer.Option(min=1, help=setting_help(SynthesizeSection, "count"))]
 Device = Annotated[str, typer.Option(help=setting_help(Recipe, "device"))]
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_INT, help=setting_help(Recipe, "seed"))]

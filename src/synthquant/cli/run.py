@@ -37,6 +37,7 @@ def run(
     out: options.RunOut,
     device: Annotated[str | None, typer.Option(help="Wins over the recipe's `device`.")] = None,
     seed: Annotated[int | None, typer.Option(help="Wins over the recipe's `seed`.")] = None,
+    target: options.Target = None,
     settings: options.Set = None,
     json: options.Json = False,
 ) -> None:
@@ -44,7 +45,8 @@ def run(
 
     `--set` takes the path of any setting of the recipe, for example `--set quantize.iterations=500`.
     """
-    given = [f"{name}={value}" for name, value in (("device", device), ("seed", seed)) if value is not None]
+    options_given = {"device": device, "seed": seed, "quantize.target": target}
+    given = [f"{name}={value}" for name, value in options_given.items() if value is not None]
     record = pipeline.run(Recipe.load(recipe, [*(settings or []), *given]), out, ConsoleProgress())
     if launched().is_first:
         print_run(out, record, as_json=json)

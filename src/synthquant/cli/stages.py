@@ -21,12 +21,20 @@ from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection
 from synthquant.runtimes import exporter_of, runtime_exporters
+from synthquant.targets import DEFAULT_SCHEME, default_scheme
 
 _RUNTIMES = [name for exporter in runtime_exporters() for name in exporter.runtimes]
 ModelOrRun = Annotated[
     str,
     typer.Argument(
         metavar="MODEL|RUN|FILE", help="A network, the folder of a run, or an exported file.", show_default=False
+    ),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Bits, as W<bits>A<bits> [default: {DEFAULT_SCHEME}, or what the target runs fastest]; more with"
+        " --set scheme.FIELD=VALUE."
     ),
 ]
 Runtime = Annotated[
@@ -75,7 +83,8 @@ def quantize(
     out: options.RunOut,
     images: options.OptionalImages = None,
     method: options.QuantMethod = "genie_m",
-    scheme: Annotated[str, typer.Option(help="Bits, as W<bits>A<bits>; more with --set scheme.FIELD=VALUE.")] = "W4A4",
+    scheme: Scheme = None,
+    target: options.Target = None,
     data: options.OptionalData = None,
     max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
@@ -93,7 +102,8 @@ def quantize(
 
     --set takes any field of the method, for example --set iterations=1000; `synthquant show METHOD` lists them.
     """
-    section = apply_overrides({"method": method, "scheme": {"preset": scheme}}, settings or [])
+    bits = default_scheme(target) if scheme is None else {"preset": scheme}
+    section = apply_overrides({"method": method, "target": target, "scheme": bits}, settings or [])
     values = {
         "model": options.model_section(
             model, task=task, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes

@@ -2,6 +2,7 @@
 
 - `allocator`: glibc's allocator: whether memory that is freed stays with the process.
 - `clips`: ReLU6 and other clips whose gradient needs their result alone, as that of ReLU does.
+- `cpu`: what the processor can do.
 - `device`: which device work is done on.
 - `differences`: in what two sets of settings differ, the most telling first, short enough for one line.
 - `errors`: every error that is raised on purpose.

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from synthquant.core.errors import SchemeError
-from synthquant.export.grids import ActivationGrid, WeightGrid, activation_grid, require_expressible, weight_grid
+from synthquant.export.grids import (
+    ActivationGrid,
+    WeightGrid,
+    activation_grid,
+    require_fit,
+    require_weights_fit,
+    weight_grid,
+)
 from synthquant.export.presets import Preset
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.derived import derived_class
@@ -219,11 +226,17 @@ def require_stateless(quant_model: QuantModel) -> None:
 
 
 def require_takes(quant_model: QuantModel, preset: Preset) -> None:
-    """Raise `SchemeError` if the preset cannot express the scheme, as far as that is known before quantization."""
+    """Raise `SchemeError` unless the preset can express the scheme, whatever ranges turn out to be."""
     require_stateless(quant_model)
-    packed_layers(quant_model, preset)
+    packed = packed_layers(quant_model, preset)
     for name, quantizer in quant_model.quantizers.items():
-        require_expressible(quantizer.args, name, preset)
+        if quantizer.fixed:
+            activation_grid(quantizer, name, preset)
+        else:
+            require_fit(quantizer.args, name, preset)
+    for name, layer in quant_model.layers.items():
+        if layer.weight_quantizer is not None:
+            require_weights_fit(layer.weight_quantizer.args, name, preset, packed=name in packed)
 
 
 def packed_layers(quant_model: QuantModel, preset: Preset) -> frozenset[str]:

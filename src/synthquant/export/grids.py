@@ -88,6 +88,34 @@ def require_expressible(args: QuantArgs, name: str, preset: Preset) -> None:
         )
 
 
+def require_fit(args: QuantArgs, name: str, preset: Preset) -> None:
+    """Raise `SchemeError` unless a preset can express an activation quantizer whatever its range turns out to be."""
+    require_expressible(args, name, preset)
+    if not preset.holds_activations(args):
+        raise SchemeError(
+            f"preset {preset.name} may not express {name}: codes of {args.num_bits} bits are int8 with zero point 0"
+            " there; give it symmetric=true and signed=true, or 7 bits"
+        )
+
+
+def require_weights_fit(args: QuantArgs, name: str, preset: Preset, *, packed: bool = False) -> None:
+    """Raise `SchemeError` unless a preset can express a layer's weight whatever its range turns out to be.
+
+    Args:
+        args: how it is quantized.
+        name: the layer, for messages.
+        preset: what the runtime takes.
+        packed: in a form that 4-bit types hold, for weight-only layers.
+    """
+    if args.strategy == "group" and not packed:
+        _require_no_groups(name, preset)
+    if not preset.holds_weights(args):
+        raise SchemeError(
+            f"preset {preset.name} may not express the weights of {name}: integer kernels take codes around zero, and"
+            " ranges of asymmetric ones can lie elsewhere; set weights.symmetric=true there"
+        )
+
+
 def activation_grid(quantizer: ActivationQuantizer, name: str, preset: Preset) -> ActivationGrid | None:
     """Return the grid of an activation quantizer; none if it is of a kind that runs as tensor arithmetic.
 
@@ -134,10 +162,7 @@ def weight_grid(quantizer: WeightQuantizer, name: str, preset: Preset, *, packed
     low, high = int(signed.min()), int(signed.max())
     if not preset.exact_weights:
         if quantizer.group_size is not None:
-            raise SchemeError(
-                f"preset {preset.name} cannot express the weights of {name}: integer kernels take one scale for each"
-                " output channel, not groups; use strategy channel there, or preset simulate"
-            )
+            _require_no_groups(name, preset)
         if low < -128 or high > 127:
             raise SchemeError(
                 f"preset {preset.name} cannot express the weights of {name}: they are {quantizer.num_bits}-bit"
@@ -153,6 +178,14 @@ def weight_grid(quantizer: WeightQuantizer, name: str, preset: Preset, *, packed
         return _arranged(quantizer, grouped, quantizer.scale, zero, torch.uint8)
     # a channel far from zero: its zero point is outside every 8-bit type
     return _arranged(quantizer, signed, quantizer.scale, None, torch.int16 if _fits_int16(low, high) else torch.int32)
+
+
+def _require_no_groups(name: str, preset: Preset) -> None:
+    if not preset.exact_weights:
+        raise SchemeError(
+            f"preset {preset.name} cannot express the weights of {name}: integer kernels take one scale for each"
+            " output channel, not groups; use strategy channel there, or preset simulate"
+        )
 
 
 def exact_bias_scale(bias: Tensor) -> Tensor:

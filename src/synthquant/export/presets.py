@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from synthquant.core.errors import UnknownNameError
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
+from synthquant.nn.scheme import QuantArgs
 
 Container = Literal["uint8", "int8"]
 
@@ -45,6 +46,23 @@ class Preset:
         Raises `UnknownNameError` if no kind has that name.
         """
         return QUANTIZER_KINDS.get(kind).affine or not self.runs_integers
+
+    def holds_activations(self, args: QuantArgs) -> bool:
+        """Whether the container of codes holds an affine grid of up to 8 bits, whatever its range turns out to be."""
+        return self.activations == "uint8" or args.num_bits < 8 or (args.symmetric and args.signed)
+
+    def holds_weights(self, args: QuantArgs) -> bool:
+        """Whether a weight's codes fit, whatever its range: around zero, for a symmetric one is in the middle."""
+        return self.exact_weights or args.symmetric
+
+    @property
+    def scheme(self) -> dict[str, Any]:
+        """Fields of a scheme, as `QuantScheme.parse` takes them, with which every range fits."""
+        fields: dict[str, Any] = {"deploy": "full"} if self.runs_integers else {}
+        fields |= {} if self.exact_weights else {"weights": {"symmetric": True}}
+        return fields | (
+            {"input_activations": {"symmetric": True, "signed": True}} if self.activations == "int8" else {}
+        )
 
 
 PRESETS = {

@@ -53,6 +53,10 @@ class TorchProgram(Settings):
         """Raise `SchemeError` if the network is modulated; every other scheme has a program."""
         require_stateless(quant_model)
 
+    def rehearse(self, quant_model: QuantModel) -> None:
+        """Build the program of a network of some ranges and drop it; raises as `export`, before anything was made."""
+        export_program(quant_model)
+
     def verify(
         self, quant_model: QuantModel, path: Path | str, images: ImageSet | Samples, *, progress: Progress = QUIET
     ) -> dict[str, Any]:

@@ -85,4 +85,5 @@ class AffineQuantizer(ActivationQuantizer):
 
     def _search(self, samples: Samples, observer: str) -> tuple[torch.Tensor, torch.Tensor]:
         search = OBSERVERS.get(observer)
-        return search(samples, self.num_bits, symmetric=self.args.symmetric, zero_inside=True)
+        args = self.args
+        return search(samples, self.num_bits, symmetric=args.symmetric, zero_inside=True, signed=args.signed)

@@ -31,6 +31,9 @@ class QuantArgs(Settings):
     """Bits of one code: 2 to 8, and 16 for activations."""
     symmetric: bool = False
     """Zero sits in the middle of the grid; for activations that are never negative, at its lower end."""
+    signed: bool = False
+    """With `symmetric`, zero sits in the middle for activations that are never negative too, whose codes then are
+    signed numbers with zero point 0, as TensorRT takes them; weights always are."""
     strategy: Literal["tensor", "channel", "group", "token"] = "tensor"
     """What shares one scale: the whole tensor (of kind `dynamic`, that of one sample), an output channel, a group
     inside an output channel, or (of kind `dynamic`) a token, which is a position of a feature map."""
@@ -50,14 +53,17 @@ class QuantArgs(Settings):
             OBSERVERS.get(self.observer)
         if (self.strategy == "group") != (self.group_size is not None):
             raise ValueError("group_size belongs to strategy 'group' and only there")
+        if self.signed and not self.symmetric:
+            raise ValueError("signed puts zero in the middle of a symmetric grid: set symmetric too")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_the_usual_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `kind` out where it is `affine`: such files are as they were before there were others."""
+    def _without_what_came_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what came later where it is as before: such files are as they were."""
         fields: dict[str, Any] = handler(self)
-        if self.kind == AFFINE:
-            fields.pop("kind", None)
+        for name, usual in (("kind", AFFINE), ("signed", False)):
+            if getattr(self, name) == usual:
+                fields.pop(name, None)
         return fields
 
     @property

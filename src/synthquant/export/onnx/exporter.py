@@ -90,11 +90,18 @@ class Onnx(Settings):
         return path
 
     def check(self, quant_model: QuantModel) -> None:
-        """Raise `SchemeError` if the preset cannot express the scheme, whatever ranges turn out to be; says which part.
+        """Raise `SchemeError` unless the preset can express the scheme, whatever ranges turn out to be; names the part.
 
         The network need not be calibrated, and no package is needed.
         """
         require_takes(quant_model, find_preset(self.preset))
+
+    def rehearse(self, quant_model: QuantModel) -> None:
+        """Build the graph of a network of some ranges and drop it; raises as `export`, before anything was made."""
+        require_onnx()
+        from synthquant.export.onnx.build import build_graph
+
+        build_graph(quant_model, find_preset(self.preset))
 
     def verify(
         self, quant_model: QuantModel, path: Path | str, images: ImageSet | Samples, *, progress: Progress = QUIET

@@ -95,20 +95,20 @@ def pool_by_name(model: ir.Model) -> None:
 
 def pack_weights(model: ir.Model) -> int:
     """Turn the weights that are marked so into 4-bit initialisers; returns how many there were."""
-    count = 0
-    for node in model.graph:
-        if node.metadata_props.get(PACKED_KEY) != "4":
-            continue
+    packed = [node for node in model.graph if node.metadata_props.get(PACKED_KEY) == "4"]
+    for node in packed:
         for index in (0, 2):
             value = node.inputs[index]
             tensor = None if value is None else value.const_value
-            if value is None or tensor is None:
-                continue
+            if value is None or tensor is None or tensor.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+                continue  # zero points of several layers may be one initialiser
+            if any(use.node not in packed for use in value.uses()):
+                value = add_initializer(model.graph, str(value.name), tensor.numpy())
+                node.replace_input_with(index, value)
             dtype = ir.DataType.INT4 if tensor.dtype == ir.DataType.INT8 else ir.DataType.UINT4
             narrow = ir.tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=value.name)
             value.const_value, value.dtype = narrow, dtype
-        count += 1
-    return count
+    return len(packed)
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

@@ -28,16 +28,6 @@ _RUNTIME_ERRORS = (
 )
 
 
-def has_vnni() -> bool:
-    """Whether the CPU adds four products of 8-bit integers at a time in 32 bits.
-
-    Without it, pairs are added in 16 bits, where they may overflow, and integers may not be faster than floats.
-    """
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.exists() else []
-    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp"))
-
-
 def read_properties(path: Path) -> dict[str, str]:
     """Return the metadata of an ONNX file, whose hash must fit if it carries one.
 

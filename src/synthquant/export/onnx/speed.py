@@ -9,11 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from synthquant.core.cpu import has_vnni
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.record import environment
 from synthquant.export.flat import input_names, output_names
 from synthquant.export.onnx.build import export_module
-from synthquant.export.onnx.runtime import has_vnni, ort_function, read_metadata, session
+from synthquant.export.onnx.runtime import ort_function, read_metadata, session
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.runtimes import SpeedTest

@@ -12,13 +12,14 @@ from typing import Any
 
 import onnx
 
+from synthquant.core.cpu import has_vnni
 from synthquant.core.errors import VerificationError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import require_close, row, run_beside
 from synthquant.export.flat import FlatFunction
 from synthquant.export.onnx.layers import integer_coverage
-from synthquant.export.onnx.runtime import has_vnni, ort_function, session
+from synthquant.export.onnx.runtime import ort_function, session
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 
