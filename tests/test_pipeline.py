@@ -143,7 +143,7 @@ def test_float_stands_beside_quantized(whole: Path) -> None:
 
 
 def test_the_checkpoint_is_the_network_that_was_measured(whole: Path, data: str) -> None:
-    section = EvaluateSection(data=data, batch_size=8)
+    section = measure.Data.of(EvaluateSection(data=data, batch_size=8))
     row = measure.evaluate(whole, section, "cpu", trust_code=True)
     measured = RunRecord.load(whole / "run.json").stages["evaluate"].metrics["accuracy"][1]
     same = ("top1", "top5", "agreement", "kl", "recovery", "size_bytes", "count")
@@ -356,7 +356,7 @@ def test_the_python_of_the_readme_runs(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.+?)```", readme, flags=re.DOTALL)
+    _, code = re.findall(r"```python\n(.+?)```", readme, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     names: dict[str, Any] = {}
@@ -368,7 +368,7 @@ def test_the_python_of_the_readme_runs(
 def test_public_functions_take_names_as_well_as_paths(recipe: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     run, out = str(whole), str(tmp_path / "copy")
     sq.run(Recipe.parse(recipe), run)
-    sq.save_checkpoint(sq.load_checkpoint(f"{run}/model", trust_code=True), out)
+    sq.load(run, trust_code=True).save(out)
     assert files(Path(out)) == files(Path(run) / "model")
     record = RunRecord.load(f"{run}/run.json")
     record.save(f"{out}/run.json")

@@ -52,8 +52,9 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "targets",
         "annotations",
         "package_version",
+        "verbs",
     }
-    packages |= {"Any", "TYPE_CHECKING", "find_spec", "import_module"}
+    packages |= {"Any", "TYPE_CHECKING", "find_spec", "import_module", "warn"}
     assert {name for name in vars(synthquant) if not name.startswith("_")} - announced <= packages
     assert announced <= set(dir(synthquant))
     with pytest.raises(AttributeError, match="no attribute 'Recipes'"):

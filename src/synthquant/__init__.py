@@ -2,13 +2,11 @@
 
 import synthquant as sq
 
-recipe = sq.Recipe.parse({
-    "model": "zoo/cifar10-resnet20",
-    "images": {"method": "genie_d", "count": 256, "iterations": 200},
-    "quantize": {"method": "genie_m", "scheme": "W4A4", "iterations": 200},
-    "evaluate": "bundled/cifar10-test",
-})
-record = sq.run(recipe, "runs/first")
+model = sq.FloatModel.from_module(module, input_size=32, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
+images = sq.synthesize(model, count=256, iterations=500)
+quant_model = sq.quantize(model, images, "W4A4", iterations=2000)
+print(sq.evaluate(quant_model, test_set))
+quant_model.save("quantized")
 
 - `api`: all that the package announces, under the names that `import synthquant` gives.
 - `cli/`: the command line.
@@ -36,6 +34,7 @@ record = sq.run(recipe, "runs/first")
 - `stages`: what a stage of a run is, what stages hand on, and the registry of those that a recipe can add.
 - `synthesize/`: making images from a trained network alone, or of its classes.
 - `targets`: what a network is meant for, and the scheme with which that takes everything.
+- `verbs`: networks in memory: `synthesize`, `quantize`, `evaluate` and `load`.
 """
 
 from __future__ import annotations
@@ -43,9 +42,17 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 if TYPE_CHECKING:
     from synthquant.api import *  # noqa: F403
+
+
+_VERBS = ("evaluate", "quantize", "synthesize")
+_RENAMED = {
+    "load_checkpoint": ("synthquant.load", "synthquant.export.checkpoint"),
+    "save_checkpoint": ("QuantModel.save", "synthquant.export.checkpoint"),
+}
 
 
 # Everything is in synthquant.api and loaded when the first name is asked for: PyTorch takes seconds, in which a program
@@ -54,8 +61,14 @@ def __getattr__(name: str) -> Any:
     unknown = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("__") and name not in ("__all__", "__version__"):
         raise unknown
+    if name in _VERBS:
+        return import_module(f"{__name__}.{name}")  # a package that is called as the function of its name
     if not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
         raise unknown  # a module that nobody has imported yet
+    if name in _RENAMED:
+        instead, home = _RENAMED[name]
+        warn(f"{__name__}.{name} is now {instead}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(home), name)
     api = import_module(f"{__name__}.api")
     if name not in ("__all__", *api.__all__):
         raise unknown

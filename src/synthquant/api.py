@@ -31,7 +31,6 @@ from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.evaluate.image_features import open_features
 from synthquant.evaluate.image_quality import ImageQuality, QualitySettings, compare_images
 from synthquant.export import DiffusersFolder, Onnx, TorchProgram
-from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.diffusers_folder import load_pipeline
 from synthquant.export.write import export_run
 from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ, Distill
@@ -61,6 +60,7 @@ from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
 from synthquant.synthesize import DSG, GenieD, Noise, PromptTuning, SelfSampling, TextToImage, ZeroQ, tune_prompt
+from synthquant.verbs import evaluate, load, quantize, synthesize
 
 __version__ = package_version()
 
@@ -139,10 +139,11 @@ __all__ = [
     "__version__",
     "calibrate_differences",
     "compare_images",
+    "evaluate",
     "evaluate_model",
     "export_run",
     "import_images",
-    "load_checkpoint",
+    "load",
     "load_pipeline",
     "open_features",
     "open_images",
@@ -150,11 +151,12 @@ __all__ = [
     "open_pipeline",
     "open_text_to_image",
     "open_trajectory",
+    "quantize",
     "read_loader",
     "run",
     "run_filters",
-    "save_checkpoint",
     "shortcut_ranges",
+    "synthesize",
     "tune_prompt",
     "write_report",
 ]

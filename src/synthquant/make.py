@@ -41,14 +41,15 @@ def synthesize(
     model: FloatModel,
     section: SynthesizeSection,
     seed: int,
-    folder: Path,
+    folder: Path | None,
     progress: Progress = QUIET,
     *,
     ray: RayWorkers | None = None,
 ) -> ImageSet | Trajectory:
     """Make the images of `section` in `folder`, part by part; called again, make the parts that are missing.
 
-    With `ray` the workers of a cluster make them (`text_to_image` and `self_sampling` only); they are the same.
+    Without a folder they are made in memory. With `ray` the workers of a cluster make them (`text_to_image` and
+    `self_sampling` only). They are the same ones.
 
     Raises:
         DataError: `folder` holds images of another method, setting, seed or network.
@@ -57,6 +58,8 @@ def synthesize(
     """
     method = section.build()
     rng = Rng(seed).child("images")
+    if folder is None:
+        return method.synthesize(model, section.count, rng, progress=progress)
     with working_folder(folder, (JOURNAL_NAME,)):
         require_space(folder, {"images": image_bytes(section, model) - size_of(folder)})
         if isinstance(method, SelfSampling):
@@ -95,11 +98,18 @@ def given_images(section: SourceSection, model: FloatModel, seed: int, progress:
         raise InputError(f"images.count is {count} but {source} holds {len(opened)}; lower it or leave it out")
     if isinstance(opened, Trajectory):
         return opened if count is None else opened.subset(range(count))
-    images = in_classes_of(opened, classes_of(model), source, progress)
-    if count is not None or images.manifest.method is None:
-        order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
-        images = images.subset(order[:count])
-    return images
+    return drawn(opened, model, seed, progress, source, count)
+
+
+def drawn(
+    images: ImageSet, model: FloatModel, seed: int, progress: Progress, source: str, count: int | None = None
+) -> ImageSet:
+    """Draw `count` of the images (none: all) as `given_images` does, with labels that are classes of the network."""
+    images = in_classes_of(images, classes_of(model), source, progress)
+    if count is None and images.manifest.method is not None:
+        return images
+    order = torch.randperm(len(images), generator=Rng(seed).generator("draw images"))
+    return images.subset(order[:count])
 
 
 def select(

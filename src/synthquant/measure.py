@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,66 +28,108 @@ from synthquant.recipe import EvaluateSection
 from synthquant.runtimes import RuntimeExporter
 
 
+@dataclass(frozen=True)
+class Data:
+    """What networks are measured on."""
+
+    images: ImageSet
+    """With labels, or without where there is a float network to agree with."""
+    name: str
+    """Where they come from, for messages."""
+    batch_size: int = EvaluateSection.model_fields["batch_size"].default
+    """Images per forward pass, fewer where activations are large."""
+
+    @classmethod
+    def of(cls, section: EvaluateSection) -> Data:
+        """Return the images of a section; raises as `open_images`."""
+        return cls(section.open(), section.data, section.batch_size)
+
+    def in_classes_of(self, model: FloatModel, progress: Progress) -> Data:
+        """Return the same with labels that are classes of the network."""
+        return replace(self, images=in_classes_of(self.images, classes_of(model), self.name, progress))
+
+
 def evaluate(
     source: ModelSource | Path,
-    section: EvaluateSection,
+    data: Data,
     device: str = "auto",
     progress: Progress = QUIET,
     *,
     model: str | None = None,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure a network, or the quantized network in a run folder or checkpoint folder, on labelled images.
+    """Measure a network, or the quantized network in a run folder or checkpoint folder.
 
-    Returns the row of the accuracy table. For a quantized network it holds what quantization reaches of it
-    (`CoverageSummary`) and the agreement with the float network, if that can be opened and still is the one that was
-    quantized; otherwise a warning says why not. Code that a run names as its network only runs if `model` names it
-    too, or with `trust_code`.
+    Returns what `evaluate_float` or `evaluate_quantized` do. The agreement with the float network is there if that can
+    be opened and still is the one that was quantized; otherwise a warning says why not. Code that a run names as its
+    network only runs if `model` names it too, or with `trust_code`.
 
     Raises:
-        ModelError: the network or checkpoint cannot be opened, it names code, or it is no classifier.
-        DataError: the images cannot be used, or a label is not a class of the network.
+        ModelError: the network or checkpoint cannot be opened, or it names code.
+        DataError, UnsupportedModelError: as `evaluate_float` and `evaluate_quantized`.
     """
     place = resolve_device(device)
-    data = section.open()
     if isinstance(source, ModelSource):
-        network = open_model(source, device=place, progress=progress)
-        network.require_logits()
-        data = in_classes_of(data, classes_of(network), section.data, progress)
-        _require_labels(data, section.data)
-        result = _measure(network.module, network, data, section.batch_size, progress)
-        _warn_of_guessing(result.top1, result, section.data, progress)
-        return result.row(network.name) | say_what_was_read(data, progress, section.data)
+        return evaluate_float(open_model(source, device=place, progress=progress), data, progress)
     folder = source if (source / CONFIG_NAME).is_file() else source / "model"
     entry = read_config(folder).float_model
     recorded = entry.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
     float_model = _same_float_model(recorded, entry.fingerprint, place, progress)
     quant_model = load_checkpoint(folder, float_model=float_model, device=place, model=model, trust_code=trust_code)
+    return evaluate_quantized(quant_model, float_model, data, progress)
+
+
+def evaluate_float(model: FloatModel, data: Data, progress: Progress = QUIET) -> dict[str, Any]:
+    """Measure a network on labelled images; returns the row of the accuracy table.
+
+    Raises:
+        UnsupportedModelError: it is no classifier.
+        DataError: the images cannot be used, or a label is not a class of the network.
+    """
+    model.require_logits()
+    data = data.in_classes_of(model, progress)
+    _require_labels(data.images, data.name)
+    result = _measure(model.module, model, data.images, data.batch_size, progress)
+    _warn_of_guessing(result.top1, result, data.name, progress)
+    return result.row(model.name) | say_what_was_read(data.images, progress, data.name)
+
+
+def evaluate_quantized(
+    quant_model: QuantModel, float_model: FloatModel | None, data: Data, progress: Progress = QUIET
+) -> dict[str, Any]:
+    """Measure a quantized network; returns the row of the accuracy table with what quantization reaches of it.
+
+    With `float_model`, the network that was quantized, agreement with it is in the row, and no labels are needed.
+
+    Raises:
+        UnsupportedModelError: it is no classifier.
+        DataError: the images cannot be used, or a label is not a class of the network.
+    """
     quant_model.float_model.require_logits()
-    data = in_classes_of(data, classes_of(quant_model.float_model), section.data, progress)
+    data = data.in_classes_of(quant_model.float_model, progress)
     logits = None
     if float_model is not None:
-        logits = _logits(float_model.module, float_model, data, section.batch_size, progress)
+        logits = _logits(float_model.module, float_model, data.images, data.batch_size, progress)
     else:
-        _require_labels(data, section.data)
-    result = _measure(quant_model, quant_model.float_model, data, section.batch_size, progress, logits)
-    _warn_of_guessing(result.reference_top1, result, section.data, progress)
+        _require_labels(data.images, data.name)
+    result = _measure(quant_model, quant_model.float_model, data.images, data.batch_size, progress, logits)
+    _warn_of_guessing(result.reference_top1, result, data.name, progress)
     row = result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
     row |= {"coverage": asdict(summarize(quant_model.coverage()))}
-    return row | say_what_was_read(data, progress, section.data)
+    return row | say_what_was_read(data.images, progress, data.name)
 
 
 def evaluate_exported(
     exporter: type[RuntimeExporter],
     path: Path,
-    section: EvaluateSection,
+    data: Data,
     runtime: str | None = None,
     progress: Progress = QUIET,
     *,
     model: str | None = None,
     trust_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure a file of `exporter` on labelled images, on the CPU; returns and compares as `evaluate` does.
+    """Measure a file of `exporter` on the CPU; returns and compares as `evaluate` does.
 
     Without a `runtime` the exporter's usual one runs the file. Measuring it runs no code of the network's origin;
     without leave for it, only the agreement is missing.
@@ -102,7 +144,7 @@ def evaluate_exported(
     runtime = runtime or exporter.runtimes[0]
     opened = exporter.open(path, runtime)
     classes = Classes(opened.name, opened.class_names, opened.num_classes)
-    data = in_classes_of(section.open(), classes, section.data, progress)
+    images = in_classes_of(data.images, classes, data.name, progress)
     float_model = reference = None
     try:
         recorded = opened.source.confirmed(str(path), model=model, trust_code=trust_code)
@@ -113,21 +155,21 @@ def evaluate_exported(
     else:
         float_model = _same_float_model(recorded, opened.fingerprint, "cpu", progress)
     if float_model is not None:
-        reference = _logits(float_model.module, float_model, data, section.batch_size, progress)
+        reference = _logits(float_model.module, float_model, images, data.batch_size, progress)
     else:
-        _require_labels(data, section.data)
+        _require_labels(images, data.name)
     result = evaluate_model(
         opened.run,
         opened.preprocess,
-        data,
+        images,
         reference_logits=reference,
-        batch_size=section.batch_size,
+        batch_size=data.batch_size,
         progress=progress,
         title=f"evaluate in {runtime}",
     )
-    _warn_of_guessing(result.reference_top1, result, section.data, progress)
+    _warn_of_guessing(result.reference_top1, result, data.name, progress)
     row = result.row(opened.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
-    return row | say_what_was_read(data, progress, section.data)
+    return row | say_what_was_read(images, progress, data.name)
 
 
 def _require_labels(data: ImageSet, name: str) -> None:

@@ -82,6 +82,8 @@ def test_normalisation_is_undone_where_it_is_named() -> None:
         ([PIXELS, PIXELS[..., :4]], {}, r"item 1 of the loader has images \[3, 6, 4\], those before \[3, 6, 8\]"),
         ([{"pixels": PIXELS}], {}, "item 0 of the loader has a NoneType where images are expected"),
         ([], {}, "the loader gives no images"),
+        (PIXELS[:, 0], {}, r"a Tensor of shape \[10, 6, 8\] is no set of images; .* unsqueeze\(1\)"),
+        ([PIXELS[0].numpy()], {}, r"an array of shape \[3, 6, 8\]; give .* or a tensor"),
         ("images/", {}, "a str is no loader; .* open_images"),
         (3, {}, "a int is no loader"),
     ],
@@ -89,3 +91,21 @@ def test_normalisation_is_undone_where_it_is_named() -> None:
 def test_what_is_no_batch_of_images_is_said(loader: Any, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_loader(loader, **settings)
+
+
+def test_pictures_of_several_sizes_are_framed_as_files_are() -> None:
+    wide = np.ascontiguousarray(PIXELS[0].permute(1, 2, 0).numpy())
+    images = read_loader([Image.fromarray(wide), (wide[:, :4], np.int64(2)), (wide[..., 0], 1)])
+    assert images.manifest.framing == "raw" and images.labels is not None and images.labels.tolist() == [-1, 2, 1]
+    assert [list(images[index].image.shape) for index in range(3)] == [[3, 6, 8], [3, 6, 4], [1, 6, 8]]
+    assert torch.equal(images[1].image, PIXELS[0, :, :, :4])
+    (batch,) = images.batches(3)
+    assert PREPROCESS(batch.images, "raw").shape == (3, 3, 6, 8)
+    assert images.fingerprint != read_loader([Image.fromarray(wide), wide[:, :4], wide[..., 1]]).fingerprint
+
+
+def test_one_tensor_or_array_is_a_set() -> None:
+    for whole in (PIXELS, floats(), PIXELS.permute(0, 2, 3, 1).numpy(), (PIXELS, LABELS)):
+        images = read_loader(whole)
+        assert torch.equal(torch.stack([images[index].image for index in range(10)]), PIXELS)
+        assert (images.labels is None) is not isinstance(whole, tuple)

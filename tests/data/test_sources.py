@@ -16,6 +16,7 @@ from PIL import Image
 
 from synthquant.core.errors import DataError, MissingExtraError, UnknownNameError
 from synthquant.data.image_set import ImageSet
+from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import import_images, open_images
 from synthquant.data.store import ImageSetWriter
 
@@ -244,3 +245,20 @@ def test_datasets_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"^'cifar10' is no file or folder of images, .*synthquant\[data\]'$"):
         open_images("cifar10:test")
+
+
+def test_what_a_program_has_in_its_hands() -> None:
+    pixels = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
+    opened = open_images(pixels)
+    assert open_images(opened) is opened and torch.equal(opened[1].image, pixels[1])
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": _png(1), "path": None}, {"bytes": _png(2), "path": None}], "label": [4, 3]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    read = open_images(table)
+    assert _shades(read) == [1, 2] and _labels(read) == [4, 3]
+    preprocess = Preprocess(input_size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert torch.equal(open_images(preprocess.normalize(pixels / 255), preprocess=preprocess)[1].image, pixels[1])
+    for source in (opened, "bundled/cifar10-test"):
+        with pytest.raises(DataError, match="preprocess"):
+            open_images(source, preprocess=preprocess)

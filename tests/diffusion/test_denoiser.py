@@ -109,8 +109,8 @@ def test_a_checkpoint_of_a_denoiser_opens_again(folder: Path, tmp_path: Path) ->
     model = sq.open_model(f"diffusers/{folder}")
     quant_model = sq.QuantModel.build(model, "W8A16")
     sq.Rtn().apply(quant_model, Rows(model), sq.Rng(0))
-    sq.save_checkpoint(quant_model, tmp_path / "model")
-    loaded = sq.load_checkpoint(tmp_path / "model")
+    quant_model.save(tmp_path / "model")
+    loaded = sq.load(tmp_path / "model")
     (expected,) = model.example(3).call(quant_model)
     assert torch.equal(model.example(3).call(loaded)[0], expected)
     assert loaded.float_model.task == "denoise"

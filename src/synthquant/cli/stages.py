@@ -165,10 +165,11 @@ def evaluate(
         source = options.model_source(
             model, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
         )
+    measured_on = measure.Data.of(section)
     if exporter is not None:
         row = measure.evaluate_exported(
-            exporter, Path(model), section, runtime, ConsoleProgress(), model=quantized, trust_code=trust_code
+            exporter, Path(model), measured_on, runtime, ConsoleProgress(), model=quantized, trust_code=trust_code
         )
     else:
-        row = measure.evaluate(source, section, device, ConsoleProgress(), model=quantized, trust_code=trust_code)
+        row = measure.evaluate(source, measured_on, device, ConsoleProgress(), model=quantized, trust_code=trust_code)
     print_result(row, device) if json else print_table([row])

@@ -26,5 +26,6 @@
 - `run_metrics`: what the stages of a run measured, as `run.json` holds it.
 - `settings`: frozen pydantic models whose errors are one line.
 - `tensor_file`: safetensors files that carry the hash of their own content.
+- `verbs`: packages that are called like the verbs they are named after.
 - `working_folder`: a folder while one process fills it: locked, and gone again if nothing of value came of it.
 """

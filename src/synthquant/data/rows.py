@@ -50,9 +50,11 @@ class Rows(Protocol):
 
 
 class MemoryRows:
-    """Images in one tensor `[N,C,H,W]`, uint8 or float16."""
+    """Images in one tensor `[N,C,H,W]`, or in one each where sizes differ; uint8 or float16."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None, columns: Mapping[str, list[Any]]) -> None:
+    def __init__(
+        self, images: Tensor | Sequence[Tensor], labels: Tensor | None, columns: Mapping[str, list[Any]]
+    ) -> None:
         self._images = images
         self._labels = labels
         self._columns = dict(columns)
@@ -79,7 +81,11 @@ class MemoryRows:
 
     def fingerprint(self) -> str:
         """Return a hash of pixels, labels and columns."""
-        digest = hashlib.sha256(f"{tuple(self._images.shape)} {self._images.dtype}".encode())
+        if isinstance(self._images, Tensor):
+            form = f"{tuple(self._images.shape)} {self._images.dtype}"
+        else:
+            form = " ".join(f"{tuple(image.shape)} {image.dtype}" for image in self._images)
+        digest = hashlib.sha256(form.encode())
         for image in self._images:  # one at a time: a contiguous copy of all may not fit
             digest.update(image.contiguous().numpy().tobytes())
         digest.update(b"" if self._labels is None else self._labels.numpy().tobytes())

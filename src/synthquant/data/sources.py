@@ -20,8 +20,10 @@ from synthquant.data.columns import label_numbers, require_images
 from synthquant.data.folders import file_kind, files_below, printable
 from synthquant.data.image_folder import SUFFIXES, open_image_folder, require_one_split
 from synthquant.data.image_set import ImageSet
+from synthquant.data.loaders import read_loader
 from synthquant.data.manifest import MANIFEST_NAME, TRAJECTORY_NAME, Manifest
 from synthquant.data.parts import ParquetRows, PartFile, open_parquet
+from synthquant.data.preprocess import Preprocess
 from synthquant.data.quality import say_what_was_read
 from synthquant.data.rows import Rows, Stored
 from synthquant.data.store import JOURNAL_NAME
@@ -39,22 +41,45 @@ _DEFAULT_SPLITS = ("test", "validation", "val")
 
 
 def open_images(
-    source: str | Path, *, columns: tuple[str, str] | None = None, max_pixels: int = MAX_PIXELS
+    source: Any,
+    *,
+    columns: tuple[str, str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    preprocess: Preprocess | None = None,
 ) -> ImageSet:
-    """Open images with their labels; nothing is copied and pixels are read when asked for.
+    """Open images with their labels, wherever they are.
 
-    `source` is an image set folder; a folder with one folder of images per class (labels are the positions of the
-    sorted folder names, which the manifest keeps as `class_names`, or the names themselves if all are whole numbers) or
-    with images only (no labels); a Parquet file or folder; a `datasets` name with an optional split; or `bundled/NAME`.
-    `columns` names the image and the label column where they are not called `image` (or `img`) and `label`. Images of
-    more than `max_pixels` are set aside.
+    Of a path nothing is copied, and pixels are read when asked for: an image set folder; a folder with one folder of
+    images per class (labels are the positions of the sorted folder names, which the manifest keeps as `class_names`, or
+    the names themselves if all are whole numbers) or with images only (no labels); a Parquet file or folder; a
+    `datasets` name with an optional split; or `bundled/NAME`. A dataset of `datasets` is read alike. All else that a
+    program has in its hands, a `DataLoader`, a `Dataset`, a tensor, a list of pictures, is read once into memory
+    (`read_loader`). An image set is returned as it is.
 
-    Raises `DataError` if there is no such source, it holds no image or columns of another type, or it is the root of
-    several splits; `MissingExtraError` if `datasets` is needed and not installed.
+    Args:
+        source: the images.
+        columns: names of the image and the label column where they are not called `image` (or `img`) and `label`.
+        max_pixels: larger images of files are set aside.
+        preprocess: how a loader or a tensor is normalised, which is undone; none: it holds pixels.
+
+    Raises:
+        DataError: there is no such source, it holds no image, columns of another type or values that are no pixels, or
+            it is the root of several splits.
+        MissingExtraError: `datasets` is needed and not installed.
     """
-    opened = _open(source, columns)
-    opened.max_pixels = max_pixels
-    return opened
+    if isinstance(source, str | Path):
+        if preprocess is not None:
+            raise DataError(f"preprocess is for loaders and tensors that are normalised, not for {source}")
+        opened = _open(source, columns)
+        opened.max_pixels = max_pixels
+        return opened
+    if isinstance(source, ImageSet):
+        if preprocess is not None:
+            raise DataError("an image set holds pixels, not what is normalised; leave preprocess out")
+        return source
+    if type(source).__module__.partition(".")[0] == "datasets":
+        return _dataset_images(source, f"{type(source).__name__}", columns)
+    return read_loader(source, preprocess=preprocess)
 
 
 def import_images(

@@ -1,5 +1,7 @@
 """Measure a network: accuracy, agreement with the float network, size and operations; and the images one draws.
 
+`synthquant.evaluate(...)`, called as a function, is that of `synthquant.verbs`.
+
 - `accuracy`: accuracy on images, with a confidence interval, and agreement with a reference network.
 - `agreement`: layer by layer: how much quantization error there is beside the signal.
 - `cost`: what a quantized network costs: bytes of its weights and bit operations of one image.
@@ -12,3 +14,9 @@
 - `step_errors`: how the error of a quantized pipeline grows over the steps of its sampler.
 - `torch_metrics`: the one door to torchmetrics: Inception's features, and structural similarity.
 """
+
+import sys
+
+from synthquant.core.verbs import VerbPackage
+
+sys.modules[__name__].__class__ = VerbPackage

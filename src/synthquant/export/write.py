@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from synthquant.data.quality import say_what_was_read
 from synthquant.diffusion.trajectory import Trajectory, open_calibration
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint
 from synthquant.methods import EXPORTERS, Exporter
+from synthquant.models.samples import Samples
+from synthquant.nn.quant_model import QuantModel
 
 
 def export_run(
@@ -63,16 +66,8 @@ def export_run(
     of_run = getattr(exporter, "of_run", None)
     exporter = exporter if of_run is None else of_run(run)
     quant_model = load_checkpoint(checkpoint, model=model, trust_code=trust_code)
-    with atomic_path(out) as temporary:
-        exporter.export(quant_model, temporary, origin=_origin(run))
-        verification = None
-        if images is not None:
-            try:
-                verification = exporter.verify(quant_model, temporary, images, progress=progress)
-            finally:  # a refusal may come of the images
-                what = data or "the images to verify with"
-                read = say_what_was_read(images, progress, what) if isinstance(images, ImageSet) else {}
-            verification |= read
+    what = data or "the images to verify with"
+    verification = export_network(quant_model, exporter, out, images, what, origin=_origin(run), progress=progress)
     return {
         "out": str(out),
         "scheme": quant_model.scheme.describe(),
@@ -81,6 +76,41 @@ def export_run(
         "settings": cast(Settings, exporter).model_dump(mode="json"),
         "verification": verification,
     }
+
+
+def export_network(
+    quant_model: QuantModel,
+    exporter: Exporter,
+    out: Path,
+    images: ImageSet | Samples | None,
+    source: str = "the images to verify with",
+    *,
+    origin: Mapping[str, str] | None = None,
+    progress: Progress = QUIET,
+) -> dict[str, Any] | None:
+    """Write a quantized network to `out`, which is there only once it is verified.
+
+    Args:
+        quant_model: calibrated.
+        exporter: the form.
+        out: the file or folder.
+        images: what to verify with; none: it is not verified.
+        source: where these come from, for messages.
+        origin: what else is known about where the network comes from.
+        progress: messages and bars.
+
+    Returns:
+        What `exporter.verify` found, none without images. Raises as `export_run`.
+    """
+    with atomic_path(out) as temporary:
+        exporter.export(quant_model, temporary, origin=origin)
+        if images is None:
+            return None
+        try:
+            verification = exporter.verify(quant_model, temporary, images, progress=progress)
+        finally:  # a refusal may come of the images
+            read = say_what_was_read(images, progress, source) if isinstance(images, ImageSet) else {}
+        return verification | read
 
 
 def _require_own_file(run: Path, out: Path) -> None:

@@ -200,7 +200,7 @@ class _Training:
                 f" {settings.batch_size}; choose a multiple of {processes.count}"
             )
         if not isinstance(images, ImageSet):
-            what = "" if images is None else f"; a {type(images).__name__} is no image set, which read_loader makes"
+            what = "" if images is None else f"; a {type(images).__name__} is no image set, which open_images makes"
             raise DataError(f"{settings.name} needs images, to train on and to choose the best state by{what}")
         self._settings, self._model, self._rng, self._progress = settings, model, rng, progress
         self._processes = processes

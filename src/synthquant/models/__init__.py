@@ -9,6 +9,7 @@
 - `float_model`: the full-precision network as every stage sees it.
 - `held_out`: samples held out of training, by which a state of a network is chosen.
 - `imagenet`: what the 1,000 classes of ImageNet are called, from timm's copy of WordNet.
+- `in_memory`: a `FloatModel` from a module that a program has in memory.
 - `libraries`: networks of timm, torchvision and transformers, the door to these.
 - `open`: from the name of a model to a `FloatModel`.
 - `opened`: what an opener of networks returns, and how it says that it could not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +22,9 @@ from synthquant.models.user_file import names_code, same_code
 
 Task = Literal["classify", "denoise", "other"]
 """What a network is for: logits of classes, the noise in a diffusion model's images, or something else."""
+
+IN_MEMORY = "memory"
+"""What the source of a network starts with that was given as a module: `memory/NAME` cannot be opened again."""
 
 # Bytes of the largest activation when samples go through a network together.
 _LARGEST_ON_CPU, _LARGEST = 2**27, 2**30
@@ -122,6 +126,57 @@ class FloatModel:
     """Fingerprint of the weights that are meant, where random ones stand in for them: the architecture alone, good for
     its preprocessing and names, not to compare with. Empty: the weights are there."""
 
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        input_size: int | tuple[int, int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        preprocess: Preprocess | None = None,
+        example: Any = None,
+        name: str | None = None,
+        task: Task | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> FloatModel:
+        """Return a network that a program has in memory; a copy in float32 and eval mode, `module` stays as it is.
+
+        It must say what the network takes: images, by `preprocess` or by `input_size`, `mean` and `std`, or something
+        else, by an `example` of its inputs. A network of timm says it itself. It is run once, on noise or the example.
+
+        Args:
+            module: made of Python modules; what `torch.compile` wraps is unwrapped.
+            input_size: height and width in pixels, one number for a square.
+            mean: of each channel, for pixels in 0..1; as many as the network takes channels.
+            std: standard deviation of each channel, alike.
+            preprocess: all of that, and how larger images are resized and cropped.
+            example: a tensor, a tuple or list of positional arguments, a dictionary of keyword arguments, or `Inputs`,
+                with the samples in the first dimension of every tensor.
+            name: by which it is called; by default that of its class.
+            task: by default `classify` if it gives one tensor `[B, classes]`, else `other`.
+            num_classes: how many classes it must have; by default as many as it gives.
+            class_names: of its classes, in the order of the logits.
+
+        Raises:
+            ModelError: it is not said what the network takes, or twice; it fails on that, gives NaN, or another number
+                of classes; or `module` is a traced, exported or lazy one.
+            UnsupportedModelError: it gives no logits and is to classify, or no tensors at all.
+        """
+        from synthquant.models.in_memory import model_of_module
+
+        return model_of_module(
+            module,
+            {"input_size": input_size, "mean": mean, "std": std},
+            preprocess=preprocess,
+            example=example,
+            name=name,
+            task=task,
+            num_classes=num_classes,
+            class_names=class_names,
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -194,6 +249,7 @@ class FloatModel:
             raise UnsupportedModelError(
                 f"{self.source.source}: the network returns {found} for {count} images, not logits [{count}, classes];"
                 " wrap it in a module that does, or give --task other, model.task=other in a recipe"
+                ' (in Python task="other")'
             )
         return logits
 

@@ -65,6 +65,15 @@ def _open_timm(name: str, request: ModelSource, published: bool) -> Opened:
     return Opened(module, _timm_preprocess(config, request), tuple(str(text) for text in names))
 
 
+def known_of_module(module: nn.Module, request: ModelSource) -> Preprocess | None:
+    """Return how a module says that its images are prepared: one of timm does, others do not."""
+    if type(module).__module__.partition(".")[0] != "timm" or not getattr(module, "pretrained_cfg", None):
+        return None
+    import timm.data
+
+    return _timm_preprocess(timm.data.resolve_model_data_config(module), request)
+
+
 def _timm_preprocess(config: Mapping[str, Any], request: ModelSource) -> Preprocess | None:
     """As timm evaluates: resize to `size / crop_pct`, then crop. None for its rare way of padding to a square."""
     if config["crop_mode"] not in ("center", "squash"):

@@ -16,7 +16,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import parse_settings
 from synthquant.data.preprocess import Preprocess
 from synthquant.models.batch_norm import batch_norm_findings
-from synthquant.models.float_model import FloatModel, ModelSource, Task
+from synthquant.models.float_model import IN_MEMORY, FloatModel, ModelSource, Task
 from synthquant.models.libraries import LIBRARIES, LogitsOnly
 from synthquant.models.opened import FOREIGN_ERRORS, OPENERS, Opened, Opener, failed, known_preprocess
 from synthquant.models.signature import Inputs, named_outputs
@@ -73,7 +73,7 @@ def open_model(
         raise ModelError(f"{request.source}: another number of classes needs weights of your own; give --weights FILE")
     opened = _build(request, published)
     request = _of_task(request, opened)
-    takes = _preprocess(opened.preprocess, request) if opened.example is None else _example(opened.example, request)
+    takes = prepared(opened.preprocess, request) if opened.example is None else _example(opened.example, request)
     module = opened.module
     if pretrained and request.weights is not None:
         load_weights(module.model if isinstance(module, LogitsOnly) else module, Path(request.weights))
@@ -81,7 +81,7 @@ def open_model(
     name = request.source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
     model = opened.make(module, takes, name, request, request.task).to(place)
     module = model.module
-    classes = _count_classes(model)
+    classes = count_classes(model)
     if pretrained:
         for finding in batch_norm_findings(module):
             progress.warn(f"{name}: {finding}")
@@ -136,6 +136,11 @@ def _build(request: ModelSource, published: bool) -> Opened:
         build = OPENERS.get("diffusers")
     elif name and kind in _OPENERS:
         build = _OPENERS[kind]
+    elif name and kind == IN_MEMORY:
+        raise ModelError(
+            f"the network {name} was given in memory and cannot be opened from anywhere: give it again, in Python"
+            " synthquant.load(FOLDER, module); a network of a file, FILE.py:FUNCTION, needs no such thing"
+        )
     elif request.source.endswith(_WEIGHTS_SUFFIXES):
         raise ModelError(
             f"{request.source} holds weights, not a network; name the network too: FILE.py:FUNCTION --weights"
@@ -189,7 +194,7 @@ _OPENERS: dict[str, Opener] = {
 }
 
 
-def _preprocess(known: Preprocess | None, request: ModelSource) -> Preprocess:
+def prepared(known: Preprocess | None, request: ModelSource) -> Preprocess:
     """What the model says, with what was given by hand in its place."""
     given: dict[str, Any] = {
         key: value for key in ("input_size", "mean", "std") if (value := getattr(request, key)) is not None
@@ -229,7 +234,7 @@ def _rescaled(known: Preprocess, size: tuple[int, int]) -> int | tuple[int, int]
     return round(height * size[0] / old_height), round(width * size[1] / old_width)
 
 
-def _count_classes(model: FloatModel) -> int | None:
+def count_classes(model: FloatModel) -> int | None:
     """Run the network once on noise and return the number of logits, if it gives some.
 
     Raises `ModelError` if that goes wrong.
@@ -253,6 +258,7 @@ def _count_classes(model: FloatModel) -> int | None:
         size = "x".join(str(side) for side in model.preprocess.input_size)
         raise ModelError(
             f"{model.source.source} fails on an image of {size} ({one_line(error)}); is --input-size right?"
+            " (in Python input_size)"
         ) from error
     for name, values in outputs.items():
         if not bool(torch.isfinite(values).all()):

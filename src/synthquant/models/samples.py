@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeGuard
 
+import torch
 from torch import Tensor
 
 from synthquant.core.errors import DataError
@@ -91,6 +92,34 @@ class PreparedImages:
             yield Inputs.of(batch.inputs)
 
 
+class InputSamples:
+    """Inputs of a network that takes something else than images, all in memory."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        """Take any number of samples."""
+        self._inputs = inputs
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, types, shapes and values."""
+        parts = [f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() for name, tensor in self._inputs.named()]
+        parts += [
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            for tensor in self._inputs.tensors
+        ]
+        return sha256_bytes(b"".join(parts))
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._inputs)
+
+    def batches(self, size: int, indices: Sequence[int] | None = None) -> Iterator[Inputs]:
+        """Yield the samples at these positions."""
+        chosen = torch.tensor(list(range(len(self)) if indices is None else indices), dtype=torch.int64)
+        for part in torch.split(chosen, size):
+            yield self._inputs.filled([tensor[part] for tensor in self._inputs.tensors])
+
+
 class _FittingSamples:
     """Samples of which every batch fits the network."""
 
@@ -120,6 +149,11 @@ class _FittingSamples:
         return replace(batch, kwargs={name: batch.kwargs[name] for name in names})
 
 
+def is_samples(source: object) -> TypeGuard[Samples]:
+    """Return whether something has all that samples have."""
+    return all(hasattr(source, name) for name in ("fingerprint", "batches", "__len__"))
+
+
 def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:
     """Return what a network reads of a source: images are prepared, of other samples each batch is checked.
 
@@ -129,10 +163,10 @@ def samples_for(model: FloatModel, source: ImageSet | Samples) -> Samples:
     """
     if isinstance(source, ImageSet):
         return PreparedImages(source, model.preprocess)
-    if not all(hasattr(source, name) for name in ("fingerprint", "batches", "__len__")):
+    if not is_samples(source):
         raise DataError(
-            f"a {type(source).__name__} is no samples; give an image set (synthquant.read_loader reads a loader into"
-            " one), or what has a length, a fingerprint and batches of synthquant.Inputs (synthquant.Samples)"
+            f"a {type(source).__name__} is no samples; give an image set (synthquant.open_images makes one of what you"
+            " have), or what has a length, a fingerprint and batches of synthquant.Inputs (synthquant.Samples)"
         )
     return _FittingSamples(source, model)
 

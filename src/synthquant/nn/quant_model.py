@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import nn
 
 from synthquant.core.errors import ModelError
 from synthquant.core.modules import device_of
+from synthquant.core.progress import Progress
+from synthquant.core.verbs import verb
 from synthquant.models.blocks import Granularity, Unit
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.build import Parts, build_parts
-from synthquant.nn.coverage import CoverageRow, coverage_rows
+from synthquant.nn.coverage import CoverageRow, coverage_rows, summarize
 from synthquant.nn.equalization import Equalization
 from synthquant.nn.layers import switched
 from synthquant.nn.scheme import QuantScheme
@@ -153,6 +156,55 @@ class QuantModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives: logits `[B, classes]` of normalised images, or any tree of tensors."""
         return self.module(*args, **kwargs)
+
+    def save(self, folder: Path | str) -> Path:
+        """Write a checkpoint of packed codes to `folder`, for `synthquant.load`; one that is there is replaced.
+
+        Raises:
+            ModelError: activation ranges are not calibrated yet.
+            OutputError: the folder cannot be written.
+        """
+        written: Path = verb("save")(self, folder)
+        return written
+
+    def export(
+        self,
+        path: Path | str,
+        target: str | None = None,
+        *,
+        images: Any = None,
+        normalized: bool = False,
+        verify: bool = True,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> Path:
+        """Write the network as a file for a runtime, run that file, and compare it with the network.
+
+        Args:
+            path: it ends in `.onnx`, or `.pt2` for a program of `torch.export`; it is there only once it is verified.
+            target: what it is for, as `synthquant.quantize` takes it; none: `ort-cpu`, or what the suffix says.
+            images: to verify on, whatever `synthquant.open_images` takes; none: noise, or the example of its inputs.
+            normalized: `images` are normalised as the network wants them.
+            verify: whether to verify at all.
+            progress: by default bars on standard error.
+            settings: of the exporter (`synthquant show onnx`), such as `min_agreement=0.995`.
+
+        Raises:
+            SchemeError, UnsupportedModelError: this network cannot be written in this form.
+            VerificationError: what was written differs from the network by more than the exporter allows.
+            MissingExtraError: the runtime is not installed.
+            ModelError: no form of a file ends so, or activation ranges are not calibrated.
+            OutputError: the file cannot be written.
+        """
+        ways: dict[str, Any] = {"images": images, "normalized": normalized, "verify": verify, "progress": progress}
+        written: Path = verb("export")(self, path, target, **ways, **settings)
+        return written
+
+    def __repr__(self) -> str:
+        """One line: bits, and what they reach; `print(quant_model.module)` has all parts."""
+        bits = f"{self.scheme.name}, ends {self.scheme.ends}"
+        state = "" if self.calibrated else ", not calibrated yet"
+        return f"{type(self).__name__}({self.float_model.name}, {bits}{state}; {summarize(self.coverage())})"
 
     def units(self, granularity: Granularity = "block") -> list[Unit]:
         """Reconstruction units in execution order, those without a quantized layer left out."""

@@ -1,5 +1,7 @@
 """Post-training quantization: ranges, and reconstruction unit by unit.
 
+`synthquant.quantize(...)`, called as a function, is that of `synthquant.verbs`.
+
 - `adaround`: AdaRound: roundings, layer by layer or block by block.
 - `bias_correction`: the mean error of rounded weights taken out of biases.
 - `brecq`: BRECQ: roundings first, activation steps after.
@@ -34,6 +36,9 @@
 - `unit_fit`: one unit while it is fitted: what it reads and gives, its error, learning it.
 """
 
+import sys
+
+from synthquant.core.verbs import VerbPackage
 from synthquant.quantize.adaround import AdaRound
 from synthquant.quantize.brecq import Brecq
 from synthquant.quantize.erq import Erq
@@ -46,3 +51,5 @@ from synthquant.quantize.rotation import Rotation
 from synthquant.quantize.rtn import Rtn
 
 __all__ = ["AdaRound", "Brecq", "Erq", "GenieM", "Ptq4Vit", "QDiffusion", "QDrop", "RepqVit", "Rotation", "Rtn"]
+
+sys.modules[__name__].__class__ = VerbPackage

@@ -1,5 +1,7 @@
 """Making images from a trained network alone, or of its classes; importing this registers the methods.
 
+`synthquant.synthesize(...)`, called as a function, is that of `synthquant.verbs`.
+
 - `attentive`: what a vision transformer says of images with gradients: how diverse patches look, how alike heads look.
 - `batches`: what all methods share: counts, parts, resuming, pixel space.
 - `class_names`: what the classes of a classifier are called: built in, from a file, or as the network says.
@@ -28,6 +30,9 @@
 - `zeroq`: ZeroQ: pixels optimised until each image has the statistics that batch norms remember.
 """
 
+import sys
+
+from synthquant.core.verbs import VerbPackage
 from synthquant.synthesize.dsg import DSG
 from synthquant.synthesize.genie_d import GenieD
 from synthquant.synthesize.noise import Noise
@@ -38,3 +43,5 @@ from synthquant.synthesize.text_to_image import TextToImage
 from synthquant.synthesize.zeroq import ZeroQ
 
 __all__ = ["DSG", "GenieD", "Noise", "PromptTuning", "PsaqVit", "SelfSampling", "TextToImage", "ZeroQ", "tune_prompt"]
+
+sys.modules[__name__].__class__ = VerbPackage
