@@ -32,6 +32,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "evaluate",
         "finetune",
         "export",
+        "export_stages",
         "measure",
         "methods",
         "models",

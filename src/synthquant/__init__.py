@@ -17,6 +17,7 @@ quant_model.save("quantized")
 - `distributed/`: work over several processes and machines.
 - `evaluate/`: measure a network: accuracy, agreement with the float network, size and operations.
 - `export/`: write a quantized network to files and read it back.
+- `export_stages`: stages that a recipe adds: a file for a runtime, and how fast that runs.
 - `finetune/`: training quantized networks end to end, with the float network as their teacher.
 - `make`: images, choices and quantized networks: what the commands and the stages of a run share.
 - `measure`: networks on images: what the command `evaluate` and the stage of a run share.

@@ -33,6 +33,7 @@ from synthquant.evaluate.image_quality import ImageQuality, QualitySettings, com
 from synthquant.export import DiffusersFolder, Onnx, TorchProgram
 from synthquant.export.diffusers_folder import load_pipeline
 from synthquant.export.write import export_run
+from synthquant.export_stages import BenchmarkStage, ExportStage
 from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ, Distill
 from synthquant.methods import (
     EXPORTERS,
@@ -77,6 +78,7 @@ __all__ = [
     "AdaRound",
     "BatchNormDistance",
     "BatchNormSensitivity",
+    "BenchmarkStage",
     "Brecq",
     "ConsoleProgress",
     "DataError",
@@ -87,6 +89,7 @@ __all__ = [
     "Energy",
     "Erq",
     "Evaluation",
+    "ExportStage",
     "FloatModel",
     "GenieD",
     "GenieM",

@@ -232,10 +232,15 @@ class EvaluateSection(Settings):
     """Images per forward pass, fewer where activations are large; does not change the result beyond rounding."""
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
     """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
+    limit: int | None = Field(default=None, ge=1, exclude_if=is_unset)
+    """How many of the images to measure on, evenly spaced over the set; none: all."""
 
     def open(self) -> ImageSet:
         """Return the images; raises as `open_images`."""
-        return open_images(self.data, max_pixels=self.max_pixels)
+        images = open_images(self.data, max_pixels=self.max_pixels)
+        if self.limit is None or self.limit >= len(images):
+            return images
+        return images.subset([index * len(images) // self.limit for index in range(self.limit)])
 
 
 class Recipe(Settings):

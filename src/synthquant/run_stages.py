@@ -59,8 +59,12 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         stages.append(SelectStage())
     tuning = [] if recipe.finetune is None else [FineTuneStage(recipe.finetune)]
     stages += [QuantizeStage(), *tuning, CheckpointStage(), EvaluateStage()]
-    for stage in recipe.added.values():
+    pending = list(recipe.added.values())
+    while pending:
         names = [one.name for one in stages]
+        # one that follows another of them comes once that is there
+        stage = next((one for one in pending if one.after in names), pending[0])
+        pending.remove(stage)
         for named in (stage.after, stage.kept_by or stage.after):
             if named not in names:
                 raise RecipeError(

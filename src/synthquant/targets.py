@@ -8,14 +8,16 @@ from the exporter's own `check` and `rehearse`, which are asked before anything 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import nn
 
 from synthquant.core.cpu import has_vnni
-from synthquant.core.errors import SchemeError, UnknownNameError
+from synthquant.core.errors import RecipeError, SchemeError, UnknownNameError
+from synthquant.core.method_settings import build_method
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings
+from synthquant.core.settings import Settings, parse_settings
 from synthquant.export import Onnx
 from synthquant.export.presets import PRESETS, Preset
 from synthquant.methods import EXPORTERS, Exporter
@@ -47,11 +49,20 @@ def target_names() -> tuple[str, ...]:
     return (*PRESETS, *others)
 
 
-def exporter_for(target: str) -> Exporter:
-    """Return the exporter of a target, with its defaults; raises `UnknownNameError` if there is none."""
+def exporter_for(target: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Exporter:
+    """Return the exporter of a target, with these of its fields set.
+
+    Raises:
+        UnknownNameError: there is no such target.
+        RecipeError: it has no such field, or a value of no use.
+    """
     if target not in target_names():
         raise UnknownNameError("target", target, target_names())
-    return Onnx(preset=target) if target in PRESETS else EXPORTERS.get(target)()
+    if target not in PRESETS:
+        return build_method(EXPORTERS, target, settings, "export")
+    if "preset" in settings:
+        raise RecipeError(f"export: the target {target} is the preset; leave 'preset' out")
+    return parse_settings(Onnx, {**settings, "preset": target}, "export")
 
 
 def default_scheme(target: str | None) -> dict[str, Any]:

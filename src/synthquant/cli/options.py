@@ -65,6 +65,7 @@ OptionalImages = Annotated[
 ]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
+Limit = Annotated[int | None, typer.Option(min=1, help=setting_help(EvaluateSection, "limit"))]
 MaxPixels = Annotated[int, typer.Option(min=1, max=MOST_PIXELS, help=setting_help(SourceSection, "max_pixels"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]
 FineTuneMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(FINE_TUNERS.names())}.")]

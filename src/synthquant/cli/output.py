@@ -9,7 +9,7 @@ from typing import Any
 
 from synthquant.core.device import resolve_device
 from synthquant.core.record import RunRecord, environment
-from synthquant.core.run_metrics import QuantizeMetrics
+from synthquant.core.run_metrics import BenchmarkMetrics, ExportMetrics, QuantizeMetrics
 from synthquant.nn.coverage import CoverageSummary
 
 _READ = ("set_aside_count", "set_aside", "changed")
@@ -34,6 +34,7 @@ def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
         # Of the images that were measured on, and of those that were used to quantize.
         found |= {key: evaluation[key] for key in _READ if key in evaluation}
         found["images"] = {key: quantization[key] for key in _READ if key in quantization}
+        found |= {name: record.stages[name].metrics for name in ("export", "benchmark") if name in record.stages}
         totals = coverage and coverage.model_dump()
         print_json({"out": str(out), **found, "coverage": totals, "environment": record.environment})
         return
@@ -42,6 +43,11 @@ def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
         summary = CoverageSummary(**coverage.model_dump())
         print("\n".join(line for line in (str(summary), summary.in_float) if line))
     print_table(evaluation["accuracy"])
+    exported, speed = record.metrics("export", ExportMetrics), record.metrics("benchmark", BenchmarkMetrics)
+    if exported.file is not None and exported.bytes is not None:
+        print(f"exported: {out / exported.file}, {exported.bytes / 2**20:.2f} MiB")
+    if speed.speedup is not None:
+        print(f"speed: {speed.speedup:.2f}x float, batch {speed.batch}, {speed.threads} threads")
     print(f"run: {out}, report: {out / 'report.html'}")
 
 

@@ -121,6 +121,7 @@ def quantize(
 def evaluate(
     model: ModelOrRun,
     data: options.Data,
+    limit: options.Limit = None,
     max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
     input_size: options.InputSize = None,
@@ -138,7 +139,7 @@ def evaluate(
 
     --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32.
     """
-    values = apply_overrides({"data": data, "max_pixels": max_pixels}, settings or [])
+    values = apply_overrides({"data": data, "max_pixels": max_pixels, "limit": limit}, settings or [])
     section = parse_settings(EvaluateSection, values, "command line")
     resolve_device(device)
     exporter = exporter_of(model)

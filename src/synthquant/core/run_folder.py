@@ -1,6 +1,6 @@
 """A folder that a flow of stages fills, and that a later call can take up again.
 
-RUN/  recipe.yaml   run.json   images/   selected/   model/   last/   report.html   (work/ while it is unfinished)
+RUN/  recipe.yaml  run.json  images/  selected/  model/  last/  model.onnx  report.html   (work/ until it is finished)
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ class RunFolder:
         before, after = flat(self.record.recipe), flat(recipe)
         # A stage that a recipe may lack can only be added as long as the stage behind it has not begun.
         behind = {"images": (), "select": ("quantize",), "quantize": (), "finetune": ("checkpoint",), "evaluate": ()}
+        behind |= {"export": (), "benchmark": ()}
         free = [name for name, later in behind.items() if not any(map(self._begun, (name, *later)))]
         differing = differences(
             {name: value for name, value in before.items() if name not in place and name.partition(".")[0] not in free},

@@ -238,6 +238,26 @@ class EvaluateMetrics(ReadMetrics):
     output_sqnr: OutputSqnrRow | None = None
 
 
+class ExportMetrics(Metrics):
+    """The file or folder for a runtime."""
+
+    required = ("file", "bytes")
+
+    file: StrictStr | None = None
+    bytes: Count | None = None
+    sha256: StrictStr | None = None
+
+
+class BenchmarkMetrics(Metrics):
+    """Its speed beside that of the float network."""
+
+    required = ("speedup", "batch", "threads")
+
+    speedup: Size | None = None
+    batch: Count | None = None
+    threads: Count | None = None
+
+
 class ReportMetrics(Metrics):
     """The page."""
 
@@ -252,6 +272,8 @@ METRICS: Mapping[str, type[Metrics]] = {
     "finetune": FineTuneMetrics,
     "checkpoint": CheckpointMetrics,
     "evaluate": EvaluateMetrics,
+    "export": ExportMetrics,
+    "benchmark": BenchmarkMetrics,
     "report": ReportMetrics,
 }
 """Stages in the order in which a run does them."""

@@ -13,7 +13,16 @@ from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
 from synthquant.core.quality_file import read_quality
 from synthquant.core.record import RunRecord, StageRecord
-from synthquant.core.run_metrics import METRICS, EvaluateMetrics, FineTuneMetrics, ImagesMetrics, QuantizeMetrics, Row
+from synthquant.core.run_metrics import (
+    METRICS,
+    BenchmarkMetrics,
+    EvaluateMetrics,
+    ExportMetrics,
+    FineTuneMetrics,
+    ImagesMetrics,
+    QuantizeMetrics,
+    Row,
+)
 from synthquant.diffusion.trajectory import is_trajectory
 from synthquant.nn.coverage import CoverageSummary
 
@@ -56,6 +65,8 @@ class RunFiles:
         self.units = quantization.units
         self.coverage = quantization.coverage
         self.finetune = self.record.metrics("finetune", FineTuneMetrics)
+        self.file = self.record.metrics("export", ExportMetrics)
+        self.speed = self.record.metrics("benchmark", BenchmarkMetrics)
         self.quality = read_quality(folder)
         summary = quantization.coverage_summary
         self.coverage_summary = summary and CoverageSummary(**summary.model_dump())
