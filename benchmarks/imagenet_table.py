@@ -34,6 +34,7 @@ from runtime_quantizer import Network, exact_network, quantize_with_runtime
 from synthquant.core.files import write_bytes, write_json
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.record import environment, peak_memory_bytes, reset_peak_memory
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
@@ -41,7 +42,6 @@ from synthquant.data.preprocess import model_inputs
 from synthquant.evaluate.accuracy import Evaluation, evaluate_model
 from synthquant.evaluate.paired import PerImage
 from synthquant.make import quantize
-from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel

@@ -16,6 +16,7 @@ from synthquant.core.errors import (
     VerificationError,
 )
 from synthquant.core.progress import ConsoleProgress, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.record import RunRecord, package_version
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
@@ -42,7 +43,6 @@ from synthquant.methods import (
     SELECTORS,
     SYNTHESIZERS,
     MemoryBudget,
-    QuantReport,
     QuantStep,
     Selector,
     Synthesizer,

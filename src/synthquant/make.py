@@ -10,6 +10,7 @@ import torch
 
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
 from synthquant.core.settings import parse_settings
@@ -20,7 +21,7 @@ from synthquant.diffusion.denoiser import Denoiser
 from synthquant.diffusion.trajectory import Trajectory
 from synthquant.distributed.ray_workers import RayWorkers
 from synthquant.export.checkpoint import load_checkpoint, read_config
-from synthquant.methods import FineTuned, MemoryBudget, QuantReport, is_checking, is_generating
+from synthquant.methods import FineTuned, MemoryBudget, is_checking, is_generating
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.models.samples import Samples
@@ -29,6 +30,7 @@ from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.difference_ranges import modulation_report
 from synthquant.quantize.equalize import equalized
+from synthquant.quantize.output_correction import correct_output
 from synthquant.quantize.reparameterize import require_layer_norms
 from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, SourceSection, SynthesizeSection
 from synthquant.select.write import write_selection
@@ -182,6 +184,8 @@ def quantize(
         report = step.apply(quant_model, None, rng, progress=progress, workdir=workdir, memory=memory)
     if section.bias_correction and images is not None:
         report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
+    if section.output_correction and images is not None:
+        report = report.model_copy(update={"output_correction": correct_output(quant_model, images)})
     if quant_model.modulation is not None:
         report = report.model_copy(update={"modulation": modulation_report(quant_model, images, progress)})
     return quant_model, report

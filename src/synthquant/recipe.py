@@ -15,6 +15,7 @@ Paths are relative to the working directory.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -150,6 +151,9 @@ class QuantizeSection(Settings):
     that fine-tuning trains their factors and offsets beside weights that no batch norm has scaled."""
     bias_correction: bool = False
     """Take the mean error that rounded weights make at each layer's output out of its bias (DFQ, arXiv:1906.04721)."""
+    output_correction: bool = Field(default=False, exclude_if=operator.not_)
+    """Take what is systematic in the error of the output, a factor and a shift for each channel, out of the layer that
+    makes it (after PTQD, arXiv:2305.10657): for denoisers, whose mean decides how bright an image becomes."""
     target: str | None = Field(default=None, exclude_if=is_unset)
     """What the network is meant for, a preset of `synthquant export --to onnx` or another exporter: `scheme` gets what
     that needs where it says nothing itself, and what cannot be exported is refused before anything is made."""
@@ -200,6 +204,7 @@ class QuantizeSection(Settings):
             f"quantize.method {self.method}": not is_generating(self.build()),
             f"quantize.equalize {self.equalize}": self.equalize in ("activations", "layer_norms"),
             "quantize.bias_correction": self.bias_correction,
+            "quantize.output_correction": self.output_correction,
         }
         return tuple(name for name, needs in asked.items() if needs)
 

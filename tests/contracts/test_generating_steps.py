@@ -20,13 +20,14 @@ from synthquant.cli import main
 from synthquant.core.errors import InputError, RecipeError
 from synthquant.core.files import sha256_file
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.core.tensor_file import read_sealed_tensors, write_sealed_tensors
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import load_checkpoint
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.methods import QUANTIZERS, MemoryBudget
 from synthquant.models.watched_batch_norms import WatchedBatchNorms
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights

@@ -16,13 +16,14 @@ from torch import nn
 from synthquant import pipeline
 from synthquant.cli.output import print_run
 from synthquant.core.errors import DataError, ModelError, UnsupportedModelError, VerificationError
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.core.run_metrics import EvaluateMetrics
 from synthquant.data.preprocess import Preprocess
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
 from synthquant.export import Onnx, TorchProgram
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.methods import QuantReport, Synthesizer
+from synthquant.methods import Synthesizer
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.models.signature import Inputs, named_outputs

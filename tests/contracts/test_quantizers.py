@@ -15,9 +15,10 @@ from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import DataError
 from synthquant.core.method_settings import build_method
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, QuantReport, QuantStep
+from synthquant.methods import QUANTIZERS, QuantStep
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel
 

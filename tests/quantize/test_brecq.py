@@ -12,9 +12,10 @@ from tests.quantize.phases import a_phase
 from torch import nn
 from torch.nn import functional as F
 
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import MemoryBudget, QuantReport
+from synthquant.methods import MemoryBudget
 from synthquant.models.signature import joined
 from synthquant.nn.layers import QuantLayer
 from synthquant.nn.quant_model import QuantModel

@@ -18,9 +18,10 @@ from tests.nn.networks import float_model
 from tests.quantize.slow_methods import LEARNS, READS, FourUnits, Pass, SlowMethod, Trace
 
 from synthquant.core.progress import Bar, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, QuantReport
+from synthquant.methods import QUANTIZERS
 from synthquant.nn import activation_quantizers
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme

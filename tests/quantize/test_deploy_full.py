@@ -16,12 +16,13 @@ from torch import nn
 
 from synthquant.core.modules import get_module, hooked
 from synthquant.core.progress import QUIET, Bar, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.evaluate.agreement import measure_sqnr
 from synthquant.evaluate.cost import quantized_cost
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.methods import QUANTIZERS, QuantReport
+from synthquant.methods import QUANTIZERS
 from synthquant.models.signature import Inputs
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme

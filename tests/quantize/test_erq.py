@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from synthquant.core.errors import DataError
 from synthquant.core.modules import hooked
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
-from synthquant.methods import QuantReport
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
 from synthquant.quantize import Erq, Rtn

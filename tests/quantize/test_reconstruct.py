@@ -16,10 +16,11 @@ from torch import nn
 
 from synthquant.core.errors import DataError
 from synthquant.core.progress import QUIET, Bar, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.data.sources import open_images
-from synthquant.methods import QUANTIZERS, Equalize, MemoryBudget, QuantReport
+from synthquant.methods import QUANTIZERS, Equalize, MemoryBudget
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationSet
 from synthquant.quantize.equalize import equalized

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from synthquant import pipeline
 from synthquant.core.errors import ModelError, UnsupportedModelError
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.onnx import Onnx
 from synthquant.make import quantize
-from synthquant.methods import QuantReport
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.affine import AffineQuantizer
 from synthquant.nn.build import folded_copy

@@ -10,7 +10,7 @@ from tests.damage import Warned, damages
 from tests.nn.networks import Network, float_model
 
 from synthquant.core.errors import DataError
-from synthquant.methods import UnitReport
+from synthquant.core.quant_report import UnitReport
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import calibrate_weights
 from synthquant.quantize.unit_files import Parts, UnitFiles, finite, snapshot

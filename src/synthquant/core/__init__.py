@@ -18,6 +18,7 @@
 - `processes`: several processes that do one piece of work together.
 - `progress`: progress bars and messages; nothing else in the package writes to the terminal.
 - `quality_file`: what a comparison of image sets found, for reports and model cards.
+- `quant_report`: what a quantization step did.
 - `ranking`: which classes a network puts first: the one rule for ties.
 - `record`: what a run did, with what, on what: `run.json`.
 - `registry`: tables from a name to the thing that carries it.

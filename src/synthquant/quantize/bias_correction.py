@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from synthquant.core.modules import hooked
+from synthquant.core.quant_report import BiasCorrectionReport
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import BiasCorrectionReport
 from synthquant.models.samples import Samples
 from synthquant.models.signature import Inputs, joined
 from synthquant.nn.layers import QuantLayer
@@ -89,6 +89,11 @@ def _correct(layer: QuantLayer, args: Any, kwargs: Any, output: Tensor) -> Tenso
 
 
 def _channel_means(layer: nn.Module, output: Tensor) -> Tensor:
-    """Mean over all but the channels, float64 `[C]`: the last dimension of a linear layer, the second of others."""
-    channel = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
+    """Mean over all but the channels, float64 `[C]`."""
+    channel = channel_dimension(layer, output)
     return output.mean([dim for dim in range(output.ndim) if dim != channel], dtype=torch.float64)
+
+
+def channel_dimension(layer: nn.Module, output: Tensor) -> int:
+    """Where a layer's output has its channels: last behind a linear layer, second behind others."""
+    return output.ndim - 1 if isinstance(layer, nn.Linear) else 1

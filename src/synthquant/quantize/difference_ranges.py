@@ -7,8 +7,8 @@ from torch import Tensor
 
 from synthquant.core.errors import DataError
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import ModulationReport
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import ModulationReport
 from synthquant.models.samples import Samples, SteppedSamples, is_stepped, samples_for
 from synthquant.models.signature import Inputs
 from synthquant.nn.modulation import Modulation

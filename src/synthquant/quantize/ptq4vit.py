@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import QuantReport, UnitReport
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport, UnitReport
+from synthquant.methods import QUANTIZERS, MemoryBudget
 from synthquant.models.samples import Samples
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.functional import quantize

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from synthquant.core.modules import get_module
 from synthquant.core.progress import Progress
+from synthquant.core.quant_report import UnitReport
 from synthquant.core.rng import Rng
-from synthquant.methods import MemoryBudget, UnitReport
+from synthquant.methods import MemoryBudget
 from synthquant.models.blocks import Granularity, Unit
 from synthquant.models.signature import Signature
 from synthquant.nn.activation_quantizers import ActivationQuantizer

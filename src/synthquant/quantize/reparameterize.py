@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import get_module
-from synthquant.methods import ReparameterizationReport
+from synthquant.core.quant_report import ReparameterizationReport
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.build import folded_copy
 from synthquant.nn.equalization import Equalization

@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import QuantReport, UnitReport
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport, UnitReport
+from synthquant.methods import QUANTIZERS, MemoryBudget
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights

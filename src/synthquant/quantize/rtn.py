@@ -7,10 +7,11 @@ from pathlib import Path
 from pydantic import Field
 
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.methods import QUANTIZERS, MemoryBudget, QuantReport
+from synthquant.methods import QUANTIZERS, MemoryBudget
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize.calibrate import CalibrationSet, calibrate_activations, calibrate_weights

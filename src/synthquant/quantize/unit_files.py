@@ -12,8 +12,8 @@ import torch
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.files import sha256_bytes
 from synthquant.core.progress import QUIET, Progress
+from synthquant.core.quant_report import UnitReport
 from synthquant.core.tensor_file import TensorFile, digest_of, read_sealed_tensors, write_sealed_tensors
-from synthquant.methods import UnitReport
 from synthquant.nn.activation_quantizers import ActivationQuantizer
 from synthquant.nn.layers import QuantLayer
 

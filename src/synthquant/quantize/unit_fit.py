@@ -14,9 +14,9 @@ import torch
 from synthquant.core.clips import saved_results
 from synthquant.core.modules import get_module
 from synthquant.core.progress import Bar
+from synthquant.core.quant_report import UnitReport
 from synthquant.core.registry import Registry
 from synthquant.core.rng import Rng
-from synthquant.methods import UnitReport
 from synthquant.models.blocks import Unit
 from synthquant.models.signature import Inputs, Leaves, Signature, TensorSpec
 from synthquant.nn.functional import random_keep
