@@ -32,8 +32,13 @@ from synthquant.diffusion.pipelines import open_pipeline
 
 MODEL = "zoo/cifar10-ddpm"
 FEATURES = "zoo/cifar10-resnet20"
-# As in the code of the authors: no exception for first and last layer, softmaxes at 8 bits whose grid begins at 0.
-COMMON = ("scheme.ends=same", "scheme.attention.softmax.num_bits=8", "scheme.attention.softmax.symmetric=true")
+# Softmaxes at 8 bits whose grid begins at 0, as in the code of the authors.
+SOFTMAX = ("scheme.attention.softmax.num_bits=8", "scheme.attention.softmax.symmetric=true")
+# As in their code: no exception for first and last layer, ranges by the smallest and largest value.
+PUBLISHED = ("observer=minmax", "scheme.ends=same")
+# What the recipes do beyond that, in rows that are called "corrected".
+SEARCHED = ("observer=genie",)
+CORRECTED = ("output_correction=true",)
 SPLIT = ("scheme.split_shortcuts=skip",)
 MODULATED = ("scheme.modulation={}",)
 
@@ -59,24 +64,28 @@ class Row:
 
 def plan() -> list[Row]:
     """All rows, those that decide most first."""
-    full = {"method": "q_diffusion", "settings": SPLIT}
-    modulated = {"method": "q_diffusion", "settings": (*SPLIT, *MODULATED)}
-    rows = [Row("float")]
-    for scheme in ("W4A8", "W8A8", "W4A4", "W4A16"):
-        rows += [Row("min-max", scheme, "rtn"), Row("full", scheme, **full)]
+    published = [Row("min-max", "W4A8", "rtn"), Row("full", "W4A8", "q_diffusion", SPLIT)]
+    full = {"method": "q_diffusion", "settings": (*SEARCHED, *SPLIT, *CORRECTED)}
+    modulated = {"method": "q_diffusion", "settings": (*SEARCHED, *SPLIT, *MODULATED, *CORRECTED)}
+    least = {"method": "rtn", "settings": ("observer=minmax", *CORRECTED)}
+    rows = [Row("float"), *published, Row("full corrected", "W4A8", **full), Row("full corrected", "W8A8", **full)]
+    rows += [Row("full + MoDiff corrected", "W4A4", **modulated), Row("min-max corrected", "W4A8", **least)]
+    rows += [Row("full corrected", scheme, **full) for scheme in ("W4A4", "W4A16")]
     rows += [
-        Row("full + MoDiff", "W4A4", **modulated),
-        Row("full + MoDiff", "W4A8", **modulated),
-        Row("no split", "W4A8", "q_diffusion"),
-        Row("one step", "W4A8", **full, calibration=("steps=1", "which=middle")),
-        Row("five steps", "W4A8", **full, calibration=("steps=5",)),
+        Row("min-max corrected", "W8A8", **least),
+        Row("min-max corrected", "W4A4", **least),
+        Row("full + MoDiff corrected", "W4A8", **modulated),
+        Row("no split corrected", "W4A8", "q_diffusion", (*SEARCHED, *CORRECTED)),
+        Row("one step corrected", "W4A8", **full, calibration=("steps=1", "which=middle")),
+        Row("five steps corrected", "W4A8", **full, calibration=("steps=5",)),
     ]
     for seed in (1, 2):
-        rows += [Row("min-max", "W4A8", "rtn", seed=seed), Row("full", "W4A8", **full, seed=seed)]
-        rows += [Row("full + MoDiff", "W4A4", **modulated, seed=seed)]
-    rows += [Row("float", steps=100), Row("min-max", "W4A8", "rtn", steps=100)]
-    rows += [Row("full", scheme, **full, steps=100) for scheme in ("W4A8", "W8A8")]
-    return [*rows, Row("full + MoDiff", "W4A4", **modulated, steps=100)]
+        rows += [Row("min-max corrected", "W4A8", **least, seed=seed)]
+        rows += [Row("full corrected", "W4A8", **full, seed=seed)]
+        rows += [Row("full + MoDiff corrected", "W4A4", **modulated, seed=seed)]
+    rows += [Row("float", steps=100), Row("min-max corrected", "W4A8", **least, steps=100)]
+    rows += [Row("full corrected", scheme, **full, steps=100) for scheme in ("W4A8", "W8A8")]
+    return [*rows, Row("full + MoDiff corrected", "W4A4", **modulated, steps=100)]
 
 
 class Table:
@@ -115,8 +124,8 @@ class Table:
         made += [*_set(wanted), "--seed", str(row.seed), "--out", str(calibration)]
         iterations = self.args.iterations
         learned = [f"iterations={iterations}", f"activation_iterations={iterations}"]
-        common = [setting for setting in COMMON if "attention" not in setting or row.scheme != "W4A16"]
-        settings = ["observer=minmax", *common, *([] if row.method == "rtn" else learned), *row.settings]
+        common = [*(() if "corrected" in row.what else PUBLISHED), *(() if row.scheme == "W4A16" else SOFTMAX)]
+        settings = [*common, *([] if row.method == "rtn" else learned), *row.settings]
         quantized = ["quantize", MODEL, "--images", str(calibration), "--scheme", row.scheme, "--method", row.method]
         quantized += [*_set(settings), "--seed", str(row.seed), "--out", str(run)]
         return [made, quantized, ["sample", str(run), *images, "--out", str(self.images(row))]]

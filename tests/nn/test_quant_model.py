@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.nn.networks import Encoder, Keywords, Network, Normed, Upsampling, float_model
+from tests.nn.toy_denoiser import denoiser
 from tests.small_networks import calibrated_model, small_float_model
 from torch import nn
 
@@ -226,3 +227,12 @@ def test_the_image_keeps_its_range_whatever_the_calibration_images_reach(tmp_pat
     ends = torch.tensor([low, high])
     assert quantizer.fixed and step == pytest.approx((high - low) / 255)
     assert torch.allclose(quantizer(ends), ends, atol=step), "neither black nor white is cut off"
+
+
+@pytest.mark.parametrize("deploy", ["papers", "full"])
+def test_a_denoiser_reads_its_noisy_image_with_8_bits(deploy: str) -> None:
+    """Although it embeds the time first; 4 bits of noise are all that the sampler has."""
+    model = QuantModel.build(denoiser(), {"preset": "W4A4", "deploy": deploy})
+    bits = {name: (layer.weight_quantizer.num_bits, model.input_bits(name)) for name, layer in model.layers.items()
+            if layer.weight_quantizer is not None}  # fmt: skip
+    assert bits["time"] == bits["conv_in"] == bits["conv_out"] == (8, 8) and bits["down"] == (4, 4)

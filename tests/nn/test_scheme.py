@@ -86,6 +86,15 @@ def test_ends_at_8_bits() -> None:
     }
 
 
+def test_what_reads_the_first_input_is_a_first_layer_whenever_it_runs() -> None:
+    """A denoiser embeds the time first."""
+    layers = ["time", "conv_in", "body", "conv_out"]
+    plan = QuantScheme.parse("W4A4").resolve(layers, after_first=["body"], image_readers=["conv_in"])
+    assert [bits(plan[name]) for name in layers] == [(8, 8), (8, 8), (4, 8), (8, 8)]
+    same = QuantScheme.parse({"preset": "W4A4", "ends": "same"}).resolve(layers, image_readers=["conv_in"])
+    assert [bits(same[name]) for name in layers] == [(4, 8), (4, 8), (4, 4), (4, 4)]
+
+
 def test_same_bits_everywhere_but_for_the_image() -> None:
     plan = QuantScheme.parse({"preset": "W2A4", "ends": "same"}).resolve(LAYERS, after_first=LAYERS[1:3])
     assert bits(plan["stem"]) == (2, 8)

@@ -123,6 +123,11 @@ def _layers(module: nn.Module, seen: Trace) -> list[str]:
     return [name for name in seen.order if isinstance(get_module(module, name), QUANTIZABLE)]
 
 
+def _image_readers(seen: Trace, order: Sequence[str]) -> list[str]:
+    """Layers that read the network's first input as it is."""
+    return [name for name in order if set(seen.calls(name)[0].inputs[:1]) & set(seen.inputs[:1])]
+
+
 def _split(parts: Parts, seen: Trace, order: Sequence[str], example: Inputs) -> Trace:
     """Split layers, in place, and return another forward pass; units have the parts in place of these layers."""
     scheme = parts.scheme
@@ -234,7 +239,8 @@ class _Insertion:
         if self._scheme.attention is not None:
             scopes = watch_operations(self._module, seen, order, ATTENTION)
             flow = self._seen_again(order, example)
-        plan = self._scheme.resolve(order, second, readable(flow) if scopes else (), self._whole)
+        named = readable(flow) if scopes else ()
+        plan = self._scheme.resolve(order, second, named, self._whole, _image_readers(seen, order))
         differences: dict[str, QuantArgs] = {}
         if modulated is not None:
             plan, differences = modulated_plan(plan, modulated)
@@ -279,7 +285,7 @@ class _Insertion:
         """
         scopes = watch_operations(self._module, seen, order, KERNELS)
         flow = self._seen_again(order, example)
-        plan = self._scheme.resolve(order, second, flow.names, self._whole)
+        plan = self._scheme.resolve(order, second, flow.names, self._whole, _image_readers(seen, order))
         placement = Placement(flow, self._scheme, plan)
         self._parts.operations = placement.rows()
         reads, puts_out, placed, of_inputs = {}, {}, {}, []

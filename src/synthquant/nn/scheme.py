@@ -107,7 +107,7 @@ class QuantScheme(Settings):
     """Tensors read by these layers; empty: left in floating point."""
     ends: Literal["w8a8", "same"] = "w8a8"
     """`w8a8`: first and last layer, and what the first one puts out, at 8 bits (BRECQ, Genie); `same`: no exception.
-    The image itself is 8 bits either way."""
+    Whatever reads the network's first input is a first layer. The image itself is 8 bits either way."""
     shortcuts: bool = True
     """Where a block's input also feeds an identity shortcut, the shortcut reads the quantized tensor too (Genie)."""
     deploy: Literal["papers", "full"] = "papers"
@@ -246,6 +246,7 @@ class QuantScheme(Settings):
         after_first: Sequence[str] = (),
         operations: Sequence[str] = (),
         parts: Mapping[str, str] | None = None,
+        image_readers: Sequence[str] = (),
     ) -> dict[str, LayerScheme]:
         """The scheme of each layer that is quantized.
 
@@ -254,6 +255,8 @@ class QuantScheme(Settings):
             after_first: those that read what the first layer puts out.
             operations: names that patterns may match as well.
             parts: of layers that are parts of a split one, the name of that; patterns that match it match them.
+            image_readers: those that read the network's first input as it is: first layers too, whenever they run. A
+                denoiser embeds the time before it looks at its noisy image.
 
         Raises:
             SchemeError: a pattern that matches no layer, or an override that is not a valid scheme.
@@ -264,9 +267,13 @@ class QuantScheme(Settings):
                 raise SchemeError(
                     f"scheme: pattern {pattern!r} matches no layer; layers are {', '.join(layers[:5])}, ..."
                 )
-        ends = parts.get(layers[0], layers[0]), parts.get(layers[-1], layers[-1])
+        firsts = {parts.get(name, name) for name in (layers[0], *image_readers)}
+        ends = firsts | {parts.get(layers[-1], layers[-1])}
         named = {name: parts.get(name, name) for name in layers if not self.ignores(name)}
-        return {name: self._layer(name, whole, ends, name in after_first) for name, whole in named.items()}
+        return {
+            name: self._layer(name, whole, whole in firsts, whole in ends, name in after_first)
+            for name, whole in named.items()
+        }
 
     def ignores(self, name: str) -> bool:
         """Whether a layer or an operation is left in floating point."""
@@ -292,11 +299,11 @@ class QuantScheme(Settings):
             inputs = inputs.model_copy(update={"kind": "dynamic", "symmetric": True})
         return self._overridden(name, LayerScheme(input_activations=inputs)).input_activations
 
-    def _layer(self, name: str, whole: str, ends: tuple[str, str], after_first: bool) -> LayerScheme:
+    def _layer(self, name: str, whole: str, is_first: bool, is_end: bool, after_first: bool) -> LayerScheme:
         weights, inputs = self.weights, self.input_activations
-        if self.ends == "w8a8" and whole in ends:
+        if self.ends == "w8a8" and is_end:
             weights, inputs = _at_least(weights, 8), _at_least(inputs, 8)
-        elif (self.ends == "w8a8" and after_first) or whole == ends[0]:
+        elif (self.ends == "w8a8" and after_first) or is_first:
             inputs = _at_least(inputs, IMAGE_BITS)
         return self._overridden(name, LayerScheme(weights=weights, input_activations=inputs), whole)
 
