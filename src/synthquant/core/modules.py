@@ -57,6 +57,16 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
+def keeping_dtype(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What `nn.Module.to` and its relatives apply to tensors, without the change of their dtype."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Switch gradients of all parameters off; afterwards each parameter has its own former setting again."""

@@ -11,13 +11,14 @@ Its parameters and buffers are its grid: checkpoints, snapshots of units and the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from synthquant.core.modules import keeping_dtype
 from synthquant.core.registry import Registry
 from synthquant.nn.functional import SMALLEST_SCALE, random_keep
 from synthquant.nn.observers import Watcher
@@ -134,7 +135,7 @@ class ActivationQuantizer(nn.Module, ABC):
         raise NotImplementedError(f"a quantizer of kind {self.args.kind} has no affine grid")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Fake-quantized `x`, same shape and dtype.
+        """Fake-quantized `x`, same shape and dtype; gradients pass to `x` where it lies in the grid's range.
 
         Raises:
             RuntimeError: used before it was calibrated.
@@ -147,9 +148,14 @@ class ActivationQuantizer(nn.Module, ABC):
         if not self.calibrated:
             raise RuntimeError("activation quantizer used before it was calibrated")
         if not self.learning:
-            return self.quantize(x)
+            return _in_dtype_of(x, self._straight_through(x) if _wants_gradients(x) else self.quantize(x))
         every = self.quantize_probability >= 1
         return self.quantize_learning(x, None if every else random_keep(x, self.quantize_probability, self.generator))
+
+    def _straight_through(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` rounded to the grid, to the same bits, with the gradient that `quantize_learning` gives it."""
+        y: torch.Tensor = _Replaced.apply(self.quantize_learning(x, None), self.quantize(x.detach()))
+        return y
 
     @torch.no_grad()
     def calibrate(self, observer: str) -> None:
@@ -175,7 +181,8 @@ class ActivationQuantizer(nn.Module, ABC):
 
     def grid(self) -> dict[str, torch.Tensor]:
         """The tensors that the grid consists of, by name; the quantizer's own, without gradients."""
-        return {name: tensor.detach() for name, tensor in self.state_dict(keep_vars=True).items()}
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        return {name: tensor.detach() for name, tensor in own}
 
     @torch.no_grad()
     def load_grid(self, grid: Mapping[str, torch.Tensor]) -> None:
@@ -183,6 +190,20 @@ class ActivationQuantizer(nn.Module, ABC):
         for name, tensor in self.grid().items():
             tensor.copy_(grid[name])
         self.calibrated = True
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Whether there is a grid, for `state_dict`."""
+        return torch.tensor(self.calibrated)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take up the grid that `load_state_dict` has copied, if it is one."""
+        if bool(state):
+            self.load_grid(self.grid())
+        self.calibrated = bool(state)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move, but keep float32: half precision holds no small steps."""
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def learnable(self) -> list[nn.Parameter]:
         """What reconstruction may learn of the grid."""
@@ -209,4 +230,25 @@ def new_quantizer(args: QuantArgs) -> ActivationQuantizer:
 def hand_on(quantizer: ActivationQuantizer, x: torch.Tensor) -> torch.Tensor:
     """Quantize a tensor where it is made: later code may overwrite the result, which learning keeps for gradients."""
     y: torch.Tensor = quantizer(x)
-    return y.clone() if quantizer.learning else y
+    return y.clone() if quantizer.learning or y.requires_grad else y
+
+
+class _Replaced(torch.autograd.Function):
+    """Another value in the place of one, whose gradient it takes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def _wants_gradients(x: torch.Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _in_dtype_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`y` in the dtype of `x`; autocast decides itself."""
+    return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

@@ -7,7 +7,7 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -113,6 +113,27 @@ class QuantLayer(nn.Module):
         if self.has_own_bias and self._parameters["bias"] is None:
             self._parameters["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
 
+    def make_room(self, state: Mapping[str, torch.Tensor], name: str) -> None:
+        """Let the layer called `name` take what is in a `state_dict` of a network like its own."""
+        if f"{name}.bias" in state:
+            self.make_room_for_bias(state[f"{name}.bias"])
+        codes = state.get(f"{name}.weight_quantizer.codes")
+        if self.weight_quantizer is None or codes is None:  # only a part of a state, or a layer with a float weight
+            return
+        self.weight_quantizer.make_room_for(codes)
+        weight, bias = state.get(f"{name}.weight"), state.get(f"{name}.float_bias")
+        if weight is None:
+            self.drop_float_weight()
+        elif self.without_float_weight:
+            empty = torch.zeros_like(weight, device=self.weight_quantizer.codes.device)
+            self._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+        self.float_bias = None if bias is None else torch.zeros_like(bias, device=self.weight_quantizer.codes.device)
+
+    @property
+    def without_float_weight(self) -> bool:
+        """Whether the weight is codes alone."""
+        return self.weight_quantizer is not None and self._parameters["weight"] is None
+
     def drop_float_weight(self) -> None:
         """Forget the float weight, and the float bias, of a quantized layer."""
         self.float_bias = None
@@ -147,7 +168,7 @@ def quantize_layer(
     quantized.output_quantizer = output_quantizer
     quantized.weights_enabled = True
     quantized.weight_source = None
-    quantized.float_bias = None
+    quantized.register_buffer("float_bias", None)
     return quantized
 
 

@@ -23,6 +23,8 @@ from synthquant.nn.equalization import Equalization
 from synthquant.nn.layers import switched
 from synthquant.nn.scheme import QuantScheme
 
+_EXTRA_STATE = "_extra_state"  # of PyTorch
+
 
 class QuantModel(nn.Module):
     """A copy of a float model in which layers hold integer codes and tensors are fake-quantized.
@@ -325,10 +327,45 @@ class QuantModel(nn.Module):
             layer.drop_float_weight()
         self.loaded = True
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What `state_dict` holds beside tensors: how the network is quantized, and how it was equalised before."""
+        equalized = {} if self.equalization is None else self.equalization.tensors()
+        steps = None if self.modulation is None else self.modulation.run.timesteps.clone()
+        known = {"scheme": self.scheme.model_dump_json(), "fold": self.fold}
+        return {**known, "equalization": equalized, "timesteps": steps}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Become equalised as the network was; raises `ModelError` if that is quantized or equalised otherwise."""
+        if (state["scheme"], state["fold"]) != (self.scheme.model_dump_json(), self.fold):
+            raise ModelError(
+                f"{self.float_model.name}: the state is of a network that is quantized otherwise than this one, to"
+                f" {self.scheme.describe()}; build it with the same scheme"
+            )
+        wanted, _ = Equalization.split(state["equalization"])
+        if wanted is not None and self.equalization is None:
+            self.equalize(wanted)
+        if (wanted and wanted.fingerprint) != (self.equalization and self.equalization.fingerprint):
+            raise ModelError(f"{self.float_model.name}: the state is of a network that was equalised otherwise")
+        if self.modulation is not None:
+            self.modulation.run.timesteps = state["timesteps"].clone()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Be ready for what another network of this kind may have: wider codes, further biases, no float weights."""
+        if f"{prefix}{_EXTRA_STATE}" in state_dict:
+            self.set_extra_state(state_dict[f"{prefix}{_EXTRA_STATE}"])  # before its parts are looked for
+        inner = f"{prefix}module."
+        state = {name.removeprefix(inner): value for name, value in state_dict.items() if name.startswith(inner)}
+        for name, layer in self.layers.items():
+            layer.make_room(state, name)
+        self.loaded = any(layer.without_float_weight for layer in self.layers.values())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _float_state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers that quantization leaves alone."""
         own, entries = self._of_quantization(), self.module.state_dict(keep_vars=True)
-        return {name: value.detach() for name, value in entries.items() if id(value) not in own}
+        tensors = {name: value for name, value in entries.items() if isinstance(value, torch.Tensor)}
+        kept = {name: value for name, value in tensors.items() if not name.endswith(_EXTRA_STATE)}
+        return {name: value.detach() for name, value in kept.items() if id(value) not in own}
 
     def _of_quantization(self) -> set[int]:
         """Identities of the tensors that make up grids and codes, and of the weights that these stand for."""
@@ -336,5 +373,6 @@ class QuantModel(nn.Module):
         parts += [] if self.modulation is None else self.modulation.readings.values()
         parts += [layer.weight_quantizer for layer in self.layers.values() if layer.weight_quantizer is not None]
         own = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+        own |= {id(layer.float_bias) for layer in self.layers.values() if layer.float_bias is not None}
         own |= {id(layer._parameters["weight"]) for layer in self.layers.values() if layer.weight_quantizer is not None}
         return own

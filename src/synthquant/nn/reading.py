@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from synthquant.core.errors import UnsupportedModelError
+from synthquant.core.modules import keeping_dtype
 from synthquant.nn.dynamic import dynamic_quantize
 from synthquant.nn.functional import fake_quantize
 from synthquant.nn.observers import OBSERVERS, ActivationHistogram
@@ -71,6 +73,11 @@ class Reading(nn.Module):
         Raises:
             UnsupportedModelError: the layers read different tensors in one step, or it changed its shape.
         """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"{self.run.network}: no gradient passes from one step of a sampler to the next, whose differences its"
+                " layers read; sample under torch.no_grad()"
+            )
         if self._taken == 0:
             self._given = x, _version(x)
             self._difference = self._read(x, first)
@@ -126,6 +133,18 @@ class Reading(nn.Module):
     def grid(self) -> dict[str, torch.Tensor]:
         """Scale and zero point by name; nothing if ranges are dynamic."""
         return {} if self.dynamic else {"scale": self.scale, "zero_point": self.zero_point}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Whether there is a grid, for `state_dict`."""
+        return torch.tensor(self.calibrated)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take up whether `load_state_dict` has copied a grid."""
+        self.calibrated = bool(state)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move, but keep float32."""
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Bits and ranges, for `print(model)`."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from synthquant.core.errors import SchemeError
+from synthquant.core.modules import keeping_dtype
 from synthquant.nn.functional import dequantize, quantize
 from synthquant.nn.observers import OBSERVERS, Samples
 from synthquant.nn.scheme import QuantArgs
@@ -86,6 +89,7 @@ class WeightQuantizer(nn.Module):
             groups = per_channel // args.group_size
         rows = 1 if args.strategy == "tensor" else layout.channels
         self._view = (rows, groups, -1)
+        self.dtype = torch.float32
         self.register_buffer("scale", torch.ones(rows, groups, 1))
         self.register_buffer("zero_point", torch.zeros(rows, groups, 1))
         self.register_buffer("codes", torch.zeros(layout.shape, dtype=torch.uint8))
@@ -164,8 +168,14 @@ class WeightQuantizer(nn.Module):
         return self.codes.clamp(0, self.args.quant_max).to(torch.uint8) if self.unclipped else self.codes
 
     def forward(self) -> torch.Tensor:
-        """The decoded weight."""
-        return self.ungrouped(dequantize(self.grouped(self.clipped_codes), self.scale, self.zero_point))
+        """The decoded weight, computed in float32."""
+        weight = self.ungrouped(dequantize(self.grouped(self.clipped_codes), self.scale, self.zero_point))
+        return weight if weight.dtype == self.dtype else weight.to(self.dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move, but keep scales in float32; the weight follows the dtype of the network."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Bits and strategy, for `print(model)`."""
