@@ -53,7 +53,7 @@ def layers() -> list[list[Room]]:
             for package in contract["forbidden_modules"] if named == "*" else [named]:
                 if package not in doors.setdefault(room, []):
                     doors[room].append(package)
-    rows = contracts[0]["layers"]
+    rows = [row for row in contracts[0]["layers"] if not row.startswith("_")]  # `python -m` is a door of cli
     return [[find_room(name.strip(), doors) for name in row.split("|")] for row in rows]
 
 

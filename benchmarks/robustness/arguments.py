@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-import typer
 
 from commands import NETWORK, contents, run
 from made import EXPORT, QUANTIZE, SELECT, SYNTHESIZE, Made, row
-from synthquant.cli.app import app
+from synthquant.cli.group import COMMANDS, load_command
 
 VALID: dict[str, tuple[object, ...]] = {
     "demo": ("--out", "out"),
@@ -59,7 +58,7 @@ def wrong_values(name: str, kind: type) -> tuple[str, ...]:
 
 def wrong_calls() -> list[tuple[str, str, list[str]]]:
     """Command, what is wrong, and its arguments, for every parameter and value."""
-    root: Any = typer.main.get_command(app)
+    root: Any = SimpleNamespace(commands={name: load_command(name) for name in COMMANDS})
     calls = []
     for command, valid in VALID.items():
         words = [str(word) for word in valid]

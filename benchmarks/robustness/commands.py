@@ -21,12 +21,14 @@ from typing import Any, Literal
 
 import torch
 
-import synthquant.cli.app  # noqa: F401  so that a child need not load it
 from synthquant.cli import main
+from synthquant.cli.group import COMMANDS, load_command
 
 Verdict = Literal["identical", "refused", "wrong"]
 
 NETWORK = "zoo/cifar10-resnet20"
+for _name in COMMANDS:
+    load_command(_name)  # so that a child need not
 _VARIES = frozenset(("seconds", "peak_memory_bytes", "environment", "sha256", "quick_seconds"))
 """Keys of JSON files that differ between two runs of the same work."""
 

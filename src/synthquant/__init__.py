@@ -8,6 +8,7 @@ quant_model = sq.quantize(model, images, "W4A4", iterations=2000)
 print(sq.evaluate(quant_model, test_set))
 quant_model.save("quantized")
 
+- `__main__`: `python -m synthquant`.
 - `api`: all that the package announces, under the names that `import synthquant` gives.
 - `cli/`: the command line.
 - `compare`: drawn images beside reference images: what the command `compare` finds.

@@ -17,8 +17,9 @@ from synthquant.core.errors import (
 )
 from synthquant.core.progress import ConsoleProgress, Progress
 from synthquant.core.quant_report import QuantReport
-from synthquant.core.record import RunRecord, package_version
+from synthquant.core.record import RunRecord
 from synthquant.core.rng import Rng
+from synthquant.core.version import package_version
 from synthquant.data.image_set import ImageSet
 from synthquant.data.loaders import read_loader
 from synthquant.data.preprocess import Preprocess

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from tests.cli.conftest import Command
 from tests.small_networks import small_float_model, small_images
 
-from synthquant.cli.app import app
+from synthquant.cli import group
 from synthquant.core.errors import RecipeError
 from synthquant.core.settings import LARGEST_INT, parse_settings
 from synthquant.methods import EXPORTERS, FINE_TUNERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.pipeline import run
 from synthquant.recipe import Recipe
 
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {name: group.load_command(name) for name in group.COMMANDS}
 EVERY_TEXT = ("", "  ", "a\0b", "\udcff")
 EVERY_NUMBER = ("x", "nan", "1,5", str(10**30), str(-(10**30)), "true")
 NUMBERS = {int: (*EVERY_NUMBER, "1.5", "inf", "10^30"), float: (*EVERY_NUMBER, "inf", "1e300", "-1")}
@@ -131,6 +130,7 @@ def right(command: str, things: dict[str, Path]) -> dict[str, list[str]]:
         "report": {"runs": [str(things["run"])], "out": [f"{out[0]}.html"]},
         "show": {"method": ["rtn"]},
         "list": {},
+        "doctor": {},
         "tune-prompt": {
             "generator": ["zoo/cifar10-text2image"],
             "images": data,

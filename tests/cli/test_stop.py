@@ -184,7 +184,8 @@ def test_a_process_that_may_not_have_more_memory(model_options: list[str], tmp_p
     command = ["synthesize", *model_options, "--method", "noise", "--count", "20000", "--out", str(tmp_path / "images")]
     command += ["--set", "batch_size=20000", "--input-size", "128", "--device", "cpu"]
     code = (
-        "import resource, synthquant.cli, synthquant.cli.app, torch; torch.set_num_threads(1); "
+        "import resource, synthquant.cli, synthquant.cli.group, torch; torch.set_num_threads(1); "
+        "synthquant.cli.group.load_command('synthesize'); "
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2); "
         f"synthquant.cli.main({json.loads(json.dumps(command))!r})"

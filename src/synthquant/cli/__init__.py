@@ -3,9 +3,11 @@
 - `app`: the commands together, and the one place where errors become a line on standard error.
 - `command`: what all commands do beside their own work.
 - `compare`: `compare`: drawn images beside reference images.
+- `doctor`: `doctor`: what this machine and installation have.
 - `endings`: what a command says when it ends early: what is kept, and what to lower where memory ran out.
 - `export`: `export` and `benchmark`: files for runtimes, and how fast they run.
 - `finetune`: `finetune`: train the quantized network of a run.
+- `group`: the commands by name, each loaded when it is called.
 - `options`: options that several commands share; their help is the docstring of the setting they stand for.
 - `output`: results on standard output: a table for people, JSON for programs.
 - `run`: `run` and `demo`: the whole flow.
@@ -24,7 +26,6 @@ from collections.abc import Sequence
 
 from synthquant.cli.stop import STOP
 from synthquant.core.allocator import ALLOCATOR
-from synthquant.core.memory import ran_out
 
 __all__ = ["main"]
 
@@ -36,15 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     STOP.listen()
     ALLOCATOR.keep_freed()
-    try:
-        from synthquant.cli.app import run
-    except (ImportError, MemoryError, OSError) as error:
-        if ran_out(error) is None:
-            raise
-        print(
-            "error: main memory ran out while packages were loaded; end other programs or raise its limit",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    STOP.loaded()
+    from synthquant.cli.app import run
+
     sys.exit(run(arguments))

@@ -6,36 +6,33 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache, partial
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from synthquant.cli import compare, export, finetune, sample, select, show, stages, tune_prompt
-from synthquant.cli import run as run_commands
-from synthquant.cli.command import Command, MemoryRanOut, Stopped
-from synthquant.cli.stop import STOP, show_cursor
+from synthquant.cli.group import Commands
+from synthquant.cli.stop import STOP, MemoryRanOut, Stopped, show_cursor
 from synthquant.core.errors import OtherProcessError, SynthquantError
-from synthquant.core.processes import launched
+from synthquant.core.version import DISTRIBUTION, package_version
 
-app = typer.Typer(
-    name="synthquant",
-    help="Quantize a trained network without its training data, and measure the result.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for command in (
-    *(run_commands.demo, run_commands.run, stages.synthesize, select.select, stages.quantize),
-    *(finetune.finetune, stages.evaluate, sample.sample, compare.compare),
-    *(export.export, export.benchmark, show.report, show.show),
-):
-    app.command(cls=Command)(command)
-app.command("list", cls=Command)(show.list_methods)
-app.command("tune-prompt", cls=Command)(tune_prompt.tune_prompt)
+app = typer.Typer(name=DISTRIBUTION, cls=Commands, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _LONGEST_LINE = 2000
 _commands = cache(partial(typer.main.get_command, app))
+
+
+@app.callback(invoke_without_command=True)
+def synthquant(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Quantize a trained network without its training data, and measure the result."""
+    if version:
+        print(DISTRIBUTION, package_version())
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -45,16 +42,16 @@ def run(arguments: Sequence[str] | None) -> int:
     if not sys.warnoptions:  # what libraries will do in future is for those who develop with them
         warnings.simplefilter("ignore", FutureWarning)
     try:
-        status = _commands()(args=arguments, prog_name="synthquant", standalone_mode=False)
+        status = _commands()(args=arguments, prog_name=DISTRIBUTION, standalone_mode=False)
     except TyperException as error:
         return _fail(f"{error.format_message()} (see synthquant --help)", 2)
     except Stopped as stopped:
         show_cursor()
-        if launched().is_first:
+        if _is_first():
             print(STOP.line(str(stopped)), file=sys.stderr)
         return STOP.status
     except OtherProcessError as error:
-        return _fail(str(error)) if launched().is_first else 1
+        return _fail(str(error)) if _is_first() else 1
     except (SynthquantError, MemoryRanOut) as error:
         return _fail(str(error))
     except BrokenPipeError:  # the reader of our output, for example `head`, has seen enough
@@ -73,3 +70,10 @@ def _fail(message: str, status: int = 1) -> int:
         line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
     print(f"error: {line}", file=sys.stderr)
     return status
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the processes that a launcher started; loaded late, for it loads PyTorch."""
+    from synthquant.core.processes import launched
+
+    return launched().is_first

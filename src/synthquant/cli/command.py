@@ -10,20 +10,12 @@ from typer import BadParameter
 from typer.core import TyperCommand
 
 from synthquant.cli.endings import ENDINGS, Ending, seen
-from synthquant.cli.stop import STOP
+from synthquant.cli.stop import STOP, MemoryRanOut, Stopped
 from synthquant.core.memory import ran_out
 from synthquant.core.settings import text_problem
 
 # What Linux takes: bytes between two slashes, and of all of a path.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
-
-
-class Stopped(Exception):
-    """A signal ended the command; the message says what is kept."""
-
-
-class MemoryRanOut(Exception):
-    """The command needs more memory than there is; the message says what to lower."""
 
 
 class Command(TyperCommand):

@@ -20,6 +20,14 @@ _SHOW_CURSOR = "\x1b[?25h"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Stopped(Exception):
+    """A signal ended the command; the message says what is kept."""
+
+
+class MemoryRanOut(Exception):
+    """The command needs more memory than there is; the message says what to lower."""
+
+
 class Stop:
     """The request to stop. The first one unwinds what runs, a second one ends the process where it is."""
 

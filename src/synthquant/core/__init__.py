@@ -6,6 +6,7 @@
 - `device`: which device work is done on.
 - `differences`: in what two sets of settings differ, the most telling first, short enough for one line.
 - `errors`: every error that is raised on purpose.
+- `extras`: which optional packages each extra brings, and which of them are installed.
 - `files`: files that are either wholly there or not there at all, and their hashes.
 - `free_memory`: how much memory is free for this process, on a device or in main memory.
 - `hub`: the hub where published weights and datasets lie, and what to do where it cannot be reached.
@@ -28,5 +29,6 @@
 - `settings`: frozen pydantic models whose errors are one line.
 - `tensor_file`: safetensors files that carry the hash of their own content.
 - `verbs`: packages that are called like the verbs they are named after.
+- `version`: which version of the package this is.
 - `working_folder`: a folder while one process fills it: locked, and gone again if nothing of value came of it.
 """

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +16,7 @@ from synthquant.core.allocator import ALLOCATOR
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json, write_sealed_json
 from synthquant.core.run_metrics import METRICS, Metrics
+from synthquant.core.version import package_version
 
 _VERSION = 2
 # The format before it had a hash of itself; its fields are the same.
@@ -122,14 +122,6 @@ def environment(device: str | torch.device = "cpu") -> dict[str, str]:
         "allocator": ALLOCATOR.state,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-
-
-def package_version() -> str:
-    """Return the installed version of synthquant, or `unknown` when it runs from a bare source tree."""
-    try:
-        return metadata.version("synthquant")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def reset_peak_memory(device: str | torch.device = "cpu") -> bool:

@@ -34,8 +34,8 @@ from torch import Tensor
 from synthquant.core.errors import InputError, ModelError, VerificationError
 from synthquant.core.files import atomic_folder, read_sealed_json, sha256_bytes, write_bytes, write_sealed_json
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.record import package_version
 from synthquant.core.settings import Settings, parse_settings
+from synthquant.core.version import package_version
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.compare import row, run_beside

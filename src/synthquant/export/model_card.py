@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from synthquant.core.quality_file import EstimateRow, Quality
-from synthquant.core.record import RunRecord, package_version
+from synthquant.core.record import RunRecord
+from synthquant.core.version import package_version
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel

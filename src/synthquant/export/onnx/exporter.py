@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 from synthquant.core.errors import MissingExtraError, ModelError, UnknownNameError
 from synthquant.core.files import write_bytes
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.record import package_version
 from synthquant.core.settings import Settings
+from synthquant.core.version import package_version
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.checkpoint import checkpoint_hash, float_model_entry

@@ -1,0 +1,5 @@
+"""`python -m synthquant`: the command line."""
+
+from synthquant.cli import main
+
+main()
