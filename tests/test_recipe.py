@@ -205,3 +205,17 @@ def test_a_recipe_file_that_cannot_be_used_is_named(tmp_path: Path, content: str
 def test_the_recipes_of_the_repository_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
     assert Recipe.parse(recipe.resolved()) == recipe
+
+
+def test_paths_are_those_beside_the_recipe_and_overrides_those_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {source: 'net.py:build', weights: w.pt}\nimages: {source: images}\n"
+        "quantize: {method: rtn, scheme: W8A8}\n"
+    )
+    (tmp_path / "net.py").write_text("")
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    assert recipe.model.source == f"{tmp_path}/net.py:build" and recipe.model.weights == "w.pt"
+    assert isinstance(recipe.images, SourceSection) and recipe.images.source == f"{tmp_path}/images"
+    changed = Recipe.load(tmp_path / "recipe.yaml", ["images.source=images"])
+    assert isinstance(changed.images, SourceSection) and changed.images.source == "images"

@@ -10,7 +10,7 @@
 
 The fields of the chosen method stand in its section beside `method`. `images: {source: PATH}` uses images that exist.
 `select` may be left out; each of its filters is `METHOD:KEEP` or a mapping `{method: METHOD, keep: KEEP, ...}`.
-Paths are relative to the working directory.
+A path is looked for beside the recipe's file, then in the working directory; one of `--set` in that alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import Field, model_validator
 
+from synthquant.core.beside import paths_beside
 from synthquant.core.errors import RecipeError, SchemeError
 from synthquant.core.method_settings import build_method, require_mapping, split_section
 from synthquant.core.overrides import apply_overrides
@@ -336,7 +337,8 @@ class Recipe(Settings):
             values = parse_yaml(text)
         except RecipeError as error:
             raise RecipeError(f"{path} {error}") from error
-        return cls.parse(apply_overrides(_expand(require_mapping(values, str(path))), overrides), str(path))
+        known = paths_beside(_expand(require_mapping(values, str(path))), Path(path).parent)
+        return cls.parse(apply_overrides(known, overrides), str(path))
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain data with every default written out; `parse` gives an equal recipe back."""

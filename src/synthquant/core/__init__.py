@@ -1,6 +1,7 @@
 """What all else stands on: errors, registries, random numbers, progress, files, modules, records, settings.
 
 - `allocator`: glibc's allocator: whether memory that is freed stays with the process.
+- `beside`: paths in a recipe: what lies beside the file that names it is meant.
 - `clips`: ReLU6 and other clips whose gradient needs their result alone, as that of ReLU does.
 - `cpu`: what the processor can do.
 - `device`: which device work is done on.
