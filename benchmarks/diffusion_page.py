@@ -1,4 +1,6 @@
-"""The page docs/results/diffusion.md, from `results/quantized_diffusion/*.json` and `results/shortcut_split/*.json`."""
+"""The page docs/results/diffusion.md, from `results/quantized_diffusion/`, `shortcut_split/` and
+`vs_q_diffusion/`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ FAR_APART = 4.0
 """Ranges of the two halves of a shortcut count as far apart from this ratio on."""
 
 
-def page(pipelines: list[Result], shortcuts: list[Result], table: Table) -> str:
+def page(pipelines: list[Result], shortcuts: list[Result], beside: list[Result], table: Table) -> str:
     """Return the page."""
     lines = ["# Quantized diffusion models", "", "Written by `benchmarks/tables.py`."]
     if pipelines:
         lines += _images(pipelines, table)
     if shortcuts:
         lines += _shortcuts(shortcuts, table)
+    if beside:
+        lines += _beside(beside, table)
     return "\n".join(lines) + "\n"
 
 
@@ -49,7 +53,9 @@ def _images(results: list[Result], table: Table) -> list[str]:
         f"features of {quality['features']}: distances compare with each other and with nothing published.",
         "The ratio is to the float pipeline's own distance, both drawn anew together by their seeds; in brackets 95%",
         "intervals. PSNR is beside the float images of the same noises. `benchmarks/quantized_diffusion.py` makes the",
-        "rows; of its 25, those that are here.",
+        "rows; of its 26, those that are here. Rows called corrected have first and last layer at 8 bits, ranges by",
+        "squared error where roundings are learned, and the output corrected in the last layer, as the",
+        "recipes; the others are as published.",
         "",
         table(["row", "Frechet distance", "of float's", "kernel distance", "PSNR, dB", "size"], body),
     ]
@@ -85,6 +91,30 @@ def _shortcuts(results: list[Result], table: Table) -> list[str]:
             table(header, body),
         ]
     return lines
+
+
+def _beside(results: list[Result], table: Table) -> list[str]:
+    body = []
+    for result in results:
+        options, of = result["options"], {run["name"]: run for run in result["runs"]}
+        body.append(
+            [
+                f"{options['width']} to {2 * options['width']}",
+                *(f"{of[name]['parameters'] / 1e6:.2f} M, {of[name]['units']}" for name in ("ours", "official")),
+                *(f"{of[name]['seconds_a_unit']:.2f} s" for name in ("ours", "official")),
+                f"{result['ratio']:.2f}",
+            ]
+        )
+    return [
+        "",
+        "## Beside the authors' code",
+        "",
+        "Their DDIM network and the network of diffusers with the same layers, random weights, W4A8 with shortcuts",
+        "split, both phases of all units, rows and iterations in the proportion of the published ones, in one process",
+        "(`benchmarks/reconstruction_vs_q_diffusion.py`): processor time for each unit.",
+        "",
+        table(["channels", "ours: weights, units", "theirs", "ours", "theirs", "ratio"], body),
+    ]
 
 
 def _apart(ranges: list[Result]) -> str:

@@ -370,7 +370,7 @@ def main() -> None:
     if results := load("vision_transformers"):
         (folder / "transformers.md").write_text(transformers_page.page(results, table))
     if (pipelines := load("quantized_diffusion")) or load("shortcut_split"):
-        found = diffusion_page.page(pipelines, load("shortcut_split"), table)
+        found = diffusion_page.page(pipelines, load("shortcut_split"), load("vs_q_diffusion"), table)
         (folder / "diffusion.md").write_text(found)
     if results := load("robustness"):
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
