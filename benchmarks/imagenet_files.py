@@ -24,6 +24,7 @@ import torch
 from imagenet_table import NETWORKS, Row, columns, quantized, section_of
 from photographs import divided
 from runtime_quantizer import Ranges, exact_network, quantize_file_with_runtime
+from synthquant.core.cpu import has_vnni
 from synthquant.core.files import write_json
 from synthquant.core.record import environment
 from synthquant.data.image_set import ImageSet
@@ -32,7 +33,7 @@ from synthquant.data.sources import open_images
 from synthquant.evaluate.accuracy import compare_logits, evaluate_model
 from synthquant.export.onnx import Onnx
 from synthquant.export.onnx.layers import integer_coverage
-from synthquant.export.onnx.runtime import has_vnni, ort_network, session
+from synthquant.export.onnx.runtime import ort_network, session
 from synthquant.export.onnx.speed import export_float, in_turns
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model

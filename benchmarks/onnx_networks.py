@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime_quantizer import Network, quantize_file_with_runtime
+from synthquant.core.cpu import has_vnni
 from synthquant.core.files import write_json
 from synthquant.core.modules import hooked
 from synthquant.core.record import environment
@@ -36,7 +37,7 @@ from synthquant.data.sources import open_images
 from synthquant.export.compare import difference
 from synthquant.export.onnx import Onnx
 from synthquant.export.onnx.layers import integer_coverage
-from synthquant.export.onnx.runtime import has_vnni, ort_network, session
+from synthquant.export.onnx.runtime import ort_network, session
 from synthquant.export.onnx.speed import export_float, in_turns
 from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model

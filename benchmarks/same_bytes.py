@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from synthquant.api import FloatModel, ImageSet, Onnx, Recipe, open_model, save_checkpoint
+from synthquant.api import FloatModel, ImageSet, Onnx, Recipe, open_model
 from synthquant.core.record import environment
+from synthquant.export.checkpoint import save_checkpoint
 from synthquant.make import quantize, select, synthesize
 
 RESNET, MOBILENET, VIT = (f"zoo/cifar10-{name}" for name in ("resnet20", "mobilenetv2", "vit"))
