@@ -329,7 +329,7 @@ def test_a_selection_of_given_images_needs_no_copy_of_them(choosing: dict[str, A
 def test_a_filter_that_does_not_fit_the_network_is_found_before_any_work(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(UnsupportedModelError, match="build has no attention between the patches"):
+    with pytest.raises(UnsupportedModelError, match="Network has no attention between the patches"):
         pipeline.run(Recipe.parse(recipe | {"select": ["patch_similarity:0.5"]}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -134,7 +134,7 @@ def test_another_network_in_the_place_of_a_runs_own_is_not_taken_for_it(finished
     ("labels", "message"),
     [
         ([0, 1, -1, 2], "data: 1 of 4 images have no label; label them all, or leave these out"),
-        ([0, 1, 2, 900], "has labels up to 900 but build has 7 classes"),
+        ([0, 1, 2, 900], "has labels up to 900 but Network has 7 classes"),
     ],
 )
 def test_labels_are_checked_before_any_work(

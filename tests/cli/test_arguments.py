@@ -130,6 +130,7 @@ def right(command: str, things: dict[str, Path]) -> dict[str, list[str]]:
         "report": {"runs": [str(things["run"])], "out": [f"{out[0]}.html"]},
         "show": {"method": ["rtn"]},
         "list": {},
+        "export-images": {"images": data, "out": out},
         "doctor": {},
         "tune-prompt": {
             "generator": ["zoo/cifar10-text2image"],

@@ -47,7 +47,7 @@ def test_wrong_class_count(synthquant: Command, recipe: Path, model_options: lis
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     ImageSet.from_tensors(images, labels=torch.tensor([3, 42])).save(tmp_path / "other")
     outcome = synthquant("run", changed(recipe, "evaluate", data=str(tmp_path / "other")), "--out", tmp_path / "out")
-    assert "labels up to 42 but build has 7 classes" in outcome.error
+    assert "labels up to 42 but Network has 7 classes" in outcome.error
     assert not (tmp_path / "out").exists()
     outcome = synthquant("evaluate", *model_options, "--data", tmp_path / "other")
     assert "42" in outcome.err.splitlines()[-1] and "7 classes" in outcome.err.splitlines()[-1]
@@ -153,7 +153,7 @@ def test_genie_d_without_batch_norm(synthquant: Command, tmp_path: Path) -> None
     )
     options = ["--input-size", "16", "--mean", "0,0,0", "--std", "1,1,1", "--out", tmp_path / "a" / "out"]
     outcome = synthquant("synthesize", f"{tmp_path}/plain.py:build", "--method", "genie_d", *options)
-    assert "build has no batch norm" in outcome.error and "noise" in outcome.error
+    assert "has no batch norm" in outcome.error and "noise" in outcome.error
     assert not (tmp_path / "a").exists()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import time
 
 import pytest
 
@@ -66,3 +67,31 @@ def test_quiet_counts_and_logs(caplog: pytest.LogCaptureFixture, capsys: pytest.
         ("WARNING", "warned"),
     ]
     assert capsys.readouterr().out == ""
+
+
+def lines_of(stream: io.StringIO, count: int) -> list[str]:
+    """Wait for as many lines: another thread writes them."""
+    end = time.monotonic() + 10
+    while stream.getvalue().count("\n") < count and time.monotonic() < end:
+        time.sleep(0.002)
+    return stream.getvalue().splitlines()
+
+
+def test_off_a_terminal_a_long_bar_is_told_of_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synthquant.core.progress.EVERY", 0.01)
+    stream = io.StringIO()
+    with ConsoleProgress(stream).bar("reconstruct", 7) as bar:
+        bar.advance(3, loss=0.5)
+        between = lines_of(stream, 2)
+    assert all(re.fullmatch(r"reconstruct: 3/7 after \d+\.\d s, loss 0\.5", line) for line in between)
+    assert stream.getvalue().splitlines()[-1].startswith("reconstruct: 3/7 in ")
+
+
+def test_what_takes_long_and_has_no_steps_is_said_and_what_does_not_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    with ConsoleProgress(stream).waiting("open resnet18"):
+        pass
+    assert stream.getvalue() == ""
+    monkeypatch.setattr("synthquant.core.progress.SLOW", 0.01)
+    with ConsoleProgress(stream).waiting("open resnet18"):
+        assert lines_of(stream, 1) == ["open resnet18 ..."]

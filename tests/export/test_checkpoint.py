@@ -130,13 +130,13 @@ def test_the_float_model_can_be_given_and_is_checked(model: QuantModel, tmp_path
     folder = save_checkpoint(model, tmp_path / "model")
     assert load_checkpoint(folder, float_model=model.float_model).float_model is model.float_model
     other = small_float_model(tmp_path, "build_other")
-    with pytest.raises(ModelError, match="the checkpoint was made from other weights of build than"):
+    with pytest.raises(ModelError, match="the checkpoint was made from other weights of Network than"):
         load_checkpoint(folder, float_model=other)
 
 
 def test_uncalibrated_models_are_not_saved(tmp_path: Path) -> None:
     model = QuantModel.build(small_float_model(tmp_path), "W4A4")
-    with pytest.raises(ModelError, match="build: not calibrated yet; apply a quantization method first"):
+    with pytest.raises(ModelError, match="Network: not calibrated yet; apply a quantization method first"):
         save_checkpoint(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -221,10 +221,10 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, t
     tensors = load_file(folder / WEIGHTS_NAME)
     packed = tensors.pop("up.weight_packed")
     _rewrite(folder, tensors)
-    with pytest.raises(ModelError, match=r"does not fit build: missing up\.weight_codes"):
+    with pytest.raises(ModelError, match=r"does not fit Network: missing up\.weight_codes"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, {**tensors, "up.weight_packed": packed, "extra": torch.zeros(1)})
-    with pytest.raises(ModelError, match="does not fit build: unexpected extra"):
+    with pytest.raises(ModelError, match="does not fit Network: unexpected extra"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, {**tensors, "up.weight_packed": packed[:-1]})
     with pytest.raises(ModelError, match=r"up\.weight_packed: packed codes are torch\.uint8 \(71,\)"):
@@ -245,13 +245,13 @@ def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
         load_checkpoint(folder, trust_code=True)
     last = config["layers"][-1]
     _rewrite(folder, format="synthquant-packed", layers=[*config["layers"][:-1], last | {"shape": [7, 5]}])
-    with pytest.raises(ModelError, match="layer fc is not what build has"):
+    with pytest.raises(ModelError, match="layer fc is not what Network has"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, layers=config["layers"][:-1])
     with pytest.raises(ModelError, match="layer fc is missing, an earlier release"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, layers=[*config["layers"], last | {"name": "more"}])
-    with pytest.raises(ModelError, match="build has no layer more"):
+    with pytest.raises(ModelError, match="Network has no layer more"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, layers=config["layers"], unknown=1)
     with pytest.raises(ModelError, match="unknown"):

@@ -151,7 +151,7 @@ def test_user_file_needs_flags_and_becomes_float32(file: Path) -> None:
     with pytest.raises(ModelError, match=r"how its images are prepared; give --mean, --std$"):
         open_model(f"{file}:net", input_size=12)
     model = open_model(f"{file}:net", **FLAGS)
-    assert (model.name, model.num_classes, model.class_names) == ("net", 6, None)
+    assert (model.name, model.num_classes, model.class_names) == ("Net", 6, None)
     assert model.logits(model.example_images()).dtype == torch.float32
     assert (model.preprocess.input_size, model.preprocess.resize) == ((12, 10), 12)
     assert open_model(ModelSource.model_validate_json(model.source.model_dump_json())).fingerprint == model.fingerprint
@@ -347,3 +347,15 @@ def test_networks_of_other_channels_weights_alone_and_odd_batch_norms_are_said(
 
 def test_messages_hold_no_escape_codes_of_other_libraries() -> None:
     assert str(ModelError("a \x1b[1;31mred\x1b[0m\n word")) == "a red word"
+
+
+def test_own_code_is_called_by_its_class_and_a_plain_container_by_its_file(tmp_path: Path) -> None:
+    source = "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
+    (tmp_path / "my_classifier.py").write_text(source)
+    options: dict[str, Any] = {"input_size": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert open_model(f"{tmp_path / 'my_classifier.py'}:build", **options).name == "my_classifier"
+    source = source.replace("def build", "class Tiny(nn.Sequential):\n    pass\n\n\ndef build").replace(
+        "return nn.Seq", "return Tiny"
+    )
+    (tmp_path / "own.py").write_text(source.replace("Tinyuential(", "Tiny("))
+    assert open_model(f"{tmp_path / 'own.py'}:build", **options).name == "Tiny"

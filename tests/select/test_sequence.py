@@ -59,7 +59,7 @@ def test_each_filter_chooses_from_what_the_one_before_kept_in_one_pass(model: Fl
 
 def test_scores_are_columns_that_name_the_network(model: FloatModel) -> None:
     selection = run_filters([Energy(keep=0.5), Energy(keep=4, temperature=3.0)], small_images(12), model, Rng(0))
-    tag = f"build-{model.fingerprint[:8]}"
+    tag = f"Network-{model.fingerprint[:8]}"
     assert selection.kept.column_names == (f"energy.2@{tag}", f"energy@{tag}")
     first, second = selection.pool.column(f"energy@{tag}"), selection.pool.column(f"energy.2@{tag}")
     assert all(score is not None for score in first)
@@ -74,7 +74,7 @@ def test_one_pool_is_scored_by_networks_of_other_sizes_and_kinds(model: FloatMod
     for_b = run_filters([PatchSimilarity(keep=5)], for_a, other, Rng(0)).kept
     larger = float_model(Plain(), "plain", size=24)
     for_c = run_filters([Energy(keep=2)], for_b, larger, Rng(0)).kept
-    assert [name.partition("@")[2].rpartition("-")[0] for name in for_c.column_names] == ["build", "plain", "tokens"]
+    assert [name.partition("@")[2].rpartition("-")[0] for name in for_c.column_names] == ["Network", "plain", "tokens"]
     saved = for_c.save(tmp_path / "set")
     for name in for_c.column_names:
         assert saved.column(name) == for_c.column(name)

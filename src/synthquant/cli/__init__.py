@@ -8,6 +8,7 @@
 - `export`: `export` and `benchmark`: files for runtimes, and how fast they run.
 - `finetune`: `finetune`: train the quantized network of a run.
 - `group`: the commands by name, each loaded when it is called.
+- `images`: `export-images`: an image set as files that everything opens.
 - `options`: options that several commands share; their help is the docstring of the setting they stand for.
 - `output`: results on standard output: a table for people, JSON for programs.
 - `run`: `run` and `demo`: the whole flow.

@@ -33,6 +33,7 @@ COMMANDS = {
     "report": "show.report",
     "show": "show.show",
     "list": "show.list_methods",
+    "export-images": "images.export_images",
     "tune-prompt": "tune_prompt.tune_prompt",
     "doctor": "doctor.doctor",
 }

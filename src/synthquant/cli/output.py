@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def print_json(value: Any) -> None:
 def print_result(value: dict[str, Any], device: str) -> None:
     """Print what a command that computes found as one JSON document, with the versions and hardware it was found on."""
     print_json({**value, "environment": environment(resolve_device(device))})
+
+
+def print_next(command: str, argument: str, options: Mapping[str, object]) -> None:
+    """Print the command that usually follows, with the options that were given; names in capitals are to be chosen."""
+    words = [argument, *(str(word) for name, value in options.items() if value is not None for word in (name, value))]
+    print(f"next: synthquant {command} {shlex.join(words)}")
 
 
 def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from synthquant import make
 from synthquant.cli import options
-from synthquant.cli.output import print_result
+from synthquant.cli.output import print_next, print_result
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_outside
@@ -102,6 +102,9 @@ def select(
         distances = ", ".join(f"{name} {value:.4g}" for name, value in metrics["bn_distance"].items())
         print(f"distance to the batch norms: {distances}")
     print(f"{len(kept)} of {len(pool)} images in {out}")
+    given: dict[str, object] = {"--weights": weights, "--input-size": input_size, "--mean": mean, "--std": std}
+    given |= {"--num-classes": num_classes}
+    print_next("quantize", model, {"--images": out, **given, "--out": "RUN"})
 
 
 def _filters(by: list[str], per_class: bool, settings: list[str]) -> list[dict[str, Any]]:

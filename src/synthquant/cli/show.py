@@ -55,12 +55,12 @@ _WIDTH = 80
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of runs, or one that `select` made.", show_default=False),
+        typer.Argument(metavar="RUN...", help="Folders of runs, or one image set.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE.html", help="The page to write.")] = Path("report.html"),
     json: options.Json = False,
 ) -> None:
-    """Write one self-contained HTML page about one or several runs side by side, or about a selection of images."""
+    """Write one self-contained HTML page about one or several runs side by side, or about a set of images."""
     page = write_report(runs, out, ConsoleProgress())
     print_json({"report": str(page)}) if json else print(page)
 

@@ -9,7 +9,7 @@ import typer
 
 from synthquant import make, measure, pipeline
 from synthquant.cli import options
-from synthquant.cli.output import print_result, print_run, print_table
+from synthquant.cli.output import print_next, print_result, print_run, print_table
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
@@ -17,6 +17,7 @@ from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
+from synthquant.data.quality import outside_in_words
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
 from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection
@@ -75,7 +76,21 @@ def synthesize(
     images = make.synthesize(float_model, section, seed, out, ConsoleProgress(), ray=workers)
     result = {"out": str(out), "count": len(images), "fingerprint": images.fingerprint, "method": section.method}
     noun = "images" if isinstance(images, ImageSet) else "rows of a trajectory"
-    print_result(result, device) if json else print(f"{len(images)} {noun} in {out}")
+    if json:
+        print_result(result, device)
+        return
+    print(f"{len(images)} {noun} in {out}")
+    if isinstance(images, ImageSet) and (outside := outside_in_words(images)):
+        print(outside)
+    given: dict[str, object] = {
+        "--task": task,
+        "--weights": weights,
+        "--input-size": input_size,
+        "--mean": mean,
+        "--std": std,
+    }
+    given |= {"--num-classes": num_classes}
+    print_next("quantize", model, {"--images": out, **given, "--out": "RUN"})
 
 
 def quantize(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+EVERY = 30.0
+"""Seconds between lines about a bar that is not finished, where there is no terminal to draw it on."""
+SLOW = 2.0
+"""Seconds after which it is said what one waits for."""
 
 _LOGGER = logging.getLogger("synthquant")
 
@@ -49,6 +55,11 @@ class Progress:
         """Yield the bar of a piece of work of `total` steps."""
         yield Bar(title, total)
 
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Do work that has no steps, such as opening a network; `text` says what."""
+        yield
+
     def say(self, text: str) -> None:
         """Tell something of interest."""
         _LOGGER.info(text)
@@ -73,7 +84,7 @@ class Silent(Progress):
 
 
 class ConsoleProgress(Progress):
-    """Bars on a terminal; elsewhere one line for each finished bar.
+    """Bars on a terminal; elsewhere one line for each finished bar, and one every half minute until then.
 
     Bars may be nested. Messages appear above running bars.
     """
@@ -105,10 +116,28 @@ class ConsoleProgress(Progress):
     def _line_bar(self, title: str, total: int) -> Iterator[Bar]:
         bar = Bar(title, total)
         started = time.perf_counter()
-        yield bar
-        summary = bar.summary()
-        seconds = time.perf_counter() - started
-        self.say(f"{title}: {bar.done}/{total} in {seconds:.1f} s{', ' if summary else ''}{summary}")
+
+        def line(word: str) -> str:
+            summary = bar.summary()
+            return f"{title}: {bar.done}/{total} {word} {time.perf_counter() - started:.1f} s" + (
+                f", {summary}" if summary else ""
+            )
+
+        with _meanwhile(lambda: self.say(line("after")), EVERY):
+            yield bar
+        self.say(line("in"))
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Do work that has no steps; say what it is once it takes longer than two seconds."""
+        started = time.perf_counter()
+
+        def tell() -> None:
+            seconds = time.perf_counter() - started
+            self.say(f"{text} ..." if seconds < EVERY else f"{text}, after {seconds:.1f} s")
+
+        with _meanwhile(tell, SLOW, EVERY):
+            yield
 
     @contextmanager
     def _live_bar(self, title: str, total: int) -> Iterator[Bar]:
@@ -127,6 +156,26 @@ class ConsoleProgress(Progress):
                 self._live = None
             else:  # an inner bar has said its piece; many of them would fill the screen
                 bar.remove()
+
+
+@contextmanager
+def _meanwhile(tell: Callable[[], None], first: float, every: float | None = None) -> Iterator[None]:
+    """Call `tell` from another thread while the body runs: after `first` seconds, and then every `every` ones."""
+    over = threading.Event()
+
+    def wait() -> None:
+        seconds = first
+        while not over.wait(seconds):
+            tell()
+            seconds = first if every is None else every
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class _LiveBar(Bar):

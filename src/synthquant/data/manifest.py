@@ -53,6 +53,8 @@ class Statistics(Settings):
     """Smallest value."""
     max: float
     """Largest value."""
+    outside: float | None = Field(default=None, ge=0, le=1, exclude_if=is_unset)
+    """Share of the values that lie outside 0..1, beyond black and white; none in sets of older releases."""
 
 
 class Manifest(Settings):

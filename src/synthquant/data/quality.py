@@ -30,6 +30,17 @@ def warn_of_suspicious(images: ImageSet, progress: Progress, source: str) -> dic
     return {"suspicious": {"looked_at": report.count} | {kind: len(found) for kind, found in kinds.items()}}
 
 
+def outside_in_words(images: ImageSet) -> str:
+    """Say what share of the values of a set lies beyond black and white, as it was counted; empty if none does."""
+    statistics = images.manifest.statistics
+    if statistics is None or not statistics.outside:
+        return ""
+    return (
+        f"{statistics.outside:.1%} of values beyond black and white ({statistics.min:.2f} to {statistics.max:.2f});"
+        " they are cut off where images are used to quantize"
+    )
+
+
 def say_what_was_read(images: ImageSet, progress: Progress, source: str = "") -> dict[str, Any]:
     """Warn about the images set aside so far and say what was changed on reading, each once; return it for JSON.
 

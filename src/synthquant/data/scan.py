@@ -71,7 +71,7 @@ class ImageScan:
         self._found: dict[str, list[int]] = {"black": [], "constant": [], "nan": [], "outside": [], "saturated": []}
         self._digests = array("Q")  # 8 bytes an image: a million images stay small
         self._positions = array("Q")
-        self._pixels = 0
+        self._pixels = self._outside = 0
         self._sum = self._sum_of_squares = np.zeros(0)  # of each channel
         self._min = np.inf
         self._max = -np.inf
@@ -116,7 +116,11 @@ class ImageScan:
         mean = self._sum / self._pixels
         std = np.sqrt(np.maximum(self._sum_of_squares / self._pixels - mean**2, 0))
         return Statistics(
-            mean=tuple(mean.tolist()), std=tuple(std.tolist()), min=float(self._min), max=float(self._max)
+            mean=tuple(mean.tolist()),
+            std=tuple(std.tolist()),
+            min=float(self._min),
+            max=float(self._max),
+            outside=self._outside / (self._pixels * len(mean)),
         )
 
     def _add(self, image: np.ndarray, position: int) -> None:
@@ -147,6 +151,7 @@ class ImageScan:
         if len(self._sum) != len(image):
             raise DataError(f"images of {len(self._sum)} and of {len(image)} channels are in one set; make them alike")
         self._pixels += values.shape[1]
+        self._outside += int(np.count_nonzero((values < 0) | (values > scale)))
         self._sum += values.sum(axis=1, dtype=np.float64) / scale
         self._sum_of_squares += np.square(values, dtype=np.float64).sum(axis=1) / scale**2
         self._min = min(self._min, float(low.min()))

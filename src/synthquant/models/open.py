@@ -71,14 +71,15 @@ def open_model(
     known = not names_code(request.source) and not names_pipeline(request.source)
     if published and request.num_classes is not None and known:
         raise ModelError(f"{request.source}: another number of classes needs weights of your own; give --weights FILE")
-    opened = _build(request, published)
+    with progress.waiting(f"open {request.source}"):
+        opened = _build(request, published)
     request = _of_task(request, opened)
     takes = prepared(opened.preprocess, request) if opened.example is None else _example(opened.example, request)
     module = opened.module
     if pretrained and request.weights is not None:
         load_weights(module.model if isinstance(module, LogitsOnly) else module, Path(request.weights))
     module = module.float().eval().requires_grad_(False)
-    name = request.source.rsplit(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
+    name = _called(request.source, module)
     model = opened.make(module, takes, name, request, request.task).to(place)
     module = model.module
     classes = count_classes(model)
@@ -87,6 +88,15 @@ def open_model(
             progress.warn(f"{name}: {finding}")
     names = opened.class_names if opened.class_names and len(opened.class_names) == classes else None
     return replace(model, num_classes=classes, class_names=names)
+
+
+def _called(source: str, module: torch.nn.Module) -> str:
+    """What a network is called: by its library's name, or of own code by its class; a plain container by its file."""
+    file, colon, _ = source.rpartition(":")
+    if not (colon and names_code(source)):
+        return source.rstrip("/").rsplit("/", 1)[-1]
+    own = type(module.model if isinstance(module, LogitsOnly) else module)
+    return Path(file).stem if own.__module__.partition(".")[0] == "torch" else own.__name__
 
 
 def _request(

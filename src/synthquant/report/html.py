@@ -45,6 +45,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -54,6 +55,7 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.core.run_metrics import CoverageRow, SqnrRow
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
+from synthquant.data.manifest import MANIFEST_NAME
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory import is_trajectory, open_trajectory
@@ -106,14 +108,14 @@ class RunSection:
 
 
 def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress = QUIET) -> Path:
-    """Write the page about `runs`, or about one folder of selected images, to the file `out`, and return `out`.
+    """Write the page about `runs`, or about one image set or selection of images, to the file `out`, and return `out`.
 
     Reads only files of the run folders and, for the sheet of real images, the evaluation data named there; what cannot
     be read of the latter is said on the page. Without matplotlib the page has no plots and says so, and so does
     `progress`.
 
     Raises:
-        InputError: no run folder, not a run folder, a selection beside something else, or a table of `run.json` or
+        InputError: no run folder, not a run folder, images beside something else, or a table of `run.json` or
             `selection.json` with a wrong value.
         OutputError: `out` cannot be written.
     """
@@ -126,6 +128,12 @@ def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress
         if len(folders) > 1:
             raise InputError(f"{selections[0]} is a selection of images; a report shows runs, or one selection alone")
         write_text(out, render_selection(selection_section(folders[0], (), "selection"), folders[0].name))
+        return out
+    sets = [folder for folder in folders if (folder / MANIFEST_NAME).is_file()]
+    if sets:
+        if len(folders) > 1:
+            raise InputError(f"{sets[0]} is an image set; a report shows runs, or one image set alone")
+        write_text(out, render_images(ImageSet.open(folders[0]), folders[0].name))
         return out
     opened = open_runs(folders)
     write_text(out, render_report([_section(run, f"run-{index + 1}") for index, run in enumerate(opened)]))
@@ -176,6 +184,20 @@ def render_comparison(section: QualitySection) -> str:
     title = " beside ".join(reversed(section.names))
     page = environment.get_template("comparison_page.html.jinja").render(section=section, title=title)
     return formatting.printable(page)
+
+
+def render_images(images: ImageSet, title: str) -> str:
+    """Return the page about an image set as HTML text; raises `DataError` if none of the images shown can be read."""
+    manifest = images.manifest.model_dump(mode="json")
+    page = _environment("").get_template("images_page.html.jinja")
+    text = page.render(
+        title=title,
+        shown=make_sheet(images, None, images.manifest.class_names or ()),
+        manifest=manifest,
+        problems=_problems(manifest),
+        settings=yaml.safe_dump(manifest["settings"], sort_keys=False, allow_unicode=True),
+    )
+    return formatting.printable(text)
 
 
 def render_selection(section: SelectionSection, title: str) -> str:
