@@ -31,7 +31,7 @@ def test_select_keeps_what_two_filters_keep_and_says_so(
     assert outcome.status == 0, outcome.err
     lines = outcome.out.splitlines()
     assert lines[:2] == ["energy                  11 of 21", "bn_sensitivity           4 of 11"]
-    assert lines[2].startswith("distance to the batch norms: pool ") and lines[3:] == [f"4 of 21 images in {out}"]
+    assert lines[2].startswith("distance to the batch norms: pool ") and lines[3] == f"4 of 21 images in {out}"
     assert "score images: 21/21" in outcome.err and "save chosen: 4/4" in outcome.err
     chosen = ImageSet.open(out)
     assert len(chosen) == 4
