@@ -16,12 +16,14 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.data.quality import say_what_was_read
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model, wilson_interval
+from synthquant.evaluate.agreement import measure_output_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
+from synthquant.evaluate.outputs import OutputSqnr
 from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config
 from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
-from synthquant.models.samples import none_readable
+from synthquant.models.samples import Samples, none_readable
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
 from synthquant.recipe import EvaluateSection
@@ -99,13 +101,15 @@ def evaluate_quantized(
 ) -> dict[str, Any]:
     """Measure a quantized network; returns the row of the accuracy table with what quantization reaches of it.
 
-    With `float_model`, the network that was quantized, agreement with it is in the row, and no labels are needed.
+    With `float_model`, the network that was quantized, agreement with it is in the row, and no labels are needed. Of a
+    network that is no classifier the row has `sqnr` and `outputs` (fields of `OutputSqnr`) instead of accuracy.
 
     Raises:
-        UnsupportedModelError: it is no classifier.
+        ModelError: it is no classifier, and the float network is not there.
         DataError: the images cannot be used, or a label is not a class of the network.
     """
-    quant_model.float_model.require_logits()
+    if quant_model.float_model.task != "classify":
+        return evaluate_outputs(quant_model, float_model, data.images, data.name, progress)
     data = data.in_classes_of(quant_model.float_model, progress)
     logits = None
     if float_model is not None:
@@ -117,6 +121,25 @@ def evaluate_quantized(
     row = result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
     row |= {"coverage": asdict(summarize(quant_model.coverage()))}
     return row | say_what_was_read(data.images, progress, data.name)
+
+
+def evaluate_outputs(
+    quant_model: QuantModel,
+    float_model: FloatModel | None,
+    samples: ImageSet | Samples,
+    name: str,
+    progress: Progress = QUIET,
+) -> dict[str, Any]:
+    """Measure a quantized network whose outputs are no logits against the float one; raises as `measure_output_sqnr`.
+
+    Returns its row with `sqnr` [dB], the fields of `OutputSqnr` as `outputs`, costs and coverage.
+    """
+    outputs = measure_output_sqnr(quant_model, samples, float_model=float_model, count=len(samples))
+    for warning in outputs.warnings:
+        progress.warn(warning)
+    row = outputs_and_costs(quant_model, outputs)[1] | {"count": len(samples), "outputs": asdict(outputs)}
+    row |= {"coverage": asdict(summarize(quant_model.coverage()))}
+    return row | (say_what_was_read(samples, progress, name) if isinstance(samples, ImageSet) else {})
 
 
 def evaluate_exported(
@@ -199,11 +222,12 @@ def float_beside_quantized(
     return [before.row("float") | float_cost(quant_model).row(), result.row(name) | cost], result
 
 
-def costs_and_sqnr(quant_model: QuantModel, sqnr: float | None) -> list[dict[str, Any]]:
-    """Return the rows of the accuracy table for a network that is no classifier: costs, and its outputs' SQNR [dB]."""
+def outputs_and_costs(quant_model: QuantModel, outputs: OutputSqnr) -> list[dict[str, Any]]:
+    """Return the rows of the accuracy table for a network that is no classifier: its outputs' SQNR [dB], and costs."""
+    found = {"sqnr": outputs.total, "agreement": outputs.same_answers}
     return [
         {"name": "float"} | float_cost(quant_model).row(),
-        {"name": quant_model.scheme.name, "sqnr": sqnr} | quantized_cost(quant_model).row(),
+        {"name": quant_model.scheme.name} | found | quantized_cost(quant_model).row(),
     ]
 
 

@@ -32,9 +32,10 @@ from synthquant.make import (
     sent,
     synthesize,
 )
-from synthquant.measure import costs_and_sqnr, float_beside_quantized
+from synthquant.measure import float_beside_quantized, outputs_and_costs
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel
+from synthquant.models.samples import samples_for
 from synthquant.nn.coverage import summarize
 from synthquant.recipe import EvaluateSection, FineTuneSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.resume import checkpoint_hash, require_recorded
@@ -317,7 +318,10 @@ class EvaluateStage(Stage):
     def check(self, run: Run) -> None:
         """Open the images to measure on; raises `DataError` if labels are missing or no classes of the network."""
         section = run.recipe.evaluate
-        if section is not None:
+        if section is not None and run.model.task not in ("classify", "denoise"):
+            run.real = section.open()
+            samples_for(run.model, run.real)  # refuses a network that takes no images
+        elif section is not None:
             run.model.require_logits()
             run.real = in_classes_of(section.open(), classes_of(run.model), section.data, run.progress)
             _require_labels(run.real, section.data, run.model, run.progress)
@@ -334,7 +338,9 @@ class EvaluateStage(Stage):
             found = {"count": result.count, "accuracy": rows}
         else:
             outputs = measure_output_sqnr(run.quant_model, images, float_model=run.model)
-            rows = costs_and_sqnr(run.quant_model, outputs.total)
+            for warning in outputs.warnings:
+                progress.warn(warning)
+            rows = outputs_and_costs(run.quant_model, outputs)
             found = {"count": len(images), "accuracy": rows, "output_sqnr": asdict(outputs)}
         sqnr = measure_sqnr(run.quant_model, images, float_model=run.model, progress=progress)
         read = say_what_was_read(images, progress, _source(section)) if isinstance(images, ImageSet) else {}

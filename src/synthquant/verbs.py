@@ -175,11 +175,12 @@ def evaluate(
         progress: by default bars on standard error.
 
     Returns:
-        What `synthquant evaluate --json` prints: `top1`, `top5`, `agreement`, `kl`, `size_bytes`, `coverage` and more.
+        What `synthquant evaluate --json` prints: `top1`, `top5`, `agreement`, `kl`, `size_bytes`, `coverage` and more;
+        of a quantized network that is no classifier `sqnr` [dB] and, of each output, `outputs`.
 
     Raises:
         DataError: the images cannot be used, or a label is not a class of the network.
-        UnsupportedModelError: the network is no classifier.
+        UnsupportedModelError: a float network is no classifier.
         ModelError: the network cannot be opened, does not say what it takes, or code would run that is not trusted.
     """
     shown = ConsoleProgress() if progress is None else progress
@@ -198,6 +199,9 @@ def evaluate(
     if isinstance(model, QuantModel):
         known = model.float_model
         reference = None if known.recorded_fingerprint else known
+        if isinstance(known.takes, Inputs) and known.task != "classify":
+            samples = _samples(data, known, normalized=normalized)
+            return measure.evaluate_outputs(model, reference, samples, _name_of(data), shown)
         return measure.evaluate_quantized(model, reference, measured_on(known.preprocess), shown)
     network = _network(str(model) if isinstance(model, Path) else model, device, shown)
     network.require_logits()

@@ -90,6 +90,18 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join(cells).rstrip())
 
 
+def print_outputs(outputs: dict[str, Any]) -> None:
+    """Print a line for each output of a network that is no classifier: fields of `OutputSqnr`."""
+    for name, ratio in outputs["outputs"].items():
+        parts = [f"output {name}".rstrip() + ":", "no error" if ratio is None else f"{ratio:.1f} dB"]
+        known = [(one, index) for index, one in enumerate(outputs["channels"].get(name, ())) if one is not None]
+        if known:
+            worst, index = min(known)
+            parts.append(f"(channel {index}: {worst:.1f} dB)")
+        parts += [f"{way} {share:.4f}" for way, share in outputs["agreement"].get(name, {}).items()]
+        print(" ".join(parts))
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}%"
 

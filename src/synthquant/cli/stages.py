@@ -9,7 +9,7 @@ import typer
 
 from synthquant import make, measure, pipeline
 from synthquant.cli import options
-from synthquant.cli.output import print_next, print_result, print_run, print_table
+from synthquant.cli.output import print_next, print_outputs, print_result, print_run, print_table
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import RecipeError
 from synthquant.core.files import require_writable
@@ -188,4 +188,9 @@ def evaluate(
         )
     else:
         row = measure.evaluate(source, measured_on, device, ConsoleProgress(), model=quantized, trust_code=trust_code)
-    print_result(row, device) if json else print_table([row])
+    if json:
+        print_result(row, device)
+        return
+    print_table([row])
+    if "outputs" in row:
+        print_outputs(row["outputs"])

@@ -66,10 +66,12 @@ class SqnrRow(Row):
 
 
 class OutputSqnrRow(Row):
-    """Those of the outputs of a network that is no classifier [dB], together and one by one."""
+    """Those of the outputs of a network that is no classifier [dB], together, one by one and by channels; agreement."""
 
     total: Number | None = None
     outputs: dict[str, Number | None]
+    channels: dict[str, tuple[Number | None, ...]] = {}
+    agreement: dict[str, dict[str, Number]] = {}
 
 
 class CoverageRow(Row):

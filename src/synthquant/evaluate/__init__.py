@@ -9,6 +9,7 @@
 - `feature_distances`: how far two sets of images lie apart: FID, KID, precision and recall, of features of any network.
 - `image_features`: features of a set of images, by the network that is named: a classifier, or Inception.
 - `image_quality`: how good drawn images are beside reference images, and in relation to the float pipeline's.
+- `outputs`: two networks side by side, output by output: ratios of channels, and agreement by task.
 - `paired`: two networks on the same images: how far they differ, with a 95% interval.
 - `same_seed`: how far two pipelines take the same noise apart: images of the same seed, pair by pair.
 - `step_errors`: how the error of a quantized pipeline grows over the steps of its sampler.

@@ -6,8 +6,6 @@ The signal-to-quantization-noise ratio of a tensor `x` and its quantized version
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from synthquant.core.errors import ModelError
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
+from synthquant.evaluate.outputs import OutputSqnr, OutputSums, Ratio, compared
 from synthquant.models.float_model import FloatModel
 from synthquant.models.samples import Samples, none_readable, samples_for, spread
 from synthquant.models.signature import Inputs, named_outputs
@@ -49,30 +48,12 @@ class SqnrRow:
 
 
 @dataclass
-class _Ratio:
-    """Running sums of one ratio; kept as float64 tensors, so that no step waits for a GPU."""
-
-    signal: Tensor | float = 0.0
-    noise: Tensor | float = 0.0
-
-    def add(self, reference: Tensor, actual: Tensor) -> None:
-        self.signal = self.signal + reference.float().square().sum(dtype=torch.float64)
-        self.noise = self.noise + (reference.float() - actual.float()).square().sum(dtype=torch.float64)
-
-    def decibels(self) -> float | None:
-        signal, noise = float(self.signal), float(self.noise)
-        if not (math.isfinite(signal) and math.isfinite(noise)) or signal <= 0 or noise <= 0:
-            return None
-        return 10 * math.log10(signal / noise)
-
-
-@dataclass
 class _LayerSums:
     """What is measured at one layer, and the float outputs of the batch at hand."""
 
-    activations: _Ratio = field(default_factory=_Ratio)
-    alone: _Ratio = field(default_factory=_Ratio)
-    cumulative: _Ratio = field(default_factory=_Ratio)
+    activations: Ratio = field(default_factory=Ratio)
+    alone: Ratio = field(default_factory=Ratio)
+    cumulative: Ratio = field(default_factory=Ratio)
     pending: list[Tensor] = field(default_factory=list)
 
 
@@ -122,16 +103,6 @@ def measure_sqnr(
     ]
 
 
-@dataclass(frozen=True)
-class OutputSqnr:
-    """Ratios of what a network puts out [dB]; none where no error was made, or values are not finite."""
-
-    total: float | None
-    """Over all floating-point tensors of the output: signals and noises of all of them are added."""
-    outputs: dict[str, float | None]
-    """Of each by its way in the output's tree, for example `boxes.0`; the name of a lone tensor is empty."""
-
-
 @torch.no_grad()
 def measure_output_sqnr(
     quant_model: QuantModel,
@@ -146,7 +117,7 @@ def measure_output_sqnr(
     Arguments and errors are those of `measure_sqnr`.
     """
     reference = _reference(quant_model, float_model)
-    total, parts = _Ratio(), defaultdict[str, _Ratio](_Ratio)
+    total, parts = Ratio(), dict[str, OutputSums]()
     with eval_mode(quant_model), eval_mode(reference):
         for inputs in _inputs(quant_model, samples, count, batch_size):
             with reference.mode(weights=False, activations=False):
@@ -154,9 +125,9 @@ def measure_output_sqnr(
             with quant_model.mode(weights=True, activations=True):
                 found = named_outputs(inputs.call(quant_model))
             for name, value in wanted.items():
-                parts[name].add(value, found[name])
+                parts.setdefault(name, OutputSums(quant_model.float_model.task)).add(value, found[name])
                 total.add(value, found[name])
-    return OutputSqnr(total.decibels(), {name: ratio.decibels() for name, ratio in parts.items()})
+    return compared(total, parts)
 
 
 def _inputs(quant_model: QuantModel, source: ImageSet | Samples, count: int, batch_size: int) -> Iterator[Inputs]:
@@ -184,7 +155,7 @@ def _reference(quant_model: QuantModel, float_model: FloatModel | None) -> Quant
 def _weight_ratio(reference: QuantLayer, layer: QuantLayer) -> float | None:
     if layer.weight_quantizer is None:
         return None
-    ratio = _Ratio()
+    ratio = Ratio()
     ratio.add(reference.float_weight, layer.weight_quantizer())
     return ratio.decibels()
 

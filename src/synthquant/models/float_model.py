@@ -20,8 +20,9 @@ from synthquant.data.preprocess import ChannelMean, ChannelStd, Preprocess, Side
 from synthquant.models.signature import Inputs
 from synthquant.models.user_file import names_code, same_code
 
-Task = Literal["classify", "denoise", "other"]
-"""What a network is for: logits of classes, the noise in a diffusion model's images, or something else."""
+Task = Literal["classify", "dense", "detect", "embed", "denoise", "other"]
+"""What a network is for: logits of classes, maps (of classes, depth, saliency), boxes with scores, vectors that stand
+for what it is given, the noise in a diffusion model's images, or something else."""
 
 IN_MEMORY = "memory"
 """What the source of a network starts with that was given as a module: `memory/NAME` cannot be opened again."""
@@ -57,8 +58,9 @@ class _Source(Settings):
     """Number of classes, where it differs from the architecture's own."""
 
     task: Task = "classify"
-    """What the network gives: logits of classes (`classify`), or any tree of tensors (`other`), whose distance to those
-    of the float network is measured instead of accuracy. That of a diffusion pipeline is always `denoise`."""
+    """What the network gives: logits of classes (`classify`), or any tree of tensors, whose distance to those of the
+    float network is measured instead of accuracy: maps (`dense`), boxes and scores (`detect`), vectors (`embed`) or
+    anything (`other`). That of a diffusion pipeline is always `denoise`."""
 
     @model_serializer(mode="wrap")
     def _without_the_usual_task(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

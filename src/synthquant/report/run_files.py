@@ -61,6 +61,7 @@ class RunFiles:
         self.diversity = self.record.metrics("images", ImagesMetrics).diversity
         self.accuracy = evaluation.accuracy or ()
         self.sqnr = evaluation.sqnr
+        self.outputs = evaluation.output_sqnr
         self.set_aside = evaluation.set_aside
         self.units = quantization.units
         self.coverage = quantization.coverage

@@ -1,0 +1,127 @@
+"""Outputs of networks of any task: channels, agreement, and what a shared grid takes from small channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.toy_networks import Detector
+from torch import Tensor, nn
+
+import synthquant as sq
+from synthquant.core.run_metrics import EvaluateMetrics
+from synthquant.evaluate.outputs import OutputSqnr, OutputSums, Ratio, channel_dim, compared
+from synthquant.models.float_model import Task
+
+QUIET = {"progress": sq.Progress()}
+SIZE = {"input_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+
+def sums(task: Task, wanted: Tensor, found: Tensor) -> OutputSqnr:
+    """In two batches."""
+    total, one = Ratio(), OutputSums(task)
+    for rows in (slice(0, 2), slice(2, None)):
+        total.add(wanted[rows], found[rows])
+        one.add(wanted[rows], found[rows])
+    return compared(total, {"y": one})
+
+
+def test_channels_by_hand() -> None:
+    wanted = torch.tensor([1.0, 100.0]).expand(4, 2)
+    found = wanted + torch.tensor([0.1, 0.0])
+    result = sums("other", wanted, found)
+    assert result.channels["y"][0] == pytest.approx(20, abs=1e-3) and result.channels["y"][1] is None
+    assert result.agreement == {} and result.same_answers is None
+    assert sums("other", torch.ones(4, 200), torch.zeros(4, 200)).channels == {}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((4,), None), ((4, 9), 1), ((4, 300, 6), 2), ((4, 84, 300), 1), ((4, 3, 8, 8), 1)]
+)
+def test_where_channels_are(shape: tuple[int, ...], dim: int | None) -> None:
+    assert channel_dim(torch.zeros(shape)) == dim
+
+
+def test_maps_agree_by_pixels_and_by_overlap() -> None:
+    classes = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 2, 2]])
+    other = classes.clone()
+    other[0, 0] = 1
+    maps = [nn.functional.one_hot(one, 3).movedim(-1, 1)[:, :, None].float() for one in (classes, other)]
+    found = sums("dense", *maps)
+    assert found.agreement["y"]["pixels"] == pytest.approx(11 / 12) == found.same_answers
+    assert found.agreement["y"]["miou"] == pytest.approx((3 / 4 + 4 / 5 + 1) / 3)
+    depth = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    noisy = depth + 0.1 * torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    expected = torch.corrcoef(torch.stack([depth.flatten(), noisy.flatten()]).double())[0, 1]
+    assert sums("dense", depth, noisy).agreement["y"] == {"correlation": pytest.approx(float(expected))}
+
+
+def test_vectors_agree_by_their_angle() -> None:
+    wanted = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    found = sums("embed", wanted, torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
+    assert found.agreement["y"]["cosine"] == pytest.approx(2 / 3)
+
+
+class Boxes(nn.Module):
+    """Boxes of 0..640 and scores of 0..1 in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        self.box, self.score = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.cat([self.box(x).sigmoid() * 640, self.score(x).sigmoid()], 1).flatten(2)
+
+
+class Warnings(sq.Progress):
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.found.append(text)
+
+
+def test_scores_that_vanish_beside_boxes_are_said() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = sq.FloatModel.from_module(Boxes(), **SIZE, task="detect")
+        images = torch.rand(8, 3, 8, 8)
+    for scheme, weak in (({"preset": "W8A8", "deploy": "full"}, True), ("W8A8", False)):
+        quant_model = sq.quantize(model, images, scheme, "rtn", **QUIET)
+        told = Warnings()
+        row = sq.evaluate(quant_model, images, progress=told)
+        scores = row["outputs"]["channels"][""][4:]
+        assert row["sqnr"] > 40 and (max(scores) < 1) is weak
+        assert any("channel 4 of 6 has an SQNR of 0.0 dB" in text for text in told.found) is weak
+
+
+def test_a_run_measures_maps_on_images_that_are_named(tmp_path: Path) -> None:
+    sq.ImageSet.from_tensors(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)).save(tmp_path / "images")
+    (tmp_path / "net.py").write_text(
+        "import torch\n\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 1))\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {source: 'net.py:build', input_size: [8, 8], mean: [0.5, 0.5, 0.5], std: [0.2, 0.2, 0.2],"
+        " task: dense}\nimages: {source: images}\nquantize: {method: rtn, scheme: W8A8}\nevaluate: images\n"
+    )
+    record = sq.run(sq.Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "run")
+    found = record.metrics("evaluate", EvaluateMetrics)
+    assert found.output_sqnr is not None and found.accuracy is not None
+    agreement = found.output_sqnr.agreement[""]
+    assert agreement["pixels"] == found.accuracy[1].agreement and agreement["pixels"] > 0.9 < agreement["miou"]
+    assert f"miou {agreement['miou']:.4f}" in (tmp_path / "run" / "report.html").read_text()
+    row = sq.evaluate(tmp_path / "run", tmp_path / "images", trust_code=True, device="cpu", **QUIET)
+    assert row["outputs"]["agreement"] == {"": agreement}
+
+
+def test_outputs_of_a_network_that_takes_no_images() -> None:
+    x = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = sq.FloatModel.from_module(Detector(), example={"image": x[:2]}, task="embed")
+    inputs = sq.Inputs(kwargs={"image": x})
+    row = sq.evaluate(sq.quantize(model, inputs, method="rtn", **QUIET), inputs, **QUIET)
+    assert row["outputs"]["outputs"].keys() == {"boxes.0", "boxes.1", "scores"}
+    assert row["outputs"]["agreement"]["scores"]["cosine"] > 0.99
