@@ -121,15 +121,15 @@ def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress
     """
     folders, out = [Path(folder) for folder in runs], Path(out)
     require_page(out)
-    if not figures.available():
-        progress.warn(f"{out} has no plots: {figures.NO_PLOTS}")
     selections = [folder for folder in folders if is_selection(folder) and not (folder / "run.json").is_file()]
+    sets = [folder for folder in folders if (folder / MANIFEST_NAME).is_file() and folder not in selections]
+    if not sets and not figures.available():
+        progress.warn(f"{out} has no plots: {figures.NO_PLOTS}")
     if selections:
         if len(folders) > 1:
             raise InputError(f"{selections[0]} is a selection of images; a report shows runs, or one selection alone")
         write_text(out, render_selection(selection_section(folders[0], (), "selection"), folders[0].name))
         return out
-    sets = [folder for folder in folders if (folder / MANIFEST_NAME).is_file()]
     if sets:
         if len(folders) > 1:
             raise InputError(f"{sets[0]} is an image set; a report shows runs, or one image set alone")
