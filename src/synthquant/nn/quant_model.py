@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from synthquant.core.errors import ModelError
@@ -327,27 +329,33 @@ class QuantModel(nn.Module):
             layer.drop_float_weight()
         self.loaded = True
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict` holds beside tensors: how the network is quantized, and how it was equalised before."""
-        equalized = {} if self.equalization is None else self.equalization.tensors()
-        steps = None if self.modulation is None else self.modulation.run.timesteps.clone()
-        known = {"scheme": self.scheme.model_dump_json(), "fold": self.fold}
-        return {**known, "equalization": equalized, "timesteps": steps}
+    def get_extra_state(self) -> torch.Tensor:
+        """What `state_dict` holds beside tensors of the network: how it is quantized and was equalised, as bytes."""
+        tensors = {} if self.equalization is None else self.equalization.tensors()
+        if self.modulation is not None:
+            tensors["timesteps"] = self.modulation.run.timesteps.clone()
+        return torch.frombuffer(bytearray(save_safetensors(tensors | {"how": self._how()})), dtype=torch.uint8)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def _how(self) -> torch.Tensor:
+        """Scheme and folding as text, in bytes."""
+        return torch.frombuffer(bytearray(f"{self.fold} {self.scheme.model_dump_json()}".encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
         """Become equalised as the network was; raises `ModelError` if that is quantized or equalised otherwise."""
-        if (state["scheme"], state["fold"]) != (self.scheme.model_dump_json(), self.fold):
+        tensors = load_safetensors(state.cpu().numpy().tobytes())
+        steps = tensors.pop("timesteps", None)
+        if not torch.equal(tensors.pop("how"), self._how()):
             raise ModelError(
                 f"{self.float_model.name}: the state is of a network that is quantized otherwise than this one, to"
                 f" {self.scheme.describe()}; build it with the same scheme"
             )
-        wanted, _ = Equalization.split(state["equalization"])
+        wanted, _ = Equalization.split(tensors)
         if wanted is not None and self.equalization is None:
             self.equalize(wanted)
         if (wanted and wanted.fingerprint) != (self.equalization and self.equalization.fingerprint):
             raise ModelError(f"{self.float_model.name}: the state is of a network that was equalised otherwise")
-        if self.modulation is not None:
-            self.modulation.run.timesteps = state["timesteps"].clone()
+        if self.modulation is not None and steps is not None:
+            self.modulation.run.timesteps = steps
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Be ready for what another network of this kind may have: wider codes, further biases, no float weights."""
