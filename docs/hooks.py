@@ -16,8 +16,16 @@ KINDS = {
     "Synthesis": sq.SYNTHESIZERS,
     "Selection": sq.SELECTORS,
     "Quantization": sq.QUANTIZERS,
+    "Fine-tuning": sq.FINE_TUNERS,
     "Exporters": sq.EXPORTERS,
 }
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the decisions, in their order."""
+    records = sorted(path for path in (ROOT / "docs" / "adr").glob("*.md") if path.name != "README.md")
+    config.nav = [*(config.nav or []), {"Decisions": [f"adr/{path.name}" for path in records]}]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
