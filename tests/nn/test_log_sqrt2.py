@@ -92,9 +92,11 @@ def test_negative_values_are_refused() -> None:
 
 def test_simulate_writes_it_and_runtimes_refuse_it_by_name(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    model = QuantModel.build(float_model(NormedTokens()), QuantScheme.parse({"preset": "W4A4", "attention": SOFTMAX}))
+    network = float_model(NormedTokens())
+    scheme = {"preset": "W4A4", "attention": SOFTMAX, "weights": {"symmetric": True}}
     with pytest.raises(SchemeError, match=r"block\.matmul_1\.input_quantizer_0: .*kind 'log_sqrt2'"):
-        Onnx(preset="tensorrt").check(model)
+        Onnx(preset="openvino").check(QuantModel.build(network, QuantScheme.parse(scheme)))
+    model = QuantModel.build(network, QuantScheme.parse({"preset": "W4A4", "attention": SOFTMAX}))
     Rtn().apply(model, small_images(8), Rng(0))
     exporter = Onnx(preset="simulate")
     found = exporter.verify(model, exporter.export(model, tmp_path / "net.onnx"), small_images(8))

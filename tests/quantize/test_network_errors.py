@@ -176,7 +176,8 @@ def learned(error: str | None, **settings: Any) -> tuple[QuantModel, QuantModel,
 
 @pytest.mark.parametrize("error", ["fima", "global_local"])
 def test_both_errors_learn_weights_and_steps(error: str) -> None:
-    settings = {"weight_lr": 1e-3} if error == "global_local" else {"fisher_rank": 4}
+    # At 40 steps of global_local a unit stands at the edge: another processor's rounding decides whether it got worse.
+    settings = {"weight_lr": 1e-3, "iterations": 80} if error == "global_local" else {"fisher_rank": 4}
     model, nearest, units = learned(error, **settings)
     assert not any(unit.diverged for unit in units)
     assert all(unit.losses[-1] < 2 * unit.losses[0] for unit in units)
