@@ -1,5 +1,6 @@
-"""`python -m synthquant`: the command line."""
+"""`python -m synthquant` is the command line."""
 
 from synthquant.cli import main
 
-main()
+if __name__ == "__main__":
+    main()
