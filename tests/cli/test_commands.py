@@ -88,7 +88,8 @@ def test_a_network_that_is_no_classifier_is_named_by_its_task(
     done = synthquant(*quantize, "--task", "other")
     assert done.status == 0 and " dB" in done.out
     assert RunRecord.load(run / "run.json").recipe["model"]["task"] == "other"
-    assert "is no classifier" in synthquant("evaluate", run, "--trust-code", "--data", images).error
+    measured = synthquant("evaluate", run, "--trust-code", "--data", images)
+    assert measured.status == 0 and "output boxes: " in measured.out and "top-1" not in measured.out
 
 
 def test_stage_by_stage_gives_what_run_gives(

@@ -49,7 +49,7 @@ def test_record_and_quantize(synthquant: Command, folder: Path, other: Path, tmp
     quantize = ("--images", calib, "--scheme", "W4A8", "--method", "rtn", "--out")
     outcome = synthquant("quantize", folder, *quantize, out, "--json")
     assert outcome.status == 0 and json.loads(outcome.out)["count"] == 8
-    loaded = sq.load_checkpoint(out / "model")
+    loaded = sq.load(out / "model")
     assert loaded.float_model.task == "denoise" and loaded.scheme.name == "W4A8"
     page = (out / "report.html").read_text()
     assert f"Quantized with 8 rows that diffusers/{folder} sampled of itself: 4 images at 2 of 4 steps" in page

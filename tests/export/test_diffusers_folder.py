@@ -49,7 +49,7 @@ class Case:
         self.source = small.saved(build(), root / "pipeline")
         self.quant_model, self.recorded = quantized(self.source, self.conditions)
         self.run = root / "run"
-        sq.save_checkpoint(self.quant_model, self.run / "model")
+        self.quant_model.save(self.run / "model")
         self.folder = sq.DiffusersFolder().export(self.quant_model, root / "exported")
 
     def drawn(self, source: Path | str) -> Tensor:
@@ -185,7 +185,7 @@ def test_the_card_says_what_is_known(ddim: Case, tmp_path: Path) -> None:
     assert "quantized: W8A8 (" in card and "`unet` of `pipeline`" in card and str(ddim.source) not in card
     assert "The run that made it is not known." in card and "Not measured" in card and "pipe()" in card
     run = tmp_path / "run"
-    sq.save_checkpoint(ddim.quant_model, run / "model")
+    ddim.quant_model.save(run / "model")
     record = sq.RunRecord(recipe={"quantize": {"method": "rtn", "scheme": {"name": "W8A8"}}, "images": None}, seed=7)
     record.save(run / "run.json")
     estimate = {"value": 1.25, "low": 1.0, "high": 1.5}
@@ -245,8 +245,8 @@ def test_what_is_no_quantized_pipeline_is_one_line(ddim: Case, tmp_path: Path) -
     with pytest.raises(UnsupportedModelError, match="is no denoiser"):
         quantized_pipeline(classifier)
     Rtn().apply(classifier, small_images(4), sq.Rng(0))
-    sq.save_checkpoint(classifier, tmp_path / "classifier" / "model")
-    with pytest.raises(ModelError, match="holds a quantized build, which is no denoiser"):
+    classifier.save(tmp_path / "classifier" / "model")
+    with pytest.raises(ModelError, match="holds a quantized Network, which is no denoiser"):
         sq.load_pipeline(tmp_path / "classifier")
     damaged = sq.DiffusersFolder().export(ddim.quant_model, tmp_path / "damaged")
     (damaged / "unet" / "model.safetensors").write_bytes(b"none")

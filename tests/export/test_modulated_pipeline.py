@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, sq.Q
         sq.Rtn().apply(quant_model, trajectory, sq.Rng(0))
         if ranges == "static":
             calibrate_differences(quant_model, trajectory)
-        sq.save_checkpoint(quant_model, root / ranges / "model")
+        quant_model.save(root / ranges / "model")
         found[ranges] = (root / ranges, quant_model, trajectory)
     return found
 

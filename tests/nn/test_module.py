@@ -190,5 +190,5 @@ def test_every_kind_passes_gradients_and_the_same_values(kind: str) -> None:
 
 def test_the_line_of_text_is_short(tmp_path: Path) -> None:
     assert repr(small(tmp_path, "plain")) == (
-        "QuantModel(build, W4A4, ends w8a8; quantized: 8 of 8 layers, 100.0% of weights, 100.0% of multiply-adds)"
+        "QuantModel(Network, W4A4, ends w8a8; quantized: 8 of 8 layers, 100.0% of weights, 100.0% of multiply-adds)"
     )

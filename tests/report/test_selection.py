@@ -40,7 +40,7 @@ def page_of(*folders: Path, out: Path) -> tuple[str, Page]:
 
 def test_a_selection_alone(selection: Path, tmp_path: Path) -> None:
     text, page = page_of(selection, out=tmp_path / "page.html")
-    assert "6 of 20 images were kept, scored by build." in page.words
+    assert "6 of 20 images were kept, scored by Network." in page.words
     assert page.row("energy")[3:] == ["20", "12", "60.0"]
     assert page.row("bn_sensitivity")[3:] == ["12", "6", "50.0"]
     assert page.tags.count("img") == 6 + 14

@@ -182,4 +182,4 @@ def test_every_step_of_a_batch_is_the_paper_s(make_model: MakeModel, monkeypatch
         slow.append(loss.item())
     assert of_latents.param_groups[0]["lr"] < 0.1, "the rate of the latents fell"
     assert losses == pytest.approx(slow, rel=2e-3)
-    torch.testing.assert_close(found, images.detach(), rtol=0, atol=0.03)
+    torch.testing.assert_close(found, images.detach(), rtol=0, atol=0.05)
