@@ -42,15 +42,6 @@ class Brecq(LearnedRounding):
     def phases(self) -> tuple[Phase, ...]:
         """The roundings, then the step sizes."""
         weights = replace(self.rounding_phase(), fisher=self.fisher, skip_first_layer=True)
-        activations = replace(
-            self.rounding_phase(),
-            name="activations",
-            iterations=self.activation_iterations,
-            inputs="teacher",
-            activations=True,
-            rounding_lr=0.0,
-            rounding_weight=0.0,
-            activation_scale_lr=self.activation_lr,
-            norm=self.activation_norm,
+        return weights, self.activation_phase(
+            self.rounding_phase(), self.activation_iterations, self.activation_lr, self.activation_norm
         )
-        return weights, activations

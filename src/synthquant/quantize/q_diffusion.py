@@ -56,18 +56,9 @@ class QDiffusion(LearnedRounding):
     def phases(self) -> tuple[Phase, ...]:
         """The roundings, then the step sizes."""
         weights = replace(self.rounding_phase(), sampling="steps")
-        activations = replace(
-            weights,
-            name="activations",
-            iterations=self.activation_iterations,
-            inputs="teacher",
-            activations=True,
-            rounding_lr=0.0,
-            rounding_weight=0.0,
-            activation_scale_lr=self.activation_lr,
-            norm=self.activation_norm,
+        return weights, self.activation_phase(
+            weights, self.activation_iterations, self.activation_lr, self.activation_norm
         )
-        return weights, activations
 
     def set_ranges(self, quant_model: QuantModel, calibration: CalibrationSet, *, quantized_weights: bool) -> None:
         """Set ranges on the first samples, then running ones if they are asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -98,6 +99,21 @@ class LearnedRounding(Settings, ABC):
             observer=self.observer,
             unclipped_codes=self.unclipped_codes,
             skip_first_layer=False,
+        )
+
+    @staticmethod
+    def activation_phase(after: Phase, iterations: int, lr: float, norm: float) -> Phase:
+        """BRECQ's second pass: activation step sizes from clean inputs, roundings done; the rest as `after`."""
+        return replace(
+            after,
+            name="activations",
+            iterations=iterations,
+            inputs="teacher",
+            activations=True,
+            rounding_lr=0.0,
+            rounding_weight=0.0,
+            activation_scale_lr=lr,
+            norm=norm,
         )
 
     def apply(
