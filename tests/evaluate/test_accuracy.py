@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.ranking import top_classes
@@ -156,6 +157,19 @@ def test_evaluate_model_end_to_end() -> None:
     )
     assert again.agreement == 0.0 and again.recovery == 0.0
     assert again.row("x")["interval"] == list(wilson_interval(0, 5))
+
+
+def test_evaluate_model_takes_what_open_images_takes() -> None:
+    images = coloured([0, 1, 2, 2, 1])
+    tensor, labels = torch.stack([images[index].image for index in range(5)]), images.labels
+    assert labels is not None
+    wanted = evaluate_model(MeanColour(), preprocess(), images).logits
+    dataset = TensorDataset(tensor, labels)
+    for given in (dataset, DataLoader(dataset, batch_size=2), (tensor, labels)):
+        found = evaluate_model(MeanColour(), preprocess(), given)
+        assert torch.equal(found.logits, wanted) and found.top1 == 1.0
+    with pytest.raises(DataError, match="no images at"):
+        evaluate_model(MeanColour(), preprocess(), "nowhere/at/all")
 
 
 def test_evaluate_model_refuses_what_is_not_a_classifier() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.small_networks import CLASSES, small_float_model
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from synthquant.core.errors import DataError, MissingExtraError, ModelError, UnknownNameError
 from synthquant.core.progress import Progress
@@ -133,6 +134,17 @@ def test_equal_and_small_images_have_no_ratio_and_no_similarity(model: FloatMode
     assert found.same_seed.psnr is None and found.same_seed.ssim is None
     assert found.same_seed.feature_distance.value == 0 and found.frechet.value == pytest.approx(0, abs=1e-6)
     assert found.precision.value == found.recall.value == 1
+
+
+def test_sets_are_whatever_open_images_takes(model: FloatModel, tmp_path: Path) -> None:
+    base, other, third = pixels(12), noisy(pixels(12), 9), pixels(12, seed=2)
+    drawn(base).save(tmp_path / "base")
+    extractor = ClassifierFeatures(model)
+    wanted = compare_images(other, ImageSet.from_tensors(base), extractor, baseline=drawn(third), settings=FEW)
+    found = compare_images(
+        DataLoader(TensorDataset(other), 5), tmp_path / "base", extractor, baseline=third, settings=FEW
+    )
+    assert found == wanted
 
 
 def test_broken_images_are_left_out_of_pairs(model: FloatModel, tmp_path: Path) -> None:

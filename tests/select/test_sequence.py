@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tests.select.networks import Plain, Tokens, float_model
 from tests.small_networks import CLASSES, small_float_model, small_images
+from torch.utils.data import TensorDataset
 
 from synthquant.core.errors import DataError, InputError, UnsupportedModelError
 from synthquant.core.progress import Progress
@@ -55,6 +57,16 @@ def test_each_filter_chooses_from_what_the_one_before_kept_in_one_pass(model: Fl
     within, of_all = set_sensitivity(table[second.entered], probe.norms), set_sensitivity(table, probe.norms)
     assert torch.allclose(second.scores, within, rtol=1e-3, atol=1e-5)
     assert not torch.allclose(second.scores, of_all[second.entered], rtol=1e-3, atol=1e-5)
+
+
+def test_a_pool_is_whatever_open_images_takes(model: FloatModel) -> None:
+    pool = small_images(12)
+    pixels = torch.stack([pool[index].image for index in range(12)])
+    wanted = run_filters([Energy(keep=4)], ImageSet.from_tensors(pixels), model, Rng(0))
+    for given in (pixels, TensorDataset(pixels), [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]):
+        found = run_filters([Energy(keep=4)], given, model, Rng(0))
+        assert found.positions.tolist() == wanted.positions.tolist()
+        assert found.pool.column_names == wanted.pool.column_names
 
 
 def test_scores_are_columns_that_name_the_network(model: FloatModel) -> None:

@@ -17,8 +17,8 @@ from synthquant.core.errors import DataError, InputError
 from synthquant.core.modules import eval_mode
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.ranking import top_classes
-from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess, input_batches
+from synthquant.data.sources import open_images
 from synthquant.models.samples import none_readable
 
 _Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -88,7 +88,7 @@ class Evaluation:
 def evaluate_model(
     model: nn.Module | Callable[[Tensor], Tensor],
     preprocess: Preprocess,
-    data: ImageSet,
+    data: Any,
     *,
     reference_logits: Tensor | None = None,
     batch_size: int = 64,
@@ -102,7 +102,7 @@ def evaluate_model(
         model: takes normalised images `[B, C, H, W]`, returns logits `[B, classes]`. A module is put into eval mode for
             the call and back afterwards.
         preprocess: the preprocessing of the network.
-        data: images, labelled or not.
+        data: images, labelled or not: an image set, or what else `open_images` takes.
         reference_logits: `[count, classes]`, the `logits` of an earlier evaluation on the same images (the float
             network's).
         batch_size: images per forward pass.
@@ -110,26 +110,27 @@ def evaluate_model(
         progress: draws a bar called `title`.
 
     Raises:
-        DataError: no image could be read, there are neither labels nor reference logits, or a label is not a class of
-            the network.
+        DataError: there are no images, none could be read, there are neither labels nor reference logits, or a label is
+            not a class of the network.
         InputError: `reference_logits` belong to other images or to another number of classes.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1")
     start = time.perf_counter()
+    images = open_images(data)
     parts: list[Tensor] = []
     label_parts: list[Tensor] = []
     target = _device_of(model) if device is None else torch.device(device)
-    with _evaluating(model), progress.bar(title, len(data)) as bar:
-        for batch in input_batches(data, preprocess, batch_size):
+    with _evaluating(model), progress.bar(title, len(images)) as bar:
+        for batch in input_batches(images, preprocess, batch_size):
             output = model(batch.inputs.to(target))
             parts.append(_checked(output, len(batch.inputs)).float().cpu())
             if batch.labels is not None:
                 label_parts.append(batch.labels)
             bar.advance(len(batch.inputs))
-    set_aside = tuple((item.name, item.reason) for item in data.set_aside)
+    set_aside = tuple((item.name, item.reason) for item in images.set_aside)
     if not parts:
-        raise none_readable(data, len(data), "to evaluate on")
+        raise none_readable(images, len(images), "to evaluate on")
     logits = torch.cat(parts)
     labels = torch.cat(label_parts) if label_parts else None
     evaluation = compare_logits(logits, labels, reference_logits)

@@ -19,6 +19,7 @@ from synthquant.core.rng import Rng
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.seed_pairs import Pairs, same_seed_pairs
+from synthquant.data.sources import open_images
 from synthquant.evaluate.feature_distances import (
     KernelDistance,
     bootstrap_frechet,
@@ -110,11 +111,11 @@ class _Seen:
 
 
 def compare_images(
-    images: ImageSet,
-    reference: ImageSet,
+    images: Any,
+    reference: Any,
     extractor: FeatureExtractor,
     *,
-    baseline: ImageSet | None = None,
+    baseline: Any = None,
     names: Mapping[str, str] | None = None,
     settings: QualitySettings | None = None,
     rng: Rng | None = None,
@@ -123,7 +124,7 @@ def compare_images(
     """Return how far `images` are from `reference`, in the features of `extractor` and pair by pair.
 
     Args:
-        images: what is judged.
+        images: what is judged; as the others an image set, or what else `open_images` takes.
         reference: real images, or those of the float pipeline.
         extractor: whose features distances are taken in; `open_features` opens one.
         baseline: images of the float pipeline, where the reference is real.
@@ -133,22 +134,23 @@ def compare_images(
         progress: takes bars and warnings.
 
     Raises:
-        DataError: a set has too few images that can be read, or pairs of different sizes.
+        DataError: there is no such set, one has too few images that can be read, or pairs of different sizes.
         MissingExtraError: torchmetrics is not installed, and there are pairs large enough for structural similarity.
     """
     how, random = settings or QualitySettings(), rng or Rng(0)
     called = {"images": "images", "reference": "reference", "baseline": "baseline", **(names or {})}
     given = {"images": images, "reference": reference, **({} if baseline is None else {"baseline": baseline})}
-    for one in given.values():
+    sets = {name: open_images(one) for name, one in given.items()}
+    for one in sets.values():
         require_number(len(one), how.neighbours + 1)
     seen = {}
-    for name, one in given.items():
+    for name, one in sets.items():
         found = extractor.features(one, called[name], batch_size=how.batch_size, progress=progress)
         require_features(found.vectors, how.neighbours + 1)
         seen[name] = _Seen(one, found)
     first, second = seen["images"], seen["reference"]
     beside = seen.get("baseline", second)
-    pairs = same_seed_pairs(images, beside.images)
+    pairs = same_seed_pairs(first.images, beside.images)
     with progress.bar("resamples", how.resamples) as bar:
         if baseline is None:
             relative = None
@@ -177,7 +179,12 @@ def compare_images(
         same_seed=None
         if pairs is None
         else compare_pairs(
-            images, beside.images, pairs, (first.found, beside.found), batch_size=how.batch_size, progress=progress
+            first.images,
+            beside.images,
+            pairs,
+            (first.found, beside.found),
+            batch_size=how.batch_size,
+            progress=progress,
         ),
         relative=relative,
     )

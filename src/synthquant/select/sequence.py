@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from synthquant.core.errors import DataError, InputError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.rng import Rng
 from synthquant.data.image_set import ImageSet
+from synthquant.data.sources import open_images
 from synthquant.methods import SELECTORS, Candidates, Probe, Selector
 from synthquant.models.float_model import FloatModel
 from synthquant.select.keep import keep_best, quotas
@@ -77,7 +79,7 @@ class Selection:
 
 def run_filters(
     filters: Sequence[Selector],
-    images: ImageSet,
+    images: Any,
     model: FloatModel,
     rng: Rng,
     *,
@@ -91,7 +93,8 @@ def run_filters(
 
     Args:
         filters: at least one.
-        images: the pool, of any size and made for any network; images are brought to this one's input size.
+        images: the pool, an image set or what else `open_images` takes, of any size and made for any network; images
+            are brought to this one's input size.
         model: the network that scores.
         rng: filter `i` draws from its child `i` only.
         also: further probes for the pass.
@@ -103,26 +106,28 @@ def run_filters(
 
     Raises:
         UnsupportedModelError: the network lacks what a filter scores by; before the first image is read.
-        DataError: no image can be used, a filter is to keep more than there are, or labels are missing.
+        DataError: there are no images, none can be used, a filter is to keep more than there are, or labels are
+            missing.
         OutputError: a temporary file cannot be made.
     """
     if not filters:
         raise InputError("no filter to select with; name at least one")
-    labels = require_pool(filters, images)
+    pool = open_images(images)
+    labels = require_pool(filters, pool)
     own = [filter_.probe(model) for filter_ in filters]
     # Filters that ask for the same probe share one; its rows are made once.
     probes = {probe.name: probe for probe in (*own, *also)}
-    with closing(look(images, model, filters, batch_size, progress)) if look else nullcontext() as blocks:
+    with closing(look(pool, model, filters, batch_size, progress)) if look else nullcontext() as blocks:
         seen = scan(
-            images, model, list(probes.values()),
+            pool, model, list(probes.values()),
             batch_size=batch_size, table_gib=table_gib, progress=progress, blocks=blocks,
         )  # fmt: skip
-    rows = _usable(seen, images, progress)
+    rows = _usable(seen, pool, progress)
     steps: list[Step] = []
     for index, filter_ in enumerate(filters):
         method, name = registered_name(filter_), own[index].name
         table, places, child = seen.tables[name], seen.positions[rows], rng.child(str(index))
-        left = images.subset(places)
+        left = pool.subset(places)
         with _named(method):
             scores = filter_.scores(Candidates(probes[name], table, rows, left, model, child, batch_size, progress))
         groups = None if labels is None or not filter_.per_class else labels[places]
@@ -133,8 +138,8 @@ def run_filters(
         column = _column(method, [step.method for step in steps], model)
         steps.append(Step(method, column, filter_, places, scores, stayed))
         rows = rows[stayed]
-    pool = images.with_columns(**{step.column: _spread(step, len(images)) for step in steps})
-    return Selection(pool, seen.positions[rows], tuple(steps), seen, probes)
+    scored = pool.with_columns(**{step.column: _spread(step, len(pool)) for step in steps})
+    return Selection(scored, seen.positions[rows], tuple(steps), seen, probes)
 
 
 def require_supported(filters: Sequence[Selector], model: FloatModel) -> None:
