@@ -76,10 +76,14 @@ def train(
     """Train to the end of the schedule or of this call; returns whether the schedule is done.
 
     Continues from `state` and saves to it after rounds, at most every `save_seconds` and at the end. Each round draws
-    its random numbers from a seed of its own, so that a stopped training ends as one that was never stopped.
+    its random numbers from a seed of its own, so that a stopped training ends as one that was never stopped. A state of
+    another seed or length is of another training: raises `SystemExit`.
     """
+    of = {"seed": seed, "steps": schedule.steps, "minutes": schedule.minutes}
     if state.exists():
         saved_state = torch.load(state, weights_only=True, map_location="cpu")
+        if saved_state.get("of") != of:
+            raise SystemExit(f"{state} is of another training ({saved_state.get('of')}, not {of}); name another folder")
         trainer.load_state_dict(saved_state["trainer"])
         schedule.step, schedule.seconds = saved_state["step"], saved_state["seconds"]
     began, earlier = time.monotonic(), schedule.seconds
@@ -101,17 +105,18 @@ def train(
             raise SystemExit(f"the loss is {loss}; the last good state is in {state}")
         over = now - began > call_minutes * 60
         if over or schedule.progress() >= 1 or now - saved > save_seconds:
-            save_state(trainer, schedule, state)
+            save_state(trainer, schedule, state, of)
             saved = now
         if over:
             break
     return schedule.progress() >= 1
 
 
-def save_state(trainer: Trainer, schedule: Schedule, path: Path) -> None:
-    """Write the state so that a kill leaves the old file or the new one."""
+def save_state(trainer: Trainer, schedule: Schedule, path: Path, of: dict[str, Any]) -> None:
+    """Write the state so that a kill leaves the old file or the new one; `of` says which training's it is."""
     temporary = path.with_suffix(".tmp")
-    torch.save({"trainer": trainer.state_dict(), "step": schedule.step, "seconds": schedule.seconds}, temporary)
+    content = {"trainer": trainer.state_dict(), "step": schedule.step, "seconds": schedule.seconds, "of": of}
+    torch.save(content, temporary)
     os.replace(temporary, path)
 
 

@@ -65,6 +65,13 @@ def test_stopped_training_ends_as_one_that_never_stopped(tmp_path: Path) -> None
     assert torch.equal(finished.value, whole.value)
 
 
+@pytest.mark.parametrize(("steps", "seed"), [(10, 2), (12, 1)])
+def test_a_state_of_another_training_is_refused(tmp_path: Path, steps: int, seed: int) -> None:
+    assert train(Walk(), Schedule(10, None), tmp_path / "state.pt", round_steps=3, seed=1)
+    with pytest.raises(SystemExit, match="of another training"):
+        train(Walk(), Schedule(steps, None), tmp_path / "state.pt", round_steps=3, seed=seed)
+
+
 def test_minutes_end_training_over_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10_000, 6))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(now)))
