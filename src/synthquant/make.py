@@ -20,7 +20,8 @@ from synthquant.data.store import JOURNAL_NAME
 from synthquant.diffusion.denoiser import Denoiser
 from synthquant.diffusion.trajectory import Trajectory
 from synthquant.distributed.ray_workers import RayWorkers
-from synthquant.export.checkpoint import load_checkpoint, read_config
+from synthquant.export.checkpoint import load_checkpoint
+from synthquant.export.quant_config import read_config
 from synthquant.methods import FineTuned, MemoryBudget, is_checking, is_generating
 from synthquant.models.class_labels import classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel

@@ -19,7 +19,8 @@ from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_mo
 from synthquant.evaluate.agreement import measure_output_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
 from synthquant.evaluate.outputs import OutputSqnr
-from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config
+from synthquant.export.checkpoint import load_checkpoint
+from synthquant.export.quant_config import CONFIG_NAME, read_config
 from synthquant.models.class_labels import Classes, classes_of, in_classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model

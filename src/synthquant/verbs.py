@@ -32,8 +32,9 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory import Trajectory, is_trajectory, open_trajectory
-from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, read_config, save_checkpoint
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.presets import PRESETS
+from synthquant.export.quant_config import CONFIG_NAME, read_config
 from synthquant.export.write import export_network
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import FloatModel, ModelSource

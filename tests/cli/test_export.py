@@ -15,7 +15,8 @@ from synthquant.cli.export import _print_export as print_export
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
-from synthquant.export.checkpoint import Checkpoint, load_checkpoint, read_config, save_checkpoint
+from synthquant.export.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from synthquant.export.quant_config import read_config
 from synthquant.methods import EXPORTERS
 from synthquant.nn.quant_model import QuantModel
 from synthquant.pipeline import run as run_recipe

@@ -10,7 +10,7 @@ from tests.cli.conftest import Command
 
 from synthquant.core.record import RunRecord
 from synthquant.data.image_set import ImageSet
-from synthquant.export.checkpoint import read_config
+from synthquant.export.quant_config import read_config
 from synthquant.finetune import fine_tuning
 
 SMALL = ["--set", "iterations=6", "--set", "batch_size=4", "--set", "evaluations=3", "--device", "cpu"]

@@ -19,9 +19,10 @@ from synthquant.core.errors import SchemeError
 from synthquant.core.quant_report import QuantReport
 from synthquant.core.rng import Rng
 from synthquant.data.preprocess import Preprocess
-from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, save_checkpoint
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.onnx import Onnx
 from synthquant.export.presets import PRESETS
+from synthquant.export.quant_config import CONFIG_NAME
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS, ActivationQuantizer, new_quantizer
 from synthquant.nn.observers import Watcher

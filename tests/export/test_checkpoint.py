@@ -16,16 +16,10 @@ from tests.small_networks import calibrated_model, small_float_model
 from synthquant.core.errors import ModelError, OutputError
 from synthquant.core.files import read_sealed_json, sha256_file, write_json, write_sealed_json
 from synthquant.evaluate.cost import quantized_cost
-from synthquant.export.checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Checkpoint,
-    checkpoint_hash,
-    load_checkpoint,
-    save_checkpoint,
-)
+from synthquant.export.checkpoint import WEIGHTS_NAME, Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
 from synthquant.export.grids import weight_grid
 from synthquant.export.presets import find_preset
+from synthquant.export.quant_config import CONFIG_NAME
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.weight_sources import SoftRounding
 

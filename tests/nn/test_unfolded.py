@@ -13,7 +13,8 @@ from torch import nn
 from synthquant.core.errors import ModelError, RecipeError
 from synthquant.core.rng import Rng
 from synthquant.evaluate.agreement import measure_sqnr
-from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint, save_checkpoint
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.export.quant_config import CONFIG_NAME
 from synthquant.make import quantize
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel

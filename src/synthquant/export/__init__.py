@@ -1,6 +1,7 @@
 """Write a quantized network to files and read it back.
 
 - `checkpoint`: checkpoints: a folder with codes, scales and a config in JSON.
+- `quant_config`: that config.
 - `compare`: compare a written network with the quantized network it was made from, on the same samples.
 - `deploy`: a private copy of a quantized network that computes with integer weights, as a runtime will.
 - `diffusers_folder`: a quantized pipeline as a folder of diffusers, and loading one.

@@ -25,104 +25,40 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from synthquant.core.errors import InputError, ModelError, VerificationError
-from synthquant.core.files import atomic_folder, read_sealed_json, sha256_bytes, write_bytes, write_sealed_json
+from synthquant.core.errors import ModelError, VerificationError
+from synthquant.core.files import atomic_folder, sha256_bytes, write_bytes, write_sealed_json
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.settings import Settings, parse_settings
+from synthquant.core.settings import Settings
 from synthquant.core.version import package_version
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
 from synthquant.export.packing import pack_codes, unpack_codes
+from synthquant.export.quant_config import (
+    CONFIG_NAME,
+    EQUALIZED,
+    UNCLIPPED,
+    UNFOLDED,
+    VERSION,
+    LayerEntry,
+    QuantConfig,
+    float_model_entry,
+    read_config,
+)
 from synthquant.methods import EXPORTERS
-from synthquant.models.float_model import FloatModel, RecordedSource, Task
+from synthquant.models.float_model import FloatModel
 from synthquant.models.open import open_model
 from synthquant.models.samples import Samples
 from synthquant.nn.equalization import Equalization
 from synthquant.nn.quant_model import QuantModel
-from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 
-CONFIG_NAME = "quant_config.json"
 WEIGHTS_NAME = "model.safetensors"
-_FORMAT = "synthquant-packed"
-_VERSION = 2
-_EQUALIZED = 3
-_UNCLIPPED = 4
-_UNFOLDED = 5
-# Of the first version, which did not carry the hash of its own content.
-_UNSEALED = {"format": _FORMAT, "format_version": 1}
-
-
-class LayerEntry(LayerScheme):
-    """How one quantized layer is stored."""
-
-    name: str
-    """Module name."""
-    kind: str
-    """Class of the layer."""
-    shape: tuple[int, ...]
-    """Shape of the weight."""
-    input_quantizer: str | None = None
-    """Name of the quantizer that the layer's input goes through; layers that read one tensor share it."""
-
-
-class FloatModelEntry(Settings):
-    """The network before quantization."""
-
-    name: str
-    """Short name."""
-    source: RecordedSource
-    """How to build the architecture again."""
-    fingerprint: str
-    """Hash of its weights."""
-    task: Task = "classify"
-    """What the network does."""
-    num_classes: int | None = None
-    """Number of logits."""
-    class_names: tuple[str, ...] | None = None
-    """Names of the classes, where known."""
-
-
-class QuantConfig(Settings):
-    """Content of `quant_config.json`."""
-
-    format: str = _FORMAT
-    """Always `synthquant-packed`."""
-    format_version: int = _VERSION
-    """Version of the format; since 2 the file carries the hash of its own content; 3 is of equalised networks,
-    4 of those with unclipped codes, 5 of those whose batch norms stay."""
-    synthquant_version: str
-    """Release that wrote the checkpoint."""
-    scheme: QuantScheme
-    """What was asked for."""
-    scheme_summary: str
-    """The scheme in one line, with its rule for the first and last layer."""
-    layers: tuple[LayerEntry, ...]
-    """Quantized layers in execution order: what they got."""
-    quantizers: dict[str, QuantArgs]
-    """Activation quantizers by name, each once."""
-    float_model: FloatModelEntry
-    """What was quantized."""
-    preprocess: Preprocess | None
-    """How images become input; none: the network takes something else."""
-    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """Hash of `model.safetensors`."""
-    fold: bool = True
-    """Batch norms are folded; left out where they are."""
-
-    @model_serializer(mode="wrap")
-    def _without_the_usual_folding(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        if self.fold:
-            fields.pop("fold", None)
-        return fields
 
 
 @EXPORTERS.register("checkpoint")
@@ -241,42 +177,6 @@ def checkpoint_hash(quant_model: QuantModel) -> str:
     return sha256_bytes(save_safetensors(_packed(quant_model)))
 
 
-def float_model_entry(model: FloatModel) -> FloatModelEntry:
-    """Return what files say about the network before quantization."""
-    return FloatModelEntry(
-        name=model.name,
-        source=RecordedSource.of(model.source),
-        fingerprint=model.fingerprint,
-        task=model.task,
-        num_classes=model.num_classes,
-        class_names=model.class_names,
-    )
-
-
-def read_config(folder: Path) -> QuantConfig:
-    """Read and check `quant_config.json`.
-
-    Raises:
-        ModelError: it is missing, damaged or of another format or version.
-    """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a checkpoint: it has no {CONFIG_NAME}")
-    try:
-        content = read_sealed_json(path, unsealed=_UNSEALED)
-        if content.get("format") != _FORMAT:
-            raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
-        if content.get("format_version") not in (1, _VERSION, _EQUALIZED, _UNCLIPPED, _UNFOLDED):
-            raise ModelError(
-                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {_UNFOLDED}"
-            )
-        return parse_settings(QuantConfig, content, str(path))
-    except ModelError:
-        raise
-    except InputError as error:
-        raise ModelError(str(error)) from error
-
-
 def _standing_in(built: FloatModel, config: QuantConfig) -> FloatModel:
     """The architecture in the place of the network that was quantized."""
     entry = config.float_model
@@ -310,11 +210,11 @@ def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
 def _version(quant_model: QuantModel) -> int:
     """The lowest version that has room for all of the network."""
     if not quant_model.fold:
-        return _UNFOLDED
+        return UNFOLDED
     quantizers = [layer.weight_quantizer for layer in quant_model.layers.values()]
     if any(quantizer is not None and quantizer.unclipped for quantizer in quantizers):
-        return _UNCLIPPED
-    return _VERSION if quant_model.equalization is None else _EQUALIZED
+        return UNCLIPPED
+    return VERSION if quant_model.equalization is None else EQUALIZED
 
 
 def _layer_entries(quant_model: QuantModel) -> list[LayerEntry]:

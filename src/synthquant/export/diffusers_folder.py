@@ -40,10 +40,11 @@ from synthquant.diffusion.quantized import (
     static_timesteps,
     write_calibration,
 )
-from synthquant.export.checkpoint import load_checkpoint, read_config, save_checkpoint
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
 from synthquant.export.model_card import model_card
+from synthquant.export.quant_config import read_config
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model

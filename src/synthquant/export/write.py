@@ -16,7 +16,8 @@ from synthquant.data.codec import MAX_PIXELS
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import say_what_was_read
 from synthquant.diffusion.trajectory import Trajectory, open_calibration
-from synthquant.export.checkpoint import CONFIG_NAME, load_checkpoint
+from synthquant.export.checkpoint import load_checkpoint
+from synthquant.export.quant_config import CONFIG_NAME
 from synthquant.methods import EXPORTERS, Exporter
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel

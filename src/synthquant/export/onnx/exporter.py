@@ -16,10 +16,11 @@ from synthquant.core.settings import Settings
 from synthquant.core.version import package_version
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
-from synthquant.export.checkpoint import checkpoint_hash, float_model_entry
+from synthquant.export.checkpoint import checkpoint_hash
 from synthquant.export.deploy import require_takes
 from synthquant.export.onnx.metadata import OnnxMetadata, seal
 from synthquant.export.presets import find_preset
+from synthquant.export.quant_config import float_model_entry
 from synthquant.methods import EXPORTERS
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel

@@ -12,7 +12,7 @@ from synthquant.core.errors import ModelError
 from synthquant.core.files import sha256_bytes
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.data.preprocess import Preprocess
-from synthquant.export.checkpoint import FloatModelEntry
+from synthquant.export.quant_config import FloatModelEntry
 from synthquant.nn.scheme import QuantScheme
 
 _PREFIX = "synthquant."
