@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo check test bench docs
+.PHONY: setup demo check test bench docs wheel
 
 setup: $(STAMP)
 
@@ -38,3 +38,9 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(INSTALL) --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --site-dir build/docs
+
+# What people install, checked without the rest of the repository beside it.
+wheel: $(STAMP)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python .ci/check_wheel.py build/wheel/synthquant-*.whl
