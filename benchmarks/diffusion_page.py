@@ -8,6 +8,8 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from synthquant.core.formatting import size
+
 Table = Callable[[list[str], list[list[str]]], str]
 Result = dict[str, Any]
 
@@ -41,7 +43,7 @@ def _images(results: list[Result], table: Table) -> list[str]:
                 "-" if relative is None else _estimate(relative["ratio"]),
                 f"{found['kernel']['value']:.3f}",
                 "-" if pairs is None else f"{pairs['psnr']['value']:.2f}",
-                *(f"{size / 1024:.0f} KiB" for size in sizes or ()),
+                *(size(value) for value in sizes or ()),
                 *([] if sizes else ["-"]),
             ]
         )

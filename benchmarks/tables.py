@@ -21,6 +21,7 @@ import imagenet_page
 import memory_page
 import robustness_table
 import transformers_page
+from synthquant.core.formatting import ACCURACY_COLUMNS
 from synthquant.export.presets import PRESETS
 from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 
@@ -422,18 +423,17 @@ def tuning_speed() -> str:
 def demo() -> str:
     """The README's table: what `synthquant demo` printed."""
     (result,) = load("demo")
+    shown = ("top1", "agreement", "kl", "size_bytes")
     body = [
         [
             row["name"],
-            *(percent(row[name]) for name in ("top1", "agreement")),
-            "-" if row["kl"] is None else f"{row['kl']:.3f}",
-            f"{row['size_bytes'] / 1024:.0f} KiB",
+            *("-" if row[name] is None else ACCURACY_COLUMNS[name].form(row[name]) for name in shown),
         ]
         for row in result["rows"]
     ]
     where = result["environment"]
     return (
-        table(["network", "top-1 %", "agreement %", "kl", "size"], body)
+        table(["network", *(ACCURACY_COLUMNS[name].heading for name in shown)], body)
         + f"\n\nOn {where['cpu']}, {where['threads']} threads, torch {where['torch']}."
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def test_run_prints_float_beside_quantized_and_the_rule_for_the_ends(
     lines = outcome.out.splitlines()
     assert lines[0].startswith("W4A4 (weights 4 bit") and "first and last layer W8A8" in lines[0]
     assert lines[1].startswith("quantized: ") and lines[1].endswith("% of multiply-adds")
-    assert lines[2].split() == ["name", "top1", "interval", "top5", "recovery", "agreement", "kl", "size"]
+    headings = ["network", "top-1 %", "95% interval", "top-5 %", "recovery %", "agreement %", "KL [nats]", "size"]
+    assert re.split(r" {2,}", lines[2]) == headings
     assert lines[3].startswith("float ") and lines[4].startswith("W4A4 ")
     assert str(tmp_path / "run" / "report.html") in lines[5]
 
@@ -86,7 +88,7 @@ def test_a_network_that_is_no_classifier_is_named_by_its_task(
     assert synthquant(*synthesize, "--task", "other").status == 0
     assert "give --task other" in synthquant(*quantize).error
     done = synthquant(*quantize, "--task", "other")
-    assert done.status == 0 and " dB" in done.out
+    assert done.status == 0 and "SQNR [dB]" in done.out
     assert RunRecord.load(run / "run.json").recipe["model"]["task"] == "other"
     measured = synthquant("evaluate", run, "--trust-code", "--data", images)
     assert measured.status == 0 and "output boxes: " in measured.out and "top-1" not in measured.out
@@ -107,7 +109,7 @@ def test_stage_by_stage_gives_what_run_gives(
 def test_evaluate_measures_a_float_network(synthquant: Command, model_options: list[str], data: Path) -> None:
     row = json.loads(synthquant("evaluate", *model_options, "--data", data, "--json").out)
     assert row["count"] == 21 and row["agreement"] is None
-    assert "top1" in synthquant("evaluate", *model_options, "--data", data).out
+    assert "top-1 %" in synthquant("evaluate", *model_options, "--data", data).out
 
 
 def test_evaluate_refuses_images_without_labels_before_the_network_runs_on_them(

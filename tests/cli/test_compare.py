@@ -52,8 +52,8 @@ def test_compare_prints_what_it_found_and_keeps_it(
     plain = synthquant(*given)
     assert plain.status == 0
     lines = [line.split("  ")[0] for line in plain.out.splitlines()]
-    assert lines[0] == found["features"] and {"Frechet distance", "precision", "recall"} <= set(lines)
-    assert f"{found['frechet']['value']:.4g} (" in plain.out and "of the baseline" in plain.out and " dB" in plain.out
+    assert lines[0] == found["features"] and {"Frechet distance", "Precision %", "Recall %"} <= set(lines)
+    assert f"{found['frechet']['value']:#.3g} (" in plain.out and "of the baseline" in plain.out and "[dB]" in plain.out
 
 
 def test_compare_needs_a_run_to_keep_it_with(

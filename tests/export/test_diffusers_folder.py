@@ -198,7 +198,7 @@ def test_the_card_says_what_is_known(ddim: Case, tmp_path: Path) -> None:
     result = sq.export_run(run, sq.DiffusersFolder(), tmp_path / "out", verify=False)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| quantize.method | rtn |" in card and "| quantize.scheme.name | W8A8 |" in card and "| seed | 7 |" in card
-    assert "4,096 images beside 5,000" in card and "| Frechet distance | 1.25 | 1 to 1.5 |" in card
+    assert "4 096 images beside 5 000" in card and "| Frechet distance | 1.25 | 1.00 to 1.50 |" in card
     assert result["verification"] is None and result["bytes"] > 0
 
 

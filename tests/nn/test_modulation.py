@@ -144,7 +144,7 @@ def test_layers_that_read_one_tensor_keep_it_once(model: QuantModel) -> None:
         )
     assert all(reading.kept is None for reading in modulation.readings.values())
     assert all(layer.put_out is None for layer in modulation.layers.values())
-    assert f"{found / 3 / 2**20:.1f} MiB are kept between steps" in str(modulation)
+    assert f"{found / 3 / 2**10:.1f} KiB are kept between steps" in str(modulation)
 
 
 def test_a_sample_does_not_depend_on_the_others_of_its_batch(model: QuantModel) -> None:

@@ -139,7 +139,7 @@ def test_the_report_says_what_is_kept() -> None:
     told: list[str] = []
     model = rounded()
     report = modulation_report(model, Rows(trajectory()), Told())
-    assert told == [str(model.modulation)] and "MiB are kept between steps for each row of a batch" in told[0]
+    assert told == [str(model.modulation)] and "KiB are kept between steps for each row of a batch" in told[0]
     assert report is not None and model.modulation is not None
     assert (report.layers, report.images, report.bytes_per_row) == (9, 3, model.modulation.bytes_per_sample)
     dynamic = modulation_report(rounded({"preset": "W4A4", "modulation": {}}), None)

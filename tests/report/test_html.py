@@ -83,7 +83,7 @@ def test_one_run(tmp_path: Path) -> None:
     text, page = page_of(make_run(tmp_path / "run", real_images(tmp_path / "real")), out=tmp_path / "report.html")
     assert page.row("float")[1] == "91.23"
     row = page.row("genie_m")
-    assert row[1] == "90.82" and "89.60" in row[2] and "99.55" in row and "97.00" in row and "143\u202fkB" in row
+    assert row[1] == "90.82" and "89.60" in row[2] and "99.55" in row and "97.00" in row and "140\u202fKiB" in row
     assert "\u22120.41" in page.words  # points lost
     assert page.row("blocks.0.conv1")[-3:-1] == ["14.0", "11.0"]  # alone, cumulative
     assert page.words.count("diverged, restored") == 1
@@ -180,7 +180,7 @@ def test_given_images_are_shown_too(tmp_path: Path) -> None:
 def test_agreement_alone_makes_a_page(tmp_path: Path) -> None:
     rows = [{"name": "float"}, {"name": "W4A4", "agreement": 0.9, "kl": 0.1, "count": 9}]
     _, page = page_of(make_run(tmp_path / "run", evaluate__accuracy=rows), out=tmp_path / "report.html")
-    assert "90.0 % same answer as float" in page.words and "5 000 calibration images" in page.words
+    assert "90.00 % same answer as float" in page.words and "5 000 calibration images" in page.words
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:

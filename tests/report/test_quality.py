@@ -86,9 +86,9 @@ def test_the_page_of_a_comparison_shows_every_number(sets: Path, tmp_path: Path)
     cells = {row[0]: row[1:] for row in page.cells if len(row) == 4}
     assert cells["Frechet distance"][:2] == ["7.12", "6.88 to 7.25"]
     assert cells["as a share of that"][:2] == ["1.10", "0.85 to 1.23"] or cells["as a share of that"][0] == "1.10"
-    assert cells["Kernel distance"][0] == "-0.5" and "100 subsets of 40" in cells["Kernel distance"][2]
-    assert cells["Precision"][0] == "75.00" and cells["In their class"][0] == "87.50"
-    assert cells["Peak signal-to-noise ratio"][0] == "31.50" and "3 of them identical" in text
+    assert cells["Kernel distance"][0] == "-0.500" and "100 subsets of 40" in cells["Kernel distance"][2]
+    assert cells["Precision %"][0] == "75.00" and cells["In their class %"][0] == "87.50"
+    assert cells["PSNR [dB]"][0] == "31.50" and "3 of them identical" in text
     assert "zoo/&lt;net&gt;" in text and "<net>" not in text
     assert page.tags.count("img") == 16 and "comparison-growth" in text
     assert out.read_bytes() == write_comparison(comparison(sets), tmp_path / "again.html").read_bytes()

@@ -151,7 +151,7 @@ def test_free_memory_decides_what_is_kept_and_not_the_size_of_a_piece(monkeypatc
         "batches of 128 images run in 8 pieces of 16, 3 of them computed twice",
         "batches of 128 images run in 8 pieces of 16",
     ]
-    assert "their activations take 8.0 GiB, what makes the images 1.0 GiB, and 3.0 GiB are free" in told.said[0]
+    assert "their activations take 8.00 GiB, what makes the images 1.00 GiB, and 3.00 GiB are free" in told.said[0]
     assert not told.warned
 
 
@@ -160,10 +160,10 @@ def test_a_batch_that_cannot_fit_is_told_before_it_starts(monkeypatch: pytest.Mo
     told = Told()
     assert divided(128, Need(0, 64 * MIB), Need(GIB, MIB), CPU, told) == Pieces(16, 1)
     assert told.warned == [
-        "a batch of 128 images takes 2.1 GiB of memory at least and 1.0 GiB are free; lower batch_size"
+        "a batch of 128 images takes 2.12 GiB of memory at least and 1.00 GiB are free; lower batch_size"
     ]
     divided(1, Need(0, 3 * GIB), Need(0, 0), CPU, told)
-    assert "a batch of 1 images takes 3.0 GiB" in told.warned[1]
+    assert "a batch of 1 images takes 3.00 GiB" in told.warned[1]
 
 
 def test_default_batches_of_small_networks_run_as_a_whole(tiny: FloatModel) -> None:

@@ -10,8 +10,10 @@ import typer
 from synthquant import compare as comparisons
 from synthquant.cli import options
 from synthquant.cli.output import print_json
+from synthquant.core.formatting import count
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
+from synthquant.core.quality_file import as_quality
 from synthquant.core.settings import parse_settings
 from synthquant.evaluate.image_quality import QualitySettings
 from synthquant.evaluate.torch_metrics import INCEPTION
@@ -89,30 +91,7 @@ def compare(
 
 def _print(found: dict[str, Any]) -> None:
     print(found["features"])
-    print(f"{found['count']} images, {found['reference_count']} of {found['reference']}")
-    print(f"{'Frechet distance':<26}{_interval(found['frechet'], '.4g')}")
-    if found["relative"] is not None:
-        relative = found["relative"]
-        print(f"{'  of the baseline':<26}{_interval(relative['baseline'], '.4g')}")
-        print(f"{'  as a share of that':<26}{_interval(relative['ratio'], '.3f')}")
-    kernel = found["kernel"]
-    over = f"standard deviation {kernel['std']:.4g} over {kernel['subsets']} subsets of {kernel['subset_size']}"
-    print(f"{'kernel distance':<26}{kernel['value']:.4g} ({over})")
-    for name in ("precision", "recall"):
-        print(f"{name:<26}{_interval(found[name], '.3f')}")
-    if found["class_agreement"] is not None:
-        shares = found["class_agreement"]
-        for name, text in (("images", "in their class"), ("reference", "  beside"), ("difference", "  difference")):
-            if shares[name] is not None:
-                print(f"{text:<26}{_interval(shares[name], '.3f')}")
-    if found["same_seed"] is not None:
-        pairs = found["same_seed"]
-        print(f"{'images of the same seed':<26}{pairs['pairs']} ({pairs['identical']} identical)")
-        for name, form in (("psnr", ".2f"), ("ssim", ".3f"), ("feature_distance", ".3f"), ("same_class", ".3f")):
-            if pairs[name] is not None:
-                unit = " dB" if name == "psnr" else ""
-                print(f"{'  ' + name.replace('_', ' '):<26}{_interval(pairs[name], form)}{unit}")
-
-
-def _interval(found: dict[str, float], form: str) -> str:
-    return f"{found['value']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
+    print(f"{count(found['count'])} images, {count(found['reference_count'])} of {found['reference']}")
+    for one in as_quality(found, "the comparison").measures():
+        beside = "; ".join(filter(None, (one.interval, one.remark)))
+        print(f"{one.name:<22}{one.value}" + (f" ({beside})" if beside else ""))

@@ -10,6 +10,7 @@ from synthquant.cli import options
 from synthquant.cli.output import print_json
 from synthquant.core.cpu import cpu_flags, has_vnni
 from synthquant.core.extras import extras
+from synthquant.core.formatting import size
 from synthquant.core.free_memory import free_memory
 from synthquant.core.record import environment
 
@@ -42,10 +43,10 @@ def _print(found: dict[str, Any]) -> None:
         "torch": f"{found['torch']}, {found['threads']} threads",
         "cpu": found["cpu"],
         "features": f"{features}; {'' if found['vnni'] else 'no '}8-bit dot products (VNNI)",
-        "memory": f"{found['free_memory_bytes'] / 2**30:.1f} GiB free",
+        "memory": f"{size(found['free_memory_bytes'])} free",
         "allocator": found["allocator"],
         "gpu": "; ".join(
-            f"{gpu['name']}, {gpu['free_memory_bytes'] / 2**30:.1f} of {gpu['memory_bytes'] / 2**30:.1f} GiB free"
+            f"{gpu['name']}, {size(gpu['free_memory_bytes'])} of {size(gpu['memory_bytes'])} free"
             for gpu in found["gpus"]
         )
         or "none",

@@ -11,6 +11,7 @@ import typer
 from synthquant.cli import options
 from synthquant.cli.output import print_json
 from synthquant.core.errors import ModelError, RecipeError
+from synthquant.core.formatting import size
 from synthquant.core.method_settings import build_method
 from synthquant.core.overrides import apply_overrides
 from synthquant.core.progress import ConsoleProgress
@@ -100,8 +101,7 @@ def benchmark(
     for name in ("float", "quantized"):
         row = result[name]
         print(
-            f"{name:<10}{row['milliseconds']:9.2f} ms{row['images_per_second']:10.1f} images/s"
-            f"{row['bytes'] / 2**20:9.2f} MiB"
+            f"{name:<10}{row['milliseconds']:9.2f} ms{row['images_per_second']:10.1f} images/s{size(row['bytes']):>12}"
         )
     print(f"speed {result['speedup']:.2f}x, size {result['size_ratio']:.3f}x, batch {batch}, {threads} threads")
     print(result["environment"]["cpu"] + ("" if result["vnni"] else ", no 8-bit dot products (VNNI)"))
@@ -109,7 +109,7 @@ def benchmark(
 
 def _print_export(result: dict[str, Any]) -> None:
     print(result["scheme"])
-    print(f"{result['out']}: {result['bytes'] / 2**20:.2f} MiB")
+    print(f"{result['out']}: {size(result['bytes'])}")
     found = result["verification"]
     if found is None:
         print("not verified")

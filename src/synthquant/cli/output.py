@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from synthquant.core.device import resolve_device
+from synthquant.core.formatting import ACCURACY_COLUMNS, Column, size
 from synthquant.core.record import RunRecord, environment
 from synthquant.core.run_metrics import BenchmarkMetrics, ExportMetrics, QuantizeMetrics
 from synthquant.nn.coverage import CoverageSummary
 
+_SHOWN = ("name", "top1", "interval", "top5", "recovery", "agreement", "kl", "sqnr", "size_bytes")
 _READ = ("set_aside_count", "set_aside", "changed")
 
 
@@ -52,7 +54,7 @@ def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
     print_table(evaluation["accuracy"])
     exported, speed = record.metrics("export", ExportMetrics), record.metrics("benchmark", BenchmarkMetrics)
     if exported.file is not None and exported.bytes is not None:
-        print(f"exported: {out / exported.file}, {exported.bytes / 2**20:.2f} MiB")
+        print(f"exported: {out / exported.file}, {size(exported.bytes)}")
     if speed.speedup is not None:
         print(f"speed: {speed.speedup:.2f}x float, batch {speed.batch}, {speed.threads} threads")
     print(f"run: {out}, report: {out / 'report.html'}")
@@ -66,21 +68,11 @@ def accuracy_rows(record: RunRecord) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows of the accuracy table in aligned columns."""
-    columns: dict[str, Callable[[Any], str]] = {
-        "name": str,
-        "top1": _percent,
-        "interval": _interval,
-        "top5": _percent,
-        "recovery": _percent,
-        "agreement": _percent,
-        "kl": lambda value: f"{value:.4f}",
-        "sqnr": lambda value: f"{value:.1f} dB",
-        "size_bytes": lambda value: f"{value / 1024:.0f} KiB",
-    }
-    present = [name for name in columns if any(row.get(name) is not None for row in rows)]
-    lines = [[name.removesuffix("_bytes") for name in present]]
+    columns = {"name": Column("network", str)} | ACCURACY_COLUMNS
+    present = [name for name in _SHOWN if any(row.get(name) is not None for row in rows)]
+    lines = [[columns[name].heading for name in present]]
     for row in rows:
-        lines.append([columns[name](row[name]) if row.get(name) is not None else "-" for name in present])
+        lines.append([columns[name].form(row[name]) if row.get(name) is not None else "-" for name in present])
     widths = [max(len(line[column]) for line in lines) for column in range(len(present))]
     for line in lines:
         cells = [
@@ -100,11 +92,3 @@ def print_outputs(outputs: dict[str, Any]) -> None:
             parts.append(f"(channel {index}: {worst:.1f} dB)")
         parts += [f"{way} {share:.4f}" for way, share in outputs["agreement"].get(name, {}).items()]
         print(" ".join(parts))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}%"
-
-
-def _interval(value: Sequence[float]) -> str:
-    return f"{100 * value[0]:.1f}-{100 * value[1]:.1f}"

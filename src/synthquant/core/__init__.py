@@ -9,6 +9,7 @@
 - `errors`: every error that is raised on purpose.
 - `extras`: which optional packages each extra brings, and which of them are installed.
 - `files`: files that are either wholly there or not there at all, and their hashes.
+- `formatting`: numbers as terminal, reports and tables of the documentation print them.
 - `free_memory`: how much memory is free for this process, on a device or in main memory.
 - `hub`: the hub where published weights and datasets lie, and what to do where it cannot be reached.
 - `locks`: locks of the operating system on folders and temporary files, and what killed processes left behind.

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from synthquant.core.formatting import duration
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -119,7 +121,7 @@ class ConsoleProgress(Progress):
 
         def line(word: str) -> str:
             summary = bar.summary()
-            return f"{title}: {bar.done}/{total} {word} {time.perf_counter() - started:.1f} s" + (
+            return f"{title}: {bar.done}/{total} {word} {duration(time.perf_counter() - started)}" + (
                 f", {summary}" if summary else ""
             )
 
@@ -134,7 +136,7 @@ class ConsoleProgress(Progress):
 
         def tell() -> None:
             seconds = time.perf_counter() - started
-            self.say(f"{text} ..." if seconds < EVERY else f"{text}, after {seconds:.1f} s")
+            self.say(f"{text} ..." if seconds < EVERY else f"{text}, after {duration(seconds)}")
 
         with _meanwhile(tell, SLOW, EVERY):
             yield

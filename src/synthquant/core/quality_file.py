@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,23 @@ from pydantic import Field, StrictBool, StrictStr, ValidationError
 
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json, write_sealed_json
+from synthquant.core.formatting import count, interval, number, percent, signed_percent, significant
 from synthquant.core.run_metrics import Count, Number, Row, Size
 
 QUALITY_NAME = "quality.json"
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One of the numbers, as it is printed."""
+
+    name: str
+    """What it is, with its unit."""
+    value: str
+    interval: str
+    """Of 95%; empty: none was measured."""
+    remark: str = ""
 
 
 class EstimateRow(Row):
@@ -87,6 +102,37 @@ class Quality(Row):
     seed: Count = 0
     settings: dict[str, Any] = Field(default_factory=dict)
 
+    def measures(self) -> list[Measure]:
+        """Return all that was measured, as terminal, report and model card print it."""
+        rows = [_measure("Frechet distance", self.frechet, significant)]
+        if self.relative is not None:
+            rows.append(_measure("of the baseline", self.relative.baseline, significant))
+            together = "images of a seed drawn anew together" if self.relative.paired else ""
+            rows.append(_measure("as a share of that", self.relative.ratio, number, together))
+        kernel, same, shares = self.kernel, self.same_seed, self.class_agreement
+        subsets = f"standard deviation {significant(kernel.std)} over {kernel.subsets} subsets of {kernel.subset_size}"
+        rows.append(Measure("Kernel distance", significant(kernel.value), "", subsets))
+        rows += [_measure("Precision %", self.precision, percent), _measure("Recall %", self.recall, percent)]
+        if shares is not None:
+            named = {
+                "In their class %": shares.images,
+                "beside %": shares.reference,
+            }
+            rows += [_measure(name, value, percent) for name, value in named.items() if value is not None]
+            if shares.difference is not None:
+                rows.append(_measure("difference, points", shares.difference, signed_percent))
+        if same is not None:
+            pairs = f"{count(same.pairs)} pairs of the same seed, {same.identical} of them identical"
+            far = f"1: two other images; {pairs}"
+            of_pairs = (
+                ("PSNR [dB]", same.psnr, number, pairs),
+                ("SSIM", same.ssim, number, pairs),
+                ("Distance of features", same.feature_distance, number, far),
+                ("Same class %", same.same_class, percent, pairs),
+            )
+            rows += [_measure(name, found, form, about) for name, found, form, about in of_pairs if found is not None]
+        return rows
+
     @property
     def beside(self) -> str:
         """The set that images of the same seed are compared with."""
@@ -121,3 +167,7 @@ def as_quality(found: dict[str, Any], where: str) -> Quality:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where} is not what a comparison found: {place}: {first['msg']}") from error
+
+
+def _measure(name: str, found: EstimateRow, form: Callable[[float], str], remark: str = "") -> Measure:
+    return Measure(name, form(found.value), interval(found.low, found.high, form), remark)

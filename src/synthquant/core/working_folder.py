@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from synthquant.core import formatting
 from synthquant.core.errors import OutputError, SynthquantError
 from synthquant.core.files import empty_folder, made_folder, require_writable
 from synthquant.core.locks import locked_folder, remove_leftovers
@@ -66,9 +67,9 @@ def require_space(folder: Path, needed: Mapping[str, int]) -> None:
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     free, total = shutil.disk_usage(existing).free, sum(needed.values())
     if total > free:
-        parts = ", ".join(f"{what} {_size(size)}" for what, size in needed.items() if size)
+        parts = ", ".join(f"{what} {formatting.size(size)}" for what, size in needed.items() if size)
         raise OutputError(
-            f"{folder} needs about {_size(total)} ({parts}) but its disk has {_size(free)} free; "
+            f"{folder} needs about {formatting.size(total)} ({parts}) but its disk has {formatting.size(free)} free; "
             "free some, ask for fewer images, or choose another place"
         )
 
@@ -103,11 +104,3 @@ def _remedy(error: BaseException | None) -> str | None:
             return _REMEDIES[errno.EROFS]
         error = error.__cause__
     return None
-
-
-def _size(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

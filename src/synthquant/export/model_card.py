@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from synthquant.core.quality_file import EstimateRow, Quality
+from synthquant.core import formatting
+from synthquant.core.quality_file import Quality
 from synthquant.core.record import RunRecord
 from synthquant.core.version import package_version
 from synthquant.models.float_model import FloatModel
@@ -68,7 +69,7 @@ def model_card(
         f"# {model.name}, quantized: {quant_model.scheme.describe()}",
         "",
         f"The `{denoiser_name}` of {_origin(model)}, quantized by synthquant {package_version()}. {reach}",
-        f"Its weights take {size / 1e6:.2f} MB on disk, in float32 {floats / 1e6:.2f} MB. "
+        f"Its weights take {formatting.size(size)} on disk, in float32 {formatting.size(floats)}. "
         + (f"In floating point stay: {', '.join(others)}." if others else "The pipeline has no other networks."),
         _LOADED.format(call=_CALLS[conditioning]),
         "## How it was made",
@@ -116,29 +117,10 @@ def _measured(quality: Quality | None) -> list[str]:
     if quality is None:
         return ["Not measured: `synthquant compare IMAGES REFERENCE --run RUN`, then export again."]
     rows = [
-        f"{quality.count:,} images beside {quality.reference_count:,} of the reference. Features: {quality.features};"
-        " distances in other features, or with other numbers of images, do not compare.",
+        f"{formatting.count(quality.count)} images beside {formatting.count(quality.reference_count)} of the reference."
+        f" Features: {quality.features}; distances in other features, or with other numbers of images, do not compare.",
         "",
         "| measure | value | 95% interval |",
         "| --- | --- | --- |",
-        _row("Frechet distance", quality.frechet),
     ]
-    if quality.relative is not None:
-        rows += [
-            _row("Frechet distance of the float pipeline", quality.relative.baseline),
-            _row("as a share of that", quality.relative.ratio),
-        ]
-    rows.append(f"| kernel distance | {quality.kernel.value:.4g} | |")
-    rows += [_row("precision", quality.precision), _row("recall", quality.recall)]
-    if quality.class_agreement is not None and quality.class_agreement.images is not None:
-        rows.append(_row("images in their class", quality.class_agreement.images))
-    if quality.same_seed is not None:
-        pairs = quality.same_seed
-        for name, found in (("PSNR [dB]", pairs.psnr), ("SSIM", pairs.ssim), ("same class", pairs.same_class)):
-            if found is not None:
-                rows.append(_row(f"images of the same seed: {name}", found))
-    return rows
-
-
-def _row(name: str, found: EstimateRow) -> str:
-    return f"| {name} | {found.value:.4g} | {found.low:.4g} to {found.high:.4g} |"
+    return rows + [f"| {one.name} | {one.value} | {one.interval} |" for one in quality.measures()]

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from synthquant.core.errors import ModelError, SchemeError
+from synthquant.core.formatting import size
 from synthquant.core.modules import device_of, get_module, hooked
 from synthquant.models.operation_names import QUANTIZABLE
 from synthquant.models.signature import Inputs
@@ -162,7 +163,7 @@ class Modulation:
         """One line: what is kept between steps."""
         return (
             f"modulation: {len(self.layers)} layers read differences between the sampler's steps, and"
-            f" {self.bytes_per_sample / 2**20:.1f} MiB are kept between steps for each row of a batch; outside of"
+            f" {size(self.bytes_per_sample)} are kept between steps for each row of a batch; outside of"
             " sampling, where outputs are measured, it is the network of the first step"
         )
 

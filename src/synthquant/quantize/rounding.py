@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from synthquant.core import formatting
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.quant_report import QuantReport, UnitReport
 from synthquant.core.rng import Rng
@@ -150,4 +151,4 @@ class LearnedRounding(Settings, ABC):
 
 
 def _describe(peak: dict[str, int]) -> str:
-    return ", ".join(f"{place} {size / 2**20:.0f} MiB" for place, size in peak.items() if size) or "empty"
+    return ", ".join(f"{place} {formatting.size(size)}" for place, size in peak.items() if size) or "empty"

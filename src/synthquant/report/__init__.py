@@ -1,7 +1,6 @@
 """One self-contained HTML page out of the files of run folders.
 
 - `figures`: figures of the report as SVG text, the door to matplotlib.
-- `formatting`: numbers as the report prints them; a missing value is an en dash.
 - `html`: the page about runs or a selection.
 - `quality`: the part of the page about drawn images, and pairs of the same seed.
 - `run_files`: the files of a run folder, as the report reads them.

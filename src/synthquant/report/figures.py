@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from markupsafe import Markup
 
-from synthquant.report.formatting import printable
+from synthquant.core.formatting import printable
 from synthquant.report.svg import page_element
 
 if TYPE_CHECKING:

@@ -38,8 +38,9 @@ Also read: `seed`, `version`, `environment`, `recipe`, and `status`, `seconds`, 
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,10 +50,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from synthquant.core import formatting
 from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import write_text
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.run_metrics import CoverageRow, SqnrRow
+from synthquant.core.run_metrics import AccuracyRow, CoverageRow, SqnrRow
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import MANIFEST_NAME
@@ -60,13 +62,14 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory import is_trajectory, open_trajectory
 from synthquant.models.class_labels import Classes, in_classes_of
-from synthquant.report import figures, formatting
+from synthquant.report import figures
 from synthquant.report.quality import QualitySection, comparison_section, quality_section
 from synthquant.report.run_files import RunFiles, differing_settings, open_runs
 from synthquant.report.selection import SelectionSection, is_selection, selection_section
 from synthquant.report.sheet import Sheet, make_sheet
 
 _WORST_LAYERS = 3
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?!to )")
 _KINDS = {
     "black": "Black",
     "constant": "Constant",
@@ -218,10 +221,24 @@ def _environment(no_plots: str) -> Environment:
         lstrip_blocks=True,
     )
     for name in ("percent", "signed_percent", "number", "significant", "count", "size", "quantity", "duration"):
-        environment.filters[name] = getattr(formatting, name)
+        environment.filters[name] = _unbroken(getattr(formatting, name))
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["cell"] = _cell
+    environment.globals["columns"] = formatting.ACCURACY_COLUMNS
     environment.globals["span"] = _interval_geometry
     environment.globals["no_plots"] = no_plots
     return environment
+
+
+def _cell(row: AccuracyRow, name: str) -> str:
+    """What stands in a column of the accuracy table."""
+    value = getattr(row, name)
+    return formatting.MISSING if value is None else _unbroken(formatting.ACCURACY_COLUMNS[name].form)(value)
+
+
+def _unbroken(form: Callable[..., str]) -> Callable[..., str]:
+    """The same with thin spaces that no line breaks at, between a number and its unit."""
+    return lambda *args, **kwargs: _BEFORE_UNIT.sub("\u202f", form(*args, **kwargs))
 
 
 def _section(run: RunFiles, anchor: str) -> RunSection:

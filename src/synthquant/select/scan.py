@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from synthquant.core.errors import OutputError
+from synthquant.core.formatting import size
 from synthquant.core.modules import eval_mode
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
@@ -171,9 +172,8 @@ def _in_file(count: int, width: int) -> Tensor:
         os.close(handle)
         return torch.from_file(path, shared=True, size=count * width, dtype=torch.float32).view(count, width)
     except (OSError, RuntimeError) as error:
-        gib = count * width * 4 / 2**30
         raise OutputError(
-            f"cannot make a temporary file of {gib:.1f} GiB in {tempfile.gettempdir()}: {error};"
+            f"cannot make a temporary file of {size(count * width * 4)} in {tempfile.gettempdir()}: {error};"
             " set TMPDIR to a larger place or select from fewer images"
         ) from error
     finally:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from synthquant.core.formatting import size as size_of
 from synthquant.core.free_memory import GIB, free_memory
 
 if TYPE_CHECKING:
@@ -102,14 +103,15 @@ def divided(batch: int, network: Need, beside: Need, device: torch.device, progr
     least = beside.of(batch) + network.of(size)
     if least > free:
         progress.warn(
-            f"a batch of {batch} images takes {_gib(least)} of memory at least and {_gib(free)} are free; lower"
-            " batch_size"
+            f"a batch of {batch} images takes {size_of(least)} of memory at least and {size_of(free)} are free;"
+            " lower batch_size"
         )
     elif count > 1:
         again = f", {count - kept} of them computed twice" if kept < count else ""
         progress.say(
             f"batches of {batch} images run in {count} pieces of {size}{again}: their activations take"
-            f" {_gib(network.of(batch))}, what makes the images {_gib(beside.of(batch))}, and {_gib(free)} are free"
+            f" {size_of(network.of(batch))}, what makes the images {size_of(beside.of(batch))}, and {size_of(free)} are"
+            " free"
         )
     return Pieces(size, kept)
 
@@ -129,10 +131,6 @@ def _kind(device: torch.device) -> str:
 def _power_of_two(most: int) -> int:
     """The largest one that is not above `most`; at least 1."""
     return 1 << max(0, most.bit_length() - 1)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def joined(statistics: Tensor, counts: Tensor, epsilon: float) -> Tensor:
