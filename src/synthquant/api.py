@@ -62,7 +62,7 @@ from synthquant.recipe import Recipe
 from synthquant.report.html import write_report
 from synthquant.select import BatchNormDistance, BatchNormSensitivity, Energy, PatchSimilarity, Selection, run_filters
 from synthquant.synthesize import DSG, GenieD, Noise, PromptTuning, SelfSampling, TextToImage, ZeroQ, tune_prompt
-from synthquant.verbs import evaluate, load, quantize, synthesize
+from synthquant.verbs import card, evaluate, load, quantize, synthesize
 
 __version__ = package_version()
 
@@ -142,6 +142,7 @@ __all__ = [
     "ZeroQ",
     "__version__",
     "calibrate_differences",
+    "card",
     "compare_images",
     "evaluate",
     "evaluate_model",

@@ -8,6 +8,7 @@ from typing import Any
 
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import InputError
+from synthquant.core.files import write_text
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.quality_file import write_quality
 from synthquant.core.record import environment
@@ -20,6 +21,7 @@ from synthquant.data.sources import open_images
 from synthquant.evaluate.image_features import open_features
 from synthquant.evaluate.image_quality import QualitySettings, compare_images
 from synthquant.evaluate.step_errors import step_errors
+from synthquant.export.model_card import CARD_NAME, checkpoint_card
 
 DEFAULT_FEATURES = "zoo/cifar10-resnet20"
 """The bundled classifier: it tells pictures of 32x32 apart."""
@@ -95,12 +97,15 @@ def compare(
 
 
 def keep_with_run(found: dict[str, Any], run: Path) -> Path:
-    """Write what `compare` found into a run's folder, where reports and model cards look for it; returns the file.
+    """Write what `compare` found into a run's folder, where reports look for it, and its model card; returns the file.
 
     Raises `InputError` if the folder is no run's.
     """
     require_run(run)
-    return write_quality(run, found)
+    kept = write_quality(run, found)
+    if (run / "model" / CARD_NAME).is_file():
+        write_text(run / "model" / CARD_NAME, checkpoint_card(run))
+    return kept
 
 
 def require_run(run: Path) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 from synthquant.core.differences import flat
 from synthquant.core.errors import InputError
-from synthquant.core.files import require_outside, sha256_file
+from synthquant.core.files import require_outside, sha256_file, write_text
 from synthquant.core.processes import Followers, Processes, follow, joined
 from synthquant.core.progress import QUIET, Progress, Silent
 from synthquant.core.record import RunRecord
 from synthquant.core.run_folder import RunFolder, images_of
 from synthquant.core.working_folder import require_space, working_folder
 from synthquant.data.image_set import ImageSet
+from synthquant.export.model_card import CARD_NAME, checkpoint_card
 from synthquant.make import finetune, given_images, received
 from synthquant.models.open import open_model
 from synthquant.recipe import Recipe, SourceSection
@@ -73,6 +74,7 @@ def _run(recipe: Recipe, out: Path, device: str, progress: Progress, followers: 
             _do_stages(stages, folder, recipe, device, progress, followers)
         write_recipe(folder, recipe)
         if not folder.is_done("report"):
+            write_text(folder.checkpoint / CARD_NAME, checkpoint_card(folder.path))
             with folder.stage("report") as metrics:
                 write_report([folder.path], folder.report, progress)
                 metrics["sha256"] = sha256_file(folder.report)

@@ -13,8 +13,7 @@ from synthquant.core.run_metrics import ReportMetrics
 from synthquant.data.manifest import MANIFEST_NAME, read_manifest
 from synthquant.data.store import JOURNAL_NAME
 from synthquant.diffusion.trajectory import is_trajectory
-from synthquant.export.checkpoint import WEIGHTS_NAME
-from synthquant.export.quant_config import read_config
+from synthquant.export.quant_config import WEIGHTS_NAME, read_config
 from synthquant.recipe import Recipe
 from synthquant.stages import Stage
 

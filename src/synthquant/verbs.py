@@ -33,6 +33,7 @@ from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory import Trajectory, is_trajectory, open_trajectory
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
+from synthquant.export.model_card import checkpoint_card
 from synthquant.export.presets import PRESETS
 from synthquant.export.quant_config import CONFIG_NAME, read_config
 from synthquant.export.write import export_network
@@ -248,6 +249,30 @@ def load(
     if network.fingerprint == entry.fingerprint:
         return load_checkpoint(folder, float_model=network, device=device)
     return load_checkpoint(folder, architecture=network, device=device)
+
+
+def card(
+    folder: Path | str,
+    *,
+    license: str | None = None,
+    measured: Mapping[str, Any] | None = None,
+    data: str | None = None,
+) -> str:
+    """Return the model card of a run or of what `QuantModel.save` wrote, as Markdown in the form of Hugging Face.
+
+    The same stands as `README.md` in the checkpoint; no network is opened.
+
+    Args:
+        folder: of the run or of the checkpoint.
+        license: an identifier of the hub, such as `apache-2.0`; none: the card does not say one.
+        measured: what `evaluate` returned of this network, in place of what its run measured.
+        data: what that was measured on, in words.
+
+    Raises:
+        ModelError: there is no quantized network, or it is damaged.
+        InputError: the record of the run is damaged, or `license` is no identifier.
+    """
+    return checkpoint_card(Path(folder), license=license, measured=measured, data=data)
 
 
 def save(quant_model: QuantModel, folder: Path | str) -> Path:

@@ -62,6 +62,7 @@ BY_NAME: dict[str, tuple[str, ...]] = {
     "dtype": ("float7",),
     "kind": ("nix",),
     "ray_workers": ("1",),
+    "license": ("Apache 2.0", "[mit]"),
     "settings": SETTINGS,
 }
 
@@ -128,6 +129,7 @@ def right(command: str, things: dict[str, Path]) -> dict[str, list[str]]:
         "export": {"run": [str(things["run"])], "out": [f"{out[0]}.onnx"], "preset": ["simulate"]},
         "benchmark": {"file": ["none.onnx"]},
         "report": {"runs": [str(things["run"])], "out": [f"{out[0]}.html"]},
+        "card": {"run": [str(things["run"])], "out": [f"{out[0]}.md"]},
         "show": {"method": ["rtn"]},
         "list": {},
         "export-images": {"images": data, "out": out},

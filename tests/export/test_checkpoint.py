@@ -16,10 +16,10 @@ from tests.small_networks import calibrated_model, small_float_model
 from synthquant.core.errors import ModelError, OutputError
 from synthquant.core.files import read_sealed_json, sha256_file, write_json, write_sealed_json
 from synthquant.evaluate.cost import quantized_cost
-from synthquant.export.checkpoint import WEIGHTS_NAME, Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
+from synthquant.export.checkpoint import Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
 from synthquant.export.grids import weight_grid
 from synthquant.export.presets import find_preset
-from synthquant.export.quant_config import CONFIG_NAME
+from synthquant.export.quant_config import CONFIG_NAME, WEIGHTS_NAME
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.weight_sources import SoftRounding
 
@@ -81,7 +81,7 @@ def test_saving_replaces_what_is_there(model: QuantModel, tmp_path: Path) -> Non
     folder = save_checkpoint(model, tmp_path / "model")
     (folder / "left over").write_text("x")
     save_checkpoint(model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == [WEIGHTS_NAME, CONFIG_NAME]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", WEIGHTS_NAME, CONFIG_NAME]
 
 
 def test_codes_take_their_bits(model: QuantModel, tmp_path: Path) -> None:

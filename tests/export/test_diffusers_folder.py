@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
@@ -200,6 +201,16 @@ def test_the_card_says_what_is_known(ddim: Case, tmp_path: Path) -> None:
     assert "| quantize.method | rtn |" in card and "| quantize.scheme.name | W8A8 |" in card and "| seed | 7 |" in card
     assert "4 096 images beside 5 000" in card and "| Frechet distance | 1.25 | 1.00 to 1.50 |" in card
     assert result["verification"] is None and result["bytes"] > 0
+
+
+def test_the_card_of_a_run_loads_its_pipeline(ddim: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (ddim.run / "model" / "README.md").read_text()
+    assert card == sq.card(ddim.run) and "Not measured" in card and "## Limits" in card
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").symlink_to(ddim.run / "model")
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.+?)```", card, flags=re.DOTALL)[0], names)
+    assert names["pipe"](num_inference_steps=1, output_type="np").images.shape[0] == 1
 
 
 def test_parts_that_stay_float_are_named(stable: Case) -> None:

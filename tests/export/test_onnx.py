@@ -21,10 +21,11 @@ from synthquant.core.errors import (
     VerificationError,
 )
 from synthquant.core.files import sha256_file
-from synthquant.export.checkpoint import WEIGHTS_NAME, load_checkpoint, save_checkpoint
+from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.onnx import Onnx, verify
 from synthquant.export.onnx.metadata import seal
 from synthquant.export.onnx.runtime import ort_network, read_metadata, session
+from synthquant.export.quant_config import WEIGHTS_NAME
 from synthquant.models.open import open_model
 from synthquant.nn.quant_model import QuantModel
 

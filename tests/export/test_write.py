@@ -89,7 +89,11 @@ def test_wrong_folders_are_named(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_is_an_export_too_and_bit_identical(checkpoint: Path, data: str, tmp_path: Path) -> None:
     found = export_run(checkpoint, Checkpoint(), tmp_path / "copy", data=data, trust_code=True)
     assert found["verification"]["loaded"]["max_error"] == 0
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["model.safetensors", "quant_config.json"]
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == [
+        "README.md",
+        "model.safetensors",
+        "quant_config.json",
+    ]
 
 
 def test_a_checkpoint_of_another_network_is_found_out(checkpoint: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "export": "export.export",
     "benchmark": "export.benchmark",
     "report": "show.report",
+    "card": "show.card",
     "show": "show.show",
     "list": "show.list_methods",
     "export-images": "images.export_images",

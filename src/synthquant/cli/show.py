@@ -1,4 +1,4 @@
-"""`list`, `show` and `report`: what there is, and what came out."""
+"""`list`, `show`, `report` and `card`: what there is, and what came out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from pydantic import BaseModel
 
 from synthquant.cli import options
 from synthquant.cli.output import print_json
-from synthquant.core.errors import UnknownNameError
+from synthquant.core.errors import OutputError, UnknownNameError
+from synthquant.core.files import write_text
 from synthquant.core.progress import ConsoleProgress
 from synthquant.core.registry import Registry
 from synthquant.core.settings import Settings, allowed_range, settings_in
 from synthquant.data.sources import BUNDLED, open_images
+from synthquant.export.model_card import checkpoint_card
 from synthquant.methods import EXPORTERS, FINE_TUNERS, QUANTIZERS, SELECTORS, SYNTHESIZERS
 from synthquant.models.zoo import ZOO
 from synthquant.models.zoo.pipelines import PIPELINES, installed_pipelines
@@ -63,6 +65,29 @@ def report(
     """Write one self-contained HTML page about one or several runs side by side, or about a set of images."""
     page = write_report(runs, out, ConsoleProgress())
     print_json({"report": str(page)}) if json else print(page)
+
+
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of a checkpoint.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Write the card there, not on the terminal.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(metavar="ID", help="License on the card, as the hub calls it: apache-2.0, mit, other.")
+    ] = None,
+) -> None:
+    """Print the model card of a run or checkpoint in the form of Hugging Face; README.md in the checkpoint is the same.
+
+    The card says what was measured, with count and data, and how to load the network; it opens no network.
+    """
+    if out is not None and (out.suffix != ".md" or out.is_dir()):
+        raise OutputError(f"--out {out}: must end in .md, and be no folder")
+    text = checkpoint_card(run, license=license)
+    if out is None:
+        print(text, end="")
+        return
+    write_text(out, text)
+    print(out)
 
 
 def list_methods(

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with `model.safetensors` (packed codes) and `quant_config.json` (what they mean).
+"""Checkpoints: a folder with `model.safetensors` (packed codes), `quant_config.json` (what they mean) and a model card.
 
 Tensors in `model.safetensors`:
 
@@ -31,7 +31,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from synthquant.core.errors import ModelError, VerificationError
-from synthquant.core.files import atomic_folder, sha256_bytes, write_bytes, write_sealed_json
+from synthquant.core.files import atomic_folder, sha256_bytes, write_bytes, write_sealed_json, write_text
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.core.version import package_version
@@ -39,6 +39,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
+from synthquant.export.model_card import CARD_NAME, checkpoint_card
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.export.quant_config import (
     CONFIG_NAME,
@@ -46,6 +47,7 @@ from synthquant.export.quant_config import (
     UNCLIPPED,
     UNFOLDED,
     VERSION,
+    WEIGHTS_NAME,
     LayerEntry,
     QuantConfig,
     float_model_entry,
@@ -57,8 +59,6 @@ from synthquant.models.open import open_model
 from synthquant.models.samples import Samples
 from synthquant.nn.equalization import Equalization
 from synthquant.nn.quant_model import QuantModel
-
-WEIGHTS_NAME = "model.safetensors"
 
 
 @EXPORTERS.register("checkpoint")
@@ -97,8 +97,10 @@ class Checkpoint(Settings):
         return {beside.noun: beside.count, "loaded": row(beside.differences("loaded"))}
 
 
-def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
+def save_checkpoint(quant_model: QuantModel, folder: Path | str, *, card: bool = True) -> Path:
     """Write `quant_model` to `folder`, which is there wholly or not at all; one that is already there is replaced.
+
+    With it goes its model card, unless `card` says no, where the folder around it has one.
 
     Raises:
         ModelError: activation ranges, or static ranges of differences, are not calibrated yet.
@@ -113,6 +115,8 @@ def save_checkpoint(quant_model: QuantModel, folder: Path | str) -> Path:
     with atomic_folder(folder, replace=True) as temporary:
         write_bytes(temporary / WEIGHTS_NAME, weights)
         write_sealed_json(temporary / CONFIG_NAME, config.model_dump(mode="json"))
+        if card:
+            write_text(temporary / CARD_NAME, checkpoint_card(temporary))
     return folder
 
 

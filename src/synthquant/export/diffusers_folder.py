@@ -43,7 +43,7 @@ from synthquant.diffusion.quantized import (
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
-from synthquant.export.model_card import model_card
+from synthquant.export.model_card import CARD_NAME, pipeline_card
 from synthquant.export.quant_config import read_config
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import ModelSource
@@ -51,7 +51,6 @@ from synthquant.models.open import open_model
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
 
-_CARD = "README.md"
 # Drawn with both to be sure that the pipelines around the networks are the same, too.
 _SEEDS = (0, 1)
 _CONDITIONS: Mapping[str, Conditions] = {"none": None, "prompts": ["a photo", "a drawing"], "labels": [0, 1]}
@@ -159,7 +158,7 @@ class DiffusersFolder(Settings):
 def _write(quant_model: QuantModel, pipeline: Any, folder: Path, run: Path | None) -> None:
     model = _denoiser_of(quant_model)
     name = model.pipeline.denoiser_name
-    save_checkpoint(quant_model, folder / name)
+    save_checkpoint(quant_model, folder / name, card=False)
     save_parts(pipeline, folder, name, model.pipeline.denoiser)
     calibration = None if run is None else calibration_of(str(run))
     if calibration is not None:
@@ -172,7 +171,8 @@ def _write(quant_model: QuantModel, pipeline: Any, folder: Path, run: Path | Non
         for part, module in pipeline.components.items()
         if isinstance(module, torch.nn.Module)
     }
-    write_text(folder / _CARD, model_card(quant_model, name, model.pipeline.conditioning, parts, size, record, quality))
+    card = pipeline_card(quant_model, name, model.pipeline.conditioning, parts, size, record, quality)
+    write_text(folder / CARD_NAME, card)
 
 
 def _denoiser_of(quant_model: QuantModel) -> Denoiser:

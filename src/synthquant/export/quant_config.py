@@ -15,6 +15,7 @@ from synthquant.models.float_model import FloatModel, RecordedSource, Task
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 
 CONFIG_NAME = "quant_config.json"
+WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "synthquant-packed"
 VERSION = 2
 EQUALIZED = 3
