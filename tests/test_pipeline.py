@@ -17,12 +17,14 @@ from synthquant.core.files import sha256_file
 from synthquant.core.progress import Bar, Progress
 from synthquant.core.record import RunRecord
 from synthquant.data.image_set import ImageSet
+from synthquant.evaluate.data import Data
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.export import TorchProgram
 from synthquant.export.checkpoint import load_checkpoint
 from synthquant.models.float_model import FloatModel
 from synthquant.nn.quant_model import QuantModel
 from synthquant.quantize import Rtn
-from synthquant.recipe import EvaluateSection, Recipe
+from synthquant.recipe import Recipe
 
 
 class Killed(BaseException):
@@ -143,7 +145,7 @@ def test_float_stands_beside_quantized(whole: Path) -> None:
 
 
 def test_the_checkpoint_is_the_network_that_was_measured(whole: Path, data: str) -> None:
-    section = measure.Data.of(EvaluateSection(data=data, batch_size=8))
+    section = Data.of(EvaluateSection(data=data, batch_size=8))
     row = measure.evaluate(whole, section, "cpu", trust_code=True)
     measured = RunRecord.load(whole / "run.json").stages["evaluate"].metrics["accuracy"][1]
     same = ("top1", "top5", "agreement", "kl", "recovery", "size_bytes", "count")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +19,18 @@ from synthquant.data.quality import say_what_was_read
 from synthquant.evaluate.accuracy import Evaluation, compare_logits, evaluate_model, wilson_interval
 from synthquant.evaluate.agreement import measure_output_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
+from synthquant.evaluate.data import Data
+from synthquant.evaluate.metrics import Values, metrics_of
 from synthquant.evaluate.outputs import OutputSqnr
 from synthquant.export.checkpoint import load_checkpoint
 from synthquant.export.quant_config import CONFIG_NAME, read_config
-from synthquant.models.class_labels import Classes, classes_of, in_classes_of
+from synthquant.models.class_labels import Classes, classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
-from synthquant.models.samples import Samples, none_readable
+from synthquant.models.samples import none_readable
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
-from synthquant.recipe import EvaluateSection
 from synthquant.runtimes import RuntimeExporter
-
-
-@dataclass(frozen=True)
-class Data:
-    """What networks are measured on."""
-
-    images: ImageSet
-    """With labels, or without where there is a float network to agree with."""
-    name: str
-    """Where they come from, for messages."""
-    batch_size: int = EvaluateSection.model_fields["batch_size"].default
-    """Images per forward pass, fewer where activations are large."""
-
-    @classmethod
-    def of(cls, section: EvaluateSection) -> Data:
-        """Return the images of a section; raises as `open_images`."""
-        return cls(section.open(), section.data, section.batch_size)
-
-    def in_classes_of(self, model: FloatModel, progress: Progress) -> Data:
-        """Return the same with labels that are classes of the network."""
-        return replace(self, images=in_classes_of(self.images, classes_of(model), self.name, progress))
 
 
 def evaluate(
@@ -83,18 +64,27 @@ def evaluate(
 
 
 def evaluate_float(model: FloatModel, data: Data, progress: Progress = QUIET) -> dict[str, Any]:
-    """Measure a network on labelled images; returns the row of the accuracy table.
+    """Measure a network on labelled images; returns the row of the accuracy table, with the numbers of `metrics`.
+
+    Where there are no labels, or no logits, it is measured by metrics alone.
 
     Raises:
-        UnsupportedModelError: it is no classifier.
+        UnsupportedModelError: it is no classifier, and there is no metric.
         DataError: the images cannot be used, or a label is not a class of the network.
+        InputError: the metric fails.
     """
-    model.require_logits()
-    data = data.in_classes_of(model, progress)
-    _require_labels(data.images, data.name)
-    result = _measure(model.module, model, data.images, data.batch_size, progress)
+    if model.task != "classify" or (data.metric is not None and data.pictures.labels is None):
+        if not data.metrics(model):
+            model.require_logits()
+        start = time.perf_counter()
+        found = {"name": model.name, "count": len(data.images), **data.measured(model.module, model, progress)}
+        return found | {"seconds": time.perf_counter() - start} | _read(data, progress)
+    data = data.in_classes_of(classes_of(model), progress)
+    _require_labels(data.pictures, data.name)
+    result = _measure(model.module, model, data.pictures, data.batch_size, progress)
     _warn_of_guessing(result.top1, result, data.name, progress)
-    return result.row(model.name) | say_what_was_read(data.images, progress, data.name)
+    values = data.measured_of(result.logits, model, progress, "evaluate float")
+    return result.row(model.name) | values | _read(data, progress)
 
 
 def evaluate_quantized(
@@ -103,44 +93,51 @@ def evaluate_quantized(
     """Measure a quantized network; returns the row of the accuracy table with what quantization reaches of it.
 
     With `float_model`, the network that was quantized, agreement with it is in the row, and no labels are needed. Of a
-    network that is no classifier the row has `sqnr` and `outputs` (fields of `OutputSqnr`) instead of accuracy.
+    network that is no classifier the row has `sqnr` and `outputs` (fields of `OutputSqnr`) instead of accuracy. The
+    numbers of a metric are `metrics`, those of the float network beside them `float_metrics`.
 
     Raises:
         ModelError: it is no classifier, and the float network is not there.
         DataError: the images cannot be used, or a label is not a class of the network.
+        InputError: the metric fails.
     """
-    if quant_model.float_model.task != "classify":
-        return evaluate_outputs(quant_model, float_model, data.images, data.name, progress)
-    data = data.in_classes_of(quant_model.float_model, progress)
-    logits = None
+    model = quant_model.float_model
+    if model.task != "classify":
+        return _evaluate_outputs(quant_model, float_model, data, progress)
+    data = data.in_classes_of(classes_of(model), progress)
+    logits, before = None, dict[str, Values]()
     if float_model is not None:
-        logits = _logits(float_model.module, float_model, data.images, data.batch_size, progress)
+        logits = _logits(float_model.module, float_model, data.pictures, data.batch_size, progress)
+        before = _of_float(data.measured_of(logits, model, progress, "evaluate float"))
     else:
-        _require_labels(data.images, data.name)
-    result = _measure(quant_model, quant_model.float_model, data.images, data.batch_size, progress, logits)
+        _require_labels(data.pictures, data.name)
+    result = _measure(quant_model, model, data.pictures, data.batch_size, progress, logits)
     _warn_of_guessing(result.reference_top1, result, data.name, progress)
     row = result.row(quant_model.scheme.name) | quantized_cost(quant_model).row()
+    row |= data.measured_of(result.logits, model, progress, "evaluate quantized") | before
     row |= {"coverage": asdict(summarize(quant_model.coverage()))}
-    return row | say_what_was_read(data.images, progress, data.name)
+    return row | _read(data, progress)
 
 
-def evaluate_outputs(
-    quant_model: QuantModel,
-    float_model: FloatModel | None,
-    samples: ImageSet | Samples,
-    name: str,
-    progress: Progress = QUIET,
+def _evaluate_outputs(
+    quant_model: QuantModel, float_model: FloatModel | None, data: Data, progress: Progress
 ) -> dict[str, Any]:
-    """Measure a quantized network whose outputs are no logits against the float one; raises as `measure_output_sqnr`.
-
-    Returns its row with `sqnr` [dB], the fields of `OutputSqnr` as `outputs`, costs and coverage.
-    """
-    outputs = measure_output_sqnr(quant_model, samples, float_model=float_model, count=len(samples))
+    """Measure a quantized network whose outputs are no logits against the float one."""
+    before = {} if float_model is None else _of_float(data.measured(float_model.module, float_model, progress))
+    values = data.measured(quant_model, quant_model.float_model, progress) | before
+    outputs = measure_output_sqnr(quant_model, data.images, float_model=float_model, count=len(data.images))
     for warning in outputs.warnings:
         progress.warn(warning)
-    row = outputs_and_costs(quant_model, outputs)[1] | {"count": len(samples), "outputs": asdict(outputs)}
-    row |= {"coverage": asdict(summarize(quant_model.coverage()))}
-    return row | (say_what_was_read(samples, progress, name) if isinstance(samples, ImageSet) else {})
+    row = outputs_and_costs(quant_model, outputs)[1] | {"count": len(data.images), "outputs": asdict(outputs)} | values
+    return row | {"coverage": asdict(summarize(quant_model.coverage()))} | _read(data, progress)
+
+
+def _of_float(measured: dict[str, Values]) -> dict[str, Values]:
+    return {f"float_{name}": values for name, values in measured.items()}
+
+
+def _read(data: Data, progress: Progress) -> dict[str, Any]:
+    return say_what_was_read(data.images, progress, data.name) if isinstance(data.images, ImageSet) else {}
 
 
 def evaluate_exported(
@@ -167,9 +164,10 @@ def evaluate_exported(
     """
     runtime = runtime or exporter.runtimes[0]
     opened = exporter.open(path, runtime)
-    classes = Classes(opened.name, opened.class_names, opened.num_classes)
-    images = in_classes_of(data.images, classes, data.name, progress)
+    data = data.in_classes_of(Classes(opened.name, opened.class_names, opened.num_classes), progress)
+    images = data.pictures
     float_model = reference = None
+    before = dict[str, Values]()
     try:
         recorded = opened.source.confirmed(str(path), model=model, trust_code=trust_code)
     except ModelError as error:
@@ -180,6 +178,7 @@ def evaluate_exported(
         float_model = _same_float_model(recorded, opened.fingerprint, "cpu", progress)
     if float_model is not None:
         reference = _logits(float_model.module, float_model, images, data.batch_size, progress)
+        before = _of_float(data.measured_of(reference, float_model, progress, "evaluate float"))
     else:
         _require_labels(images, data.name)
     result = evaluate_model(
@@ -193,7 +192,10 @@ def evaluate_exported(
     )
     _warn_of_guessing(result.reference_top1, result, data.name, progress)
     row = result.row(opened.scheme.name) | {"runtime": runtime, "size_bytes": path.stat().st_size}
-    return row | say_what_was_read(images, progress, data.name)
+    if data.metric is not None:
+        title = f"evaluate in {runtime}"
+        row["metrics"] = metrics_of(result.logits, images, [data.metric], data.targets, progress, title)
+    return row | before | _read(data, progress)
 
 
 def _require_labels(data: ImageSet, name: str) -> None:
@@ -206,21 +208,26 @@ def _require_labels(data: ImageSet, name: str) -> None:
 
 
 def float_beside_quantized(
-    section: EvaluateSection | None, model: FloatModel, quant_model: QuantModel, images: ImageSet, progress: Progress
+    model: FloatModel, quant_model: QuantModel, data: Data, progress: Progress, *, labelled: bool = True
 ) -> tuple[list[dict[str, Any]], Evaluation]:
-    """Return the rows of the accuracy table and the quantized network's evaluation."""
-    name, cost = quant_model.scheme.name, quantized_cost(quant_model).row()
-    if section is None or images.labels is None:
-        # Labels of images that were used to quantize say nothing about accuracy: agreement only.
-        batch_size = section.batch_size if section else EvaluateSection.model_fields["batch_size"].default
-        reference = _logits(model.module, model, images, batch_size, progress)
-        logits = _logits(quant_model, model, images, batch_size, progress)
+    """Return the rows of the accuracy table and the quantized network's evaluation.
+
+    Labels of images that were used to quantize say nothing about accuracy: these are not `labelled`, and agreement is
+    all that is measured on them.
+    """
+    name, cost, images = quant_model.scheme.name, quantized_cost(quant_model).row(), data.pictures
+    if labelled and images.labels is not None:
+        before = _measure(model.module, model, images, data.batch_size, progress)
+        _warn_of_guessing(before.top1, before, data.name, progress)
+        reference, row = before.logits, before.row("float")
+        result = _measure(quant_model, model, images, data.batch_size, progress, reference)
+    else:
+        reference, row = _logits(model.module, model, images, data.batch_size, progress), {"name": "float"}
+        logits = _logits(quant_model, model, images, data.batch_size, progress)
         result = compare_logits(logits, None, reference)
-        return [{"name": "float"} | float_cost(quant_model).row(), result.row(name) | cost], result
-    before = _measure(model.module, model, images, section.batch_size, progress)
-    _warn_of_guessing(before.top1, before, section.data, progress)
-    result = _measure(quant_model, model, images, section.batch_size, progress, before.logits)
-    return [before.row("float") | float_cost(quant_model).row(), result.row(name) | cost], result
+    row |= float_cost(quant_model).row() | data.measured_of(reference, model, progress, "evaluate float")
+    values = data.measured_of(result.logits, model, progress, "evaluate quantized")
+    return [row, result.row(name) | cost | values], result
 
 
 def outputs_and_costs(quant_model: QuantModel, outputs: OutputSqnr) -> list[dict[str, Any]]:

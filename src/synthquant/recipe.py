@@ -32,8 +32,8 @@ from synthquant.core.record import RunRecord
 from synthquant.core.settings import LARGEST_INT, Settings, is_unset, parse_settings
 from synthquant.data.codec import MAX_PIXELS, MOST_PIXELS
 from synthquant.data.image_set import ImageSet
-from synthquant.data.sources import open_images
 from synthquant.diffusion.trajectory import Trajectory, open_calibration
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.methods import (
     FINE_TUNERS,
     QUANTIZERS,
@@ -227,26 +227,6 @@ class FineTuneSection(Settings):
     def build(self) -> FineTuner:
         """Return the method with its settings."""
         return build_method(FINE_TUNERS, self.method, self.settings, "finetune")
-
-
-class EvaluateSection(Settings):
-    """What float and quantized network are measured on."""
-
-    data: str = Field(min_length=1)
-    """Labelled images: an image set folder, class folders, a Parquet file or folder, or a `datasets` name."""
-    batch_size: int = Field(default=128, ge=1)
-    """Images per forward pass, fewer where activations are large; does not change the result beyond rounding."""
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
-    """Larger images are set aside before they are decoded, as mistakes or attacks on the memory."""
-    limit: int | None = Field(default=None, ge=1, exclude_if=is_unset)
-    """How many of the images to measure on, evenly spaced over the set; none: all."""
-
-    def open(self) -> ImageSet:
-        """Return the images; raises as `open_images`."""
-        images = open_images(self.data, max_pixels=self.max_pixels)
-        if self.limit is None or self.limit >= len(images):
-            return images
-        return images.subset([index * len(images) // self.limit for index in range(self.limit)])
 
 
 class Recipe(Settings):

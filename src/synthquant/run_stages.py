@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from synthquant.core.errors import DataError, ModelError, RecipeError, did_you_mean
-from synthquant.core.progress import Progress
 from synthquant.core.run_folder import RunFolder
 from synthquant.core.run_metrics import CheckpointMetrics, ImagesMetrics, SelectMetrics
 from synthquant.core.working_folder import size_of
@@ -18,7 +17,9 @@ from synthquant.data.preprocess import Preprocess
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.diffusion.trajectory import Trajectory, is_trajectory
 from synthquant.evaluate.agreement import measure_output_sqnr, measure_sqnr
+from synthquant.evaluate.data import Data
 from synthquant.evaluate.diversity import measure_diversity
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.make import (
     finetune,
@@ -33,11 +34,11 @@ from synthquant.make import (
     synthesize,
 )
 from synthquant.measure import float_beside_quantized, outputs_and_costs
-from synthquant.models.class_labels import classes_of, in_classes_of
+from synthquant.models.class_labels import classes_of
 from synthquant.models.float_model import FloatModel
 from synthquant.models.samples import samples_for
 from synthquant.nn.coverage import summarize
-from synthquant.recipe import EvaluateSection, FineTuneSection, Recipe, SourceSection, SynthesizeSection
+from synthquant.recipe import FineTuneSection, Recipe, SourceSection, SynthesizeSection
 from synthquant.resume import checkpoint_hash, require_recorded
 from synthquant.select.sequence import require_supported
 from synthquant.select.write import selection_metrics
@@ -315,16 +316,28 @@ class EvaluateStage(Stage):
 
     name = "evaluate"
 
+    def __init__(self) -> None:
+        self._data: Data | None = None
+
     def check(self, run: Run) -> None:
-        """Open the images to measure on; raises `DataError` if labels are missing or no classes of the network."""
+        """Open the images to measure on; raises `DataError` if labels are missing or no classes of the network.
+
+        Raises `InputError` if the metric cannot be used: it is tried on a few of them.
+        """
         section = run.recipe.evaluate
-        if section is not None and run.model.task not in ("classify", "denoise"):
-            run.real = section.open()
-            samples_for(run.model, run.real)  # refuses a network that takes no images
-        elif section is not None:
+        if section is None:
+            return
+        data = Data.of(section)
+        if run.model.task not in ("classify", "denoise"):
+            samples_for(run.model, data.pictures)  # refuses a network that takes no images
+        else:
             run.model.require_logits()
-            run.real = in_classes_of(section.open(), classes_of(run.model), section.data, run.progress)
-            _require_labels(run.real, section.data, run.model, run.progress)
+            data = data.in_classes_of(classes_of(run.model), run.progress)
+            if data.metric is None or data.pictures.labels is not None:
+                data.require_labels(run.model, run.progress)
+        if not self.is_done(run.folder):
+            data.rehearse(run.model)
+        self._data, run.real = data, data.pictures
 
     def do(self, run: Run) -> dict[str, Any]:
         """Measure."""
@@ -332,15 +345,19 @@ class EvaluateStage(Stage):
         images = run.images if run.real is None else run.real
         if images is None or run.quant_model is None:
             raise DataError("there are no images to measure on; name some as evaluate.data")
+        data = self._data or Data(images, _GIVEN)
         found: dict[str, Any]
         if run.model.task == "classify" and isinstance(images, ImageSet):
-            rows, result = float_beside_quantized(section, run.model, run.quant_model, images, progress)
+            labelled = section is not None
+            rows, result = float_beside_quantized(run.model, run.quant_model, data, progress, labelled=labelled)
             found = {"count": result.count, "accuracy": rows}
         else:
             outputs = measure_output_sqnr(run.quant_model, images, float_model=run.model)
             for warning in outputs.warnings:
                 progress.warn(warning)
             rows = outputs_and_costs(run.quant_model, outputs)
+            for row, network in zip(rows, (run.model.module, run.quant_model), strict=True):
+                row |= data.measured(network, run.model, progress) if self._data else {}
             found = {"count": len(images), "accuracy": rows, "output_sqnr": asdict(outputs)}
         sqnr = measure_sqnr(run.quant_model, images, float_model=run.model, progress=progress)
         read = say_what_was_read(images, progress, _source(section)) if isinstance(images, ImageSet) else {}
@@ -366,23 +383,3 @@ def _source(section: EvaluateSection | None) -> str:
 
 def _codes(run: Run) -> int:
     return sum(parameter.numel() for parameter in run.model.module.parameters())
-
-
-def _require_labels(data: ImageSet, source: str, model: FloatModel, progress: Progress) -> None:
-    """Raise `DataError` before any work is done if an image has no label, or one that is no class of the network.
-
-    Without any labels agreement can be measured all the same; that is said.
-    """
-    if data.labels is None or not len(data):
-        progress.warn(f"{source} has no labels: agreement with the float network is measured on it, accuracy is not")
-        return
-    if unlabelled := int((data.labels < 0).sum()):
-        raise DataError(
-            f"{source}: {unlabelled} of {len(data)} images have no label; label them all, or leave these out"
-        )
-    highest = int(data.labels.max())
-    if model.num_classes is not None and highest >= model.num_classes:
-        raise DataError(
-            f"{source} has labels up to {highest} but {model.name} has {model.num_classes} classes "
-            f"(0 to {model.num_classes - 1}); give data with the network's classes"
-        )

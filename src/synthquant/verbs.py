@@ -31,7 +31,11 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.quality import say_what_was_read, warn_of_suspicious
 from synthquant.data.sources import open_images
+from synthquant.data.targets import TARGET_COLUMN, Targets
 from synthquant.diffusion.trajectory import Trajectory, is_trajectory, open_trajectory
+from synthquant.evaluate.data import Data
+from synthquant.evaluate.metrics import Metric
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.export.checkpoint import load_checkpoint, save_checkpoint
 from synthquant.export.model_card import checkpoint_card
 from synthquant.export.presets import PRESETS
@@ -44,7 +48,7 @@ from synthquant.models.samples import InputSamples, Samples, is_samples
 from synthquant.models.signature import Inputs, joined
 from synthquant.nn.quant_model import QuantModel
 from synthquant.nn.scheme import QuantScheme
-from synthquant.recipe import EvaluateSection, QuantizeSection, SynthesizeSection
+from synthquant.recipe import QuantizeSection, SynthesizeSection
 from synthquant.runtimes import exporter_of
 from synthquant.synthesize import Noise
 from synthquant.targets import default_scheme, exporter_for
@@ -159,6 +163,8 @@ def evaluate(
     model: QuantModel | FloatModel | nn.Module | ModelSource | str | Path,
     data: Any,
     *,
+    metric: Any = None,
+    targets: Any = None,
     batch_size: int = _BATCH_SIZE,
     normalized: bool = False,
     trust_code: bool = False,
@@ -170,6 +176,10 @@ def evaluate(
     Args:
         model: a float or a quantized network, the folder of a run or a checkpoint, or an exported file.
         data: what `open_images` takes, with labels; a quantized network is compared with the float one without.
+        metric: a function of outputs and targets that returns a number or a dictionary of numbers, an object or class
+            with `update` and `compute`, or `FILE.py:NAME` of such a one (`synthquant.evaluate.metrics`).
+        targets: what the metric is given beside outputs: one value for each sample, or the name of a column of the
+            data; none: what a loader gives beside its images, such as masks and boxes, else their labels.
         batch_size: images per forward pass.
         normalized: `data` are normalised as the network wants them, which is undone; otherwise they are pixels.
         trust_code: run the Python file that a folder or file names as its network.
@@ -178,18 +188,27 @@ def evaluate(
 
     Returns:
         What `synthquant evaluate --json` prints: `top1`, `top5`, `agreement`, `kl`, `size_bytes`, `coverage` and more;
-        of a quantized network that is no classifier `sqnr` [dB] and, of each output, `outputs`.
+        of a quantized network that is no classifier `sqnr` [dB] and, of each output, `outputs`. `metrics` are the
+        numbers of the metric, and `pixel_accuracy` and `miou` of a `dense` network where targets are masks;
+        `float_metrics` those of the float network beside a quantized one.
 
     Raises:
         DataError: the images cannot be used, or a label is not a class of the network.
-        UnsupportedModelError: a float network is no classifier.
+        UnsupportedModelError: a float network is no classifier, and there is no metric.
+        InputError: the metric is none, fails, or gives something else than numbers.
         ModelError: the network cannot be opened, does not say what it takes, or code would run that is not trusted.
     """
     shown = ConsoleProgress() if progress is None else progress
+    own = None if metric is None else Metric.of(metric)
 
-    def measured_on(preprocess: Preprocess | None) -> measure.Data:
-        images = open_images(data, preprocess=preprocess if normalized else None)
-        return measure.Data(images, _name_of(data), batch_size)
+    def measured_on(known: FloatModel | None) -> Data:
+        images: ImageSet | Samples
+        if known is not None and isinstance(known.takes, Inputs) and known.task != "classify":
+            images = _samples(data, known, normalized=normalized)
+        else:
+            preprocess = known.preprocess if known is not None and normalized else None
+            images = open_images(data, preprocess=preprocess, targets=True)
+        return Data(images, _name_of(data), batch_size, own, _targets(images, targets))
 
     if isinstance(model, str | Path) and (exporter_of(model) is not None or Path(model).is_dir()):
         if normalized:
@@ -201,13 +220,9 @@ def evaluate(
     if isinstance(model, QuantModel):
         known = model.float_model
         reference = None if known.recorded_fingerprint else known
-        if isinstance(known.takes, Inputs) and known.task != "classify":
-            samples = _samples(data, known, normalized=normalized)
-            return measure.evaluate_outputs(model, reference, samples, _name_of(data), shown)
-        return measure.evaluate_quantized(model, reference, measured_on(known.preprocess), shown)
+        return measure.evaluate_quantized(model, reference, measured_on(known), shown)
     network = _network(str(model) if isinstance(model, Path) else model, device, shown)
-    network.require_logits()
-    return measure.evaluate_float(network, measured_on(network.preprocess), shown)
+    return measure.evaluate_float(network, measured_on(network), shown)
 
 
 def load(
@@ -352,6 +367,16 @@ def _samples(images: Any, model: FloatModel, *, normalized: bool) -> ImageSet | 
         f"{model.name} takes inputs {names}, and a {type(images).__name__} is none; give synthquant.Inputs, an iterable"
         " of such, or synthquant.Samples"
     )
+
+
+def _targets(data: ImageSet | Samples, targets: Any) -> Targets | None:
+    """Targets that a program gave or named, or that came with images; none: their labels are."""
+    if targets is not None and not isinstance(targets, str):
+        return Targets(targets)
+    if not isinstance(data, ImageSet):
+        return None
+    named = targets or (TARGET_COLUMN if TARGET_COLUMN in data.column_names else None)
+    return None if named is None else Targets.of(data, named)
 
 
 def _name_of(images: Any) -> str:

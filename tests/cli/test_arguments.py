@@ -35,6 +35,7 @@ BY_NAME: dict[str, tuple[str, ...]] = {
     "source": ("nix", "no/such/folder", "{file}", "{empty}", "zoo/nix"),
     "reference": ("no/such/folder", "{file}", "{empty}"),
     "baseline": ("no/such/folder", "{file}", "{empty}"),
+    "metric": ("nix", "none.py:f", "{file}", "{model}:nix", "{model}:build"),
     "features": ("nix", "zoo/nix", "{file}", "none.py:build"),
     "classes": ("nix", "{folder}"),
     "generator": ("zoo/nix",),

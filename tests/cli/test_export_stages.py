@@ -14,11 +14,12 @@ from tests.small_networks import small_float_model, small_images
 
 from synthquant import pipeline
 from synthquant.core.errors import RecipeError, SchemeError, UnknownNameError
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.export.onnx import Onnx
 from synthquant.export.onnx.runtime import read_metadata
 from synthquant.export.torch_program import TorchProgram
 from synthquant.export_stages import BenchmarkStage, ExportStage
-from synthquant.recipe import EvaluateSection, Recipe
+from synthquant.recipe import Recipe
 
 
 def values(folder: Path, **sections: Any) -> dict[str, Any]:

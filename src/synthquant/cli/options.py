@@ -12,9 +12,10 @@ from synthquant.core.errors import RecipeError
 from synthquant.core.settings import LARGEST_INT, Settings, parse_settings
 from synthquant.data.codec import MOST_PIXELS
 from synthquant.distributed.ray_workers import RayWorkers
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.methods import FINE_TUNERS, QUANTIZERS, SYNTHESIZERS
 from synthquant.models.float_model import ModelSource, Task
-from synthquant.recipe import EvaluateSection, QuantizeSection, Recipe, SelectSection, SourceSection, SynthesizeSection
+from synthquant.recipe import QuantizeSection, Recipe, SelectSection, SourceSection, SynthesizeSection
 from synthquant.targets import target_names
 
 
@@ -65,6 +66,9 @@ OptionalImages = Annotated[
 ]
 Data = Annotated[str, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"), show_default=False)]
 OptionalData = Annotated[str | None, typer.Option(metavar="DATA", help=setting_help(EvaluateSection, "data"))]
+UserMetric = Annotated[
+    str | None, typer.Option("--metric", metavar="FILE.py:NAME", help=setting_help(EvaluateSection, "metric"))
+]
 Limit = Annotated[int | None, typer.Option(min=1, help=setting_help(EvaluateSection, "limit"))]
 MaxPixels = Annotated[int, typer.Option(min=1, max=MOST_PIXELS, help=setting_help(SourceSection, "max_pixels"))]
 SynthesisMethod = Annotated[str, typer.Option("--method", help=f"One of {', '.join(SYNTHESIZERS.names())}.")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from synthquant.core.device import resolve_device
-from synthquant.core.formatting import ACCURACY_COLUMNS, Column, size
+from synthquant.core.formatting import ACCURACY_COLUMNS, Column, number, size
 from synthquant.core.record import RunRecord, environment
 from synthquant.core.run_metrics import BenchmarkMetrics, ExportMetrics, QuantizeMetrics
 from synthquant.nn.coverage import CoverageSummary
@@ -70,10 +70,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows of the accuracy table in aligned columns."""
     columns = {"name": Column("network", str)} | ACCURACY_COLUMNS
     present = [name for name in _SHOWN if any(row.get(name) is not None for row in rows)]
-    lines = [[columns[name].heading for name in present]]
+    metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", ())))
+    lines = [[*(columns[name].heading for name in present), *metrics]]
     for row in rows:
-        lines.append([columns[name].form(row[name]) if row.get(name) is not None else "-" for name in present])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(present))]
+        cells = [columns[name].form(row[name]) if row.get(name) is not None else "-" for name in present]
+        values = [row.get("metrics", {}).get(name) for name in metrics]
+        lines.append([*cells, *("-" if value is None else number(value, 4) for value in values)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         cells = [
             line[0].ljust(widths[0]),

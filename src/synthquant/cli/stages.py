@@ -18,9 +18,11 @@ from synthquant.core.progress import ConsoleProgress
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.quality import outside_in_words
+from synthquant.evaluate.data import Data
+from synthquant.evaluate.section import EvaluateSection
 from synthquant.models.float_model import ModelSource
 from synthquant.models.open import open_model
-from synthquant.recipe import EvaluateSection, Recipe, SynthesizeSection
+from synthquant.recipe import Recipe, SynthesizeSection
 from synthquant.runtimes import exporter_of, runtime_exporters
 from synthquant.targets import DEFAULT_SCHEME, default_scheme
 
@@ -136,6 +138,7 @@ def quantize(
 def evaluate(
     model: ModelOrRun,
     data: options.Data,
+    metric: options.UserMetric = None,
     limit: options.Limit = None,
     max_pixels: options.MaxPixels = options.MAX_PIXELS,
     weights: options.Weights = None,
@@ -143,6 +146,7 @@ def evaluate(
     mean: options.Mean = None,
     std: options.Std = None,
     num_classes: options.NumClasses = None,
+    task: options.ModelTask = None,
     quantized: options.QuantizedModel = None,
     trust_code: options.TrustCode = False,
     runtime: Runtime = None,
@@ -152,9 +156,9 @@ def evaluate(
 ) -> None:
     """Measure a network, a run's quantized network or an exported file on labelled images.
 
-    --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32.
+    --set takes the settings of a recipe's `evaluate` section, such as --set batch_size=32 or --set targets=COLUMN.
     """
-    values = apply_overrides({"data": data, "max_pixels": max_pixels, "limit": limit}, settings or [])
+    values = apply_overrides({"data": data, "max_pixels": max_pixels, "limit": limit, "metric": metric}, settings or [])
     section = parse_settings(EvaluateSection, values, "command line")
     resolve_device(device)
     exporter = exporter_of(model)
@@ -170,6 +174,7 @@ def evaluate(
                 "mean": mean,
                 "std": std,
                 "num-classes": num_classes,
+                "task": task,
                 "device": device if exporter and device not in ("auto", "cpu") else None,
             },
         )
@@ -179,9 +184,9 @@ def evaluate(
             {"model": quantized, "trust-code": trust_code or None},
         )
         source = options.model_source(
-            model, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
+            model, task=task, weights=weights, input_size=input_size, mean=mean, std=std, num_classes=num_classes
         )
-    measured_on = measure.Data.of(section)
+    measured_on = Data.of(section)
     if exporter is not None:
         row = measure.evaluate_exported(
             exporter, Path(model), measured_on, runtime, ConsoleProgress(), model=quantized, trust_code=trust_code
@@ -191,6 +196,7 @@ def evaluate(
     if json:
         print_result(row, device)
         return
-    print_table([row])
+    beside = [{"name": "float", "metrics": row["float_metrics"]}] if "float_metrics" in row else []
+    print_table([*beside, row])
     if "outputs" in row:
         print_outputs(row["outputs"])

@@ -8,6 +8,7 @@ from typing import Any
 
 PLACES = (
     *("model.source", "model.weights", "quantize.run", "evaluate.data", "export.data"),
+    "evaluate.metric",
     *("images.source", "images.generator", "images.classes", "images.prompts", "images.embedding"),
     *("prompt_tuning.images", "prompt_tuning.generator"),
 )

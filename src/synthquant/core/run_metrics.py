@@ -40,6 +40,7 @@ class AccuracyRow(Row):
     size_bytes: Size | None = None
     bit_operations: Size | None = None
     seconds: Size | None = None
+    metrics: dict[StrictStr, Number | None] = {}
 
 
 class UnitRow(Row):

@@ -19,4 +19,5 @@
 - `seed_pairs`: images of two sets that were drawn from the same noise.
 - `sources`: images from where people keep them: folders, Parquet files, `datasets`, the package itself.
 - `store`: writing an image set while it is being made, so that a killed run continues with the parts that are missing.
+- `targets`: what a network should have answered: class labels, masks, boxes.
 """

@@ -16,16 +16,22 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import Manifest
 from synthquant.data.preprocess import Preprocess
 from synthquant.data.rows import MemoryRows
+from synthquant.data.targets import TARGET_COLUMN, split_targets
 
 _IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 _LABEL_KEYS = ("label", "labels")
+_TARGET_KEYS = ("target", "targets")
 _COLOURS = (1, 3, 4)
 # Beyond black and white by so much is no rounding of a normalisation that is undone.
 _SLACK = 0.01
 
 
 def read_loader(
-    loader: Iterable[Any] | Any, *, count: int | None = None, preprocess: Preprocess | None = None
+    loader: Iterable[Any] | Any,
+    *,
+    count: int | None = None,
+    preprocess: Preprocess | None = None,
+    targets: bool = False,
 ) -> ImageSet:
     """Read a `DataLoader`, a `Dataset`, a tensor, a list or any other iterable once; its images become a set in memory.
 
@@ -37,19 +43,24 @@ def read_loader(
             or such a one and its labels in a tuple.
         count: how many images to read; none: all.
         preprocess: how the loader has normalised them, which is undone. None: it has not.
+        targets: keep what stands beside images and is no label, such as masks or boxes, as the column `target`: a
+            metric is given that. In a dictionary `target` or `targets`, else all that is not the images.
 
     Returns:
         uint8 images, which a network resizes where they have another size than it takes. Pictures of several sizes are
         resized and cropped as a file's would be.
 
     Raises:
-        DataError: the loader gives no images, some of another shape, or values that are no pixels.
+        DataError: the loader gives no images, some of another shape, or values that are no pixels; or it cannot be told
+            which target is of which image.
     """
     parts: list[Tensor] = []
     labels: list[Tensor] = []
+    beside: list[Any] = []
     read, lowest = 0, 0.0
-    for number, item in enumerate(_items(loader)):
-        where = "the tensor of images" if _is_array(loader) or _is_pair(loader) else f"item {number} of the loader"
+    pair = _is_pair(loader, targets=targets)
+    for number, item in enumerate([loader] if pair else _items(loader)):
+        where = "the tensor of images" if _is_array(loader) or pair else f"item {number} of the loader"
         images, own = _parts(item)
         batch, several = _batch(images, where)
         if parts and batch.shape[1:] != parts[0].shape[1:] and not (_is_picture(images) and len(batch) == 1):
@@ -63,6 +74,9 @@ def read_loader(
             lowest = min(lowest, float(batch[:taken].amin()))
             parts.append(_uint8(batch[:taken], preprocess, where))
             labels.append(known[:taken])
+            aside = _target(item, own, known) if targets else None
+            if aside is not None:
+                beside += split_targets(aside, len(batch), several, where)[:taken]
             read += taken
         if read == count:
             break
@@ -72,10 +86,13 @@ def read_loader(
         raise DataError("no image of the loader has a value below 0, as normalised ones have; leave preprocess out")
     found = torch.cat(labels)
     known_labels = found if bool((found >= 0).any()) else None
+    if beside and len(beside) != read:
+        raise DataError(f"the loader gives targets for {len(beside)} of {read} images; give one for each")
+    columns = {TARGET_COLUMN: beside} if beside else {}
     if len({part.shape[1:] for part in parts}) == 1:
-        return ImageSet.from_tensors(torch.cat(parts), known_labels)
+        return ImageSet.from_tensors(torch.cat(parts), known_labels, columns=columns)
     pictures = [image for part in parts for image in part]
-    return ImageSet(MemoryRows(pictures, known_labels, {}), Manifest(count=len(pictures), framing="raw"))
+    return ImageSet(MemoryRows(pictures, known_labels, columns), Manifest(count=len(pictures), framing="raw"))
 
 
 def _items(loader: Any) -> Iterator[Any]:
@@ -86,8 +103,6 @@ def _items(loader: Any) -> Iterator[Any]:
                 f"a {type(loader).__name__} of shape {list(loader.shape)} is no set of images; give [N, channels, H, W]"
                 " (of an array [N, H, W, channels]), with unsqueeze(1) where there are no channels yet"
             )
-        yield loader
-    elif _is_pair(loader):
         yield loader
     elif isinstance(loader, str | bytes | Mapping) or not (hasattr(loader, "__iter__") or _is_map_style(loader)):
         raise DataError(f"a {type(loader).__name__} is no loader; give a DataLoader, a Dataset, or open_images a path")
@@ -107,12 +122,12 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, Image.Image | np.ndarray)
 
 
-def _is_pair(loader: Any) -> bool:
-    """Whether this is one batch of images with its labels, and not a sequence of two images."""
+def _is_pair(loader: Any, *, targets: bool) -> bool:
+    """Whether this is one batch of images with its labels (or `targets`), and not a sequence of two images."""
     if not isinstance(loader, tuple) or len(loader) != 2 or not all(_is_array(part) for part in loader):
         return False
     images, labels = loader
-    return bool(images.ndim == 4 and labels.ndim == 1)
+    return bool(images.ndim == 4 and (labels.ndim == 1 or (targets and len(images) == len(labels))))
 
 
 def _parts(item: Any) -> tuple[Any, Any]:
@@ -123,6 +138,18 @@ def _parts(item: Any) -> tuple[Any, Any]:
     if isinstance(item, Sequence) and item and not isinstance(item, str | bytes):
         return item[0], item[1] if len(item) > 1 else None
     return item, None
+
+
+def _target(item: Any, own: Any, known: Tensor) -> Any:
+    """What else than labels stands beside the images of an item; none if nothing does."""
+    if isinstance(item, Mapping):
+        named = next((item[key] for key in _TARGET_KEYS if key in item), None)
+        if named is not None:
+            return named
+        if own is None:
+            rest = {key: value for key, value in item.items() if key not in _IMAGE_KEYS}
+            return next(iter(rest.values())) if len(rest) == 1 else rest or None
+    return None if bool((known >= 0).any()) else own
 
 
 def _batch(images: Any, where: str) -> tuple[Tensor, bool]:

@@ -46,6 +46,7 @@ def open_images(
     columns: tuple[str, str] | None = None,
     max_pixels: int = MAX_PIXELS,
     preprocess: Preprocess | None = None,
+    targets: bool = False,
 ) -> ImageSet:
     """Open images with their labels, wherever they are.
 
@@ -61,6 +62,7 @@ def open_images(
         columns: names of the image and the label column where they are not called `image` (or `img`) and `label`.
         max_pixels: larger images of files are set aside.
         preprocess: how a loader or a tensor is normalised, which is undone; none: it holds pixels.
+        targets: keep what a loader gives beside images and is no label, as `read_loader` does.
 
     Raises:
         DataError: there is no such source, it holds no image, columns of another type or values that are no pixels, or
@@ -79,7 +81,7 @@ def open_images(
         return source
     if type(source).__module__.partition(".")[0] == "datasets":
         return _dataset_images(source, f"{type(source).__name__}", columns)
-    return read_loader(source, preprocess=preprocess)
+    return read_loader(source, preprocess=preprocess, targets=targets)
 
 
 def import_images(

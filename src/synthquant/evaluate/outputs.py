@@ -84,6 +84,33 @@ def channel_dim(output: Tensor) -> int | None:
     return 2 if output.ndim == 3 and output.shape[2] < output.shape[1] else 1
 
 
+class ClassOverlap:
+    """Adds up how far two maps of classes agree."""
+
+    def __init__(self, classes: int) -> None:
+        """Take the number of classes."""
+        self._classes = classes
+        self._shared = self._either = torch.zeros(classes, dtype=torch.int64)  # places of each class: in both, in one
+        self._same = self._places = 0
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Add classes, int64 of one shape."""
+        first, second = first.flatten(), second.flatten()
+        self._same += int((first == second).sum())
+        self._places += first.numel()
+        counts = [torch.bincount(value, minlength=self._classes) for value in (first[first == second], first, second)]
+        self._shared = self._shared + counts[0]
+        self._either = self._either + counts[1] + counts[2] - counts[0]
+
+    def shares(self, pixels: str = "pixels") -> dict[str, float]:
+        """Return the share of equal places as `pixels`, and `miou`, over classes that are in one of both."""
+        if not self._places:
+            return {}
+        there = self._either > 0
+        overlap = self._shared[there].double() / self._either[there]
+        return {pixels: self._same / self._places, "miou": float(overlap.mean())}
+
+
 class OutputSums:
     """Adds up one output, batch by batch."""
 
@@ -91,9 +118,7 @@ class OutputSums:
         self.ratio = Ratio()
         self._task = task
         self._channels: tuple[Tensor, Tensor] | None = None
-        self._same = self._places = 0
-        self._shared: Tensor | None = None  # places of each class: in both, and in either
-        self._either: Tensor | None = None
+        self._overlap: ClassOverlap | None = None
         self._cosines, self._vectors = 0.0, 0
         self._moments = torch.zeros(6, dtype=torch.float64)
 
@@ -122,13 +147,8 @@ class OutputSums:
             sums = [torch.tensor(float(x.numel())), x.sum(), y.sum(), x @ x, y @ y, x @ y]
             self._moments += torch.stack([value.double() for value in sums])
             return
-        first, second = wanted.argmax(dim).flatten(), found.argmax(dim).flatten()
-        self._same += int((first == second).sum())
-        self._places += first.numel()
-        counts = [torch.bincount(value, minlength=classes) for value in (first[first == second], first, second)]
-        either = counts[1] + counts[2] - counts[0]
-        self._shared = counts[0] if self._shared is None else self._shared + counts[0]
-        self._either = either if self._either is None else self._either + either
+        self._overlap = self._overlap or ClassOverlap(classes)
+        self._overlap.add(wanted.argmax(dim), found.argmax(dim))
 
     def channels(self) -> list[float | None] | None:
         """Ratio of each channel [dB]; none if there are no or too many channels."""
@@ -138,10 +158,8 @@ class OutputSums:
 
     def agreement(self) -> dict[str, float]:
         """As `OutputSqnr.agreement` has it."""
-        if self._shared is not None and self._either is not None:
-            there = self._either > 0
-            overlap = self._shared[there].double() / self._either[there]
-            return {"pixels": self._same / self._places, "miou": float(overlap.mean())}
+        if self._overlap is not None:
+            return self._overlap.shares()
         if self._vectors:
             return {"cosine": self._cosines / self._vectors}
         count, x, y, xx, yy, xy = self._moments.tolist()

@@ -113,11 +113,13 @@ def measured_lines(found: Measured | None) -> list[str]:
         for name, column in formatting.ACCURACY_COLUMNS.items()
         if name in _COLUMNS and any(getattr(row, name) is not None for row in found.rows)
     }
-    lines += [f"| network | {' | '.join(column.heading for column in there.values())} |"]
-    lines += [f"| --- |{' ---: |' * len(there)}"]
+    metrics = list(dict.fromkeys(name for row in found.rows for name in row.metrics))
+    lines += [f"| network | {' | '.join([*(column.heading for column in there.values()), *metrics])} |"]
+    lines += [f"| --- |{' ---: |' * (len(there) + len(metrics))}"]
     for row in found.rows:
         values = {name: getattr(row, name) for name in there}
-        cells = (formatting.MISSING if value is None else there[name].form(value) for name, value in values.items())
+        cells = [formatting.MISSING if value is None else there[name].form(value) for name, value in values.items()]
+        cells += [formatting.number(row.metrics.get(name), 4) for name in metrics]
         lines.append(f"| {row.name} | {' | '.join(cells)} |")
     for name, ratio in (found.outputs.outputs if found.outputs else {}).items():
         ways = found.outputs.agreement.get(name, {}) if found.outputs else {}

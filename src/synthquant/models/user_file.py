@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.fx
@@ -38,18 +39,7 @@ def call_user_function(reference: str) -> tuple[nn.Module, Inputs | None]:
     The file may import its neighbours. Raises `ModelError` if there is no such file or function, or if it returns
     something else; what the user's own code raises is passed on.
     """
-    file, _, name = reference.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ModelError(f"file {path} does not exist; give FILE.py:FUNCTION")
-    with _importable(path.resolve().parent):
-        code = _execute(path)
-        function = getattr(code, name, None)
-        if not callable(function):
-            own = [key for key, value in vars(code).items() if getattr(value, "__module__", None) == code.__name__]
-            raise ModelError(
-                f"{path} has no function {name!r};{did_you_mean(name, own)} it has: {', '.join(own) or 'none'}"
-            )
+    with user_code(reference) as function:
         module = function()
     example = None
     if isinstance(module, tuple) and len(module) == 2 and isinstance(module[1], Inputs):
@@ -60,6 +50,33 @@ def call_user_function(reference: str) -> tuple[nn.Module, Inputs | None]:
             " of its inputs (synthquant.Inputs)"
         )
     return plain_module(module, reference), example
+
+
+@contextmanager
+def user_code(reference: str, kind: str = "model") -> Iterator[Any]:
+    """Give the function, class or metric that `FILE.py:NAME` names; inside, the file's neighbours can be imported.
+
+    Args:
+        reference: the name.
+        kind: what it is for; a file that is named for two things is run for each.
+
+    Raises:
+        ModelError: there is no such file, or nothing in it that has the name and can be called; what the user's own
+            code raises is passed on.
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ModelError(f"file {path} does not exist; give FILE.py:FUNCTION")
+    with _importable(path.resolve().parent):
+        code = _execute(path, kind)
+        found = getattr(code, name, None)
+        if not callable(found) and not hasattr(found, "compute"):
+            own = [key for key, value in vars(code).items() if getattr(value, "__module__", None) == code.__name__]
+            raise ModelError(
+                f"{path} has no function {name!r};{did_you_mean(name, own)} it has: {', '.join(own) or 'none'}"
+            )
+        yield found
 
 
 def plain_module(module: nn.Module, reference: str) -> nn.Module:
@@ -95,8 +112,8 @@ def _foreign_kind(part: nn.Module) -> str | None:
     return "the module of an exported program" if exported else None
 
 
-def _execute(path: Path) -> ModuleType:
-    name = f"synthquant_model_{path.stem}"
+def _execute(path: Path, kind: str) -> ModuleType:
+    name = f"synthquant_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ModelError(f"{path} is not a Python file")

@@ -161,6 +161,7 @@ def render_report(sections: Sequence[RunSection]) -> str:
         comparison=comparison,
         differences=differing_settings(runs) if len(runs) > 1 else [],
         axis=_accuracy_axis(runs),
+        metric_names=list(dict.fromkeys(name for run in runs for row in run.accuracy for name in row.metrics)),
     )
     return formatting.printable(page)
 
