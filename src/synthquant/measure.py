@@ -56,7 +56,14 @@ def evaluate(
     if isinstance(source, ModelSource):
         return evaluate_float(open_model(source, device=place, progress=progress), data, progress)
     folder = source if (source / CONFIG_NAME).is_file() else source / "model"
-    entry = read_config(folder).float_model
+    config = read_config(folder)
+    if config.float_graph_sha256 is not None and trust_code and model is None:
+        quant_model = load_checkpoint(folder, device=place, trust_code=True)
+        own = quant_model.float_model
+        return evaluate_quantized(quant_model, None if own.recorded_fingerprint else own, data, progress)
+    if model is None:
+        config.require_trust_in_graph(folder)
+    entry = config.float_model
     recorded = entry.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
     float_model = _same_float_model(recorded, entry.fingerprint, place, progress)
     quant_model = load_checkpoint(folder, float_model=float_model, device=place, model=model, trust_code=trust_code)

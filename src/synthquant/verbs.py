@@ -239,7 +239,7 @@ def load(
         module: the architecture, where the folder says no name from which it can be opened: a module or a `FloatModel`.
             With the weights that were quantized the result can be compared with it, others do not matter. Or the name
             of the network, as it was given then, which lets code of its run.
-        trust_code: run the Python file that the folder names as its network.
+        trust_code: run the Python file that the folder names as its network, or read the program that it keeps as one.
         device: where the network goes; by default where `module` is, or the CPU.
 
     Raises:
@@ -290,9 +290,9 @@ def card(
     return checkpoint_card(Path(folder), license=license, measured=measured, data=data)
 
 
-def save(quant_model: QuantModel, folder: Path | str) -> Path:
+def save(quant_model: QuantModel, folder: Path | str, *, float_graph: bool = False) -> Path:
     """Do the work of `QuantModel.save`."""
-    return save_checkpoint(quant_model, folder)
+    return save_checkpoint(quant_model, folder, float_graph=float_graph)
 
 
 def export(

@@ -231,8 +231,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(model: QuantModel, t
 def test_other_formats_are_refused(model: QuantModel, tmp_path: Path) -> None:
     folder = save_checkpoint(model, tmp_path / "model")
     config = read_sealed_json(folder / CONFIG_NAME)
-    _rewrite(folder, format_version=6)
-    with pytest.raises(ModelError, match="has version 6, this release reads 1 to 5"):
+    _rewrite(folder, format_version=7)
+    with pytest.raises(ModelError, match="has version 7, this release reads 1 to 6"):
         load_checkpoint(folder, trust_code=True)
     _rewrite(folder, format_version=2, format="other")
     with pytest.raises(ModelError, match="its format is not 'synthquant-packed'"):

@@ -30,7 +30,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from synthquant.core.errors import ModelError, VerificationError
+from synthquant.core.errors import ModelError, SchemeError, UnsupportedModelError, VerificationError
 from synthquant.core.files import atomic_folder, sha256_bytes, write_bytes, write_sealed_json, write_text
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
@@ -39,11 +39,13 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
+from synthquant.export.float_graph import GRAPH_NAME, float_graph, network_of_graph
 from synthquant.export.model_card import CARD_NAME, checkpoint_card
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.export.quant_config import (
     CONFIG_NAME,
     EQUALIZED,
+    SELF_CONTAINED,
     UNCLIPPED,
     UNFOLDED,
     VERSION,
@@ -54,7 +56,7 @@ from synthquant.export.quant_config import (
     read_config,
 )
 from synthquant.methods import EXPORTERS
-from synthquant.models.float_model import FloatModel
+from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.models.samples import Samples
 from synthquant.nn.equalization import Equalization
@@ -67,9 +69,13 @@ class Checkpoint(Settings):
 
     suffix: ClassVar[str] = ""
 
+    float_graph: bool = False
+    """Keep the float network beside it, as a program of `torch.export` with its weights: whoever trusts the folder
+    loads it without the code that made the network."""
+
     def export(self, quant_model: QuantModel, path: Path, *, origin: Mapping[str, str] | None = None) -> Path:
         """Write the checkpoint and return its folder; a checkpoint has no room for an `origin`."""
-        return save_checkpoint(quant_model, path)
+        return save_checkpoint(quant_model, path, float_graph=self.float_graph)
 
     def check(self, quant_model: QuantModel) -> None:
         """Every scheme has a checkpoint."""
@@ -97,13 +103,19 @@ class Checkpoint(Settings):
         return {beside.noun: beside.count, "loaded": row(beside.differences("loaded"))}
 
 
-def save_checkpoint(quant_model: QuantModel, folder: Path | str, *, card: bool = True) -> Path:
+def save_checkpoint(
+    quant_model: QuantModel, folder: Path | str, *, card: bool = True, float_graph: bool = False
+) -> Path:
     """Write `quant_model` to `folder`, which is there wholly or not at all; one that is already there is replaced.
 
-    With it goes its model card, unless `card` says no, where the folder around it has one.
+    With it goes its model card, unless `card` says no, where the folder around it has one. With `float_graph` also the
+    float network as a program of `torch.export`, from which it loads where its own code is not there; that it does, to
+    the same outputs, is seen before the folder is there.
 
     Raises:
-        ModelError: activation ranges, or static ranges of differences, are not calibrated yet.
+        ModelError: activation ranges, or static ranges of differences, are not calibrated yet; or the float weights are
+            not there to be kept.
+        UnsupportedModelError: `torch.export` cannot follow the network, or what it gives is not the same network.
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
@@ -111,12 +123,16 @@ def save_checkpoint(quant_model: QuantModel, folder: Path | str, *, card: bool =
     if quant_model.modulation is not None:
         quant_model.modulation.require_calibrated()
     weights = save_safetensors(_packed(quant_model))
-    config = _config(quant_model, sha256_bytes(weights))
+    graph = _graph(quant_model.float_model) if float_graph else None
+    config = _config(quant_model, sha256_bytes(weights), None if graph is None else sha256_bytes(graph))
     with atomic_folder(folder, replace=True) as temporary:
         write_bytes(temporary / WEIGHTS_NAME, weights)
         write_sealed_json(temporary / CONFIG_NAME, config.model_dump(mode="json"))
         if card:
             write_text(temporary / CARD_NAME, checkpoint_card(temporary))
+        if graph is not None:
+            write_bytes(temporary / GRAPH_NAME, graph)
+            _require_same_from_graph(quant_model, temporary)
     return folder
 
 
@@ -138,7 +154,8 @@ def load_checkpoint(
             and names, not to compare with.
         device: where the network goes; by default where `float_model` is, or the CPU.
         model: the name of the network that was quantized, which lets code of its run, see `RecordedSource.confirmed`.
-        trust_code: whether code that the checkpoint names as its source may run.
+        trust_code: whether code that the checkpoint names as its source may run, or the network that it keeps as a
+            program be read, which evaluates expressions; where it keeps one, that is the network then.
         architecture: the network with other weights, where its source need not be opened.
 
     Raises:
@@ -159,7 +176,11 @@ def load_checkpoint(
         raise ModelError(f"{path} is not a safetensors file: {error}") from error
     if float_model is None and architecture is not None:
         float_model = _standing_in(architecture, config)
+    elif float_model is None and config.float_graph_sha256 is not None and trust_code and model is None:
+        float_model = _of_graph(folder, config, config.float_graph_sha256)
     elif float_model is None:
+        if model is None:
+            config.require_trust_in_graph(folder)
         source = config.float_model.source.confirmed(str(folder / CONFIG_NAME), model=model, trust_code=trust_code)
         float_model = _standing_in(open_model(source, pretrained=False), config)
     elif float_model.fingerprint != config.float_model.fingerprint:
@@ -195,10 +216,49 @@ def _standing_in(built: FloatModel, config: QuantConfig) -> FloatModel:
     )
 
 
-def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
+def _graph(model: FloatModel) -> bytes:
+    if model.recorded_fingerprint:
+        raise ModelError(f"the float weights of {model.name} are not there; load it with its network to keep that")
+    return float_graph(model)
+
+
+def _of_graph(folder: Path, config: QuantConfig, sha256: str) -> FloatModel:
+    """The network that a checkpoint keeps, with its weights."""
+    path = folder / GRAPH_NAME
+    if not path.is_file():
+        raise ModelError(f"{folder} is not complete: it has no {GRAPH_NAME}")
+    content = path.read_bytes()
+    if sha256_bytes(content) != sha256:
+        raise ModelError(f"{path} is damaged: its hash is not the one in {CONFIG_NAME}; write the checkpoint again")
+    module, takes = network_of_graph(content)
+    entry = config.float_model
+    built = FloatModel(module, takes, entry.name, ModelSource.model_validate(entry.source.model_dump()))
+    standing_in = _standing_in(built, config)
+    real = replace(standing_in, recorded_fingerprint="")
+    return real if real.fingerprint == entry.fingerprint else standing_in
+
+
+@torch.no_grad()
+def _require_same_from_graph(quant_model: QuantModel, folder: Path) -> None:
+    """Raise `UnsupportedModelError` unless the checkpoint loads from its program, to the same outputs."""
+    name = quant_model.float_model.name
+    try:
+        loaded = load_checkpoint(folder, trust_code=True, device=quant_model.device)
+    except (ModelError, UnsupportedModelError, SchemeError) as error:
+        reason = str(error).replace(f"{folder}/", "")
+        raise UnsupportedModelError(
+            f"the graph of {name} cannot stand in for its code: {reason}; leave float_graph out"
+        ) from error
+    example = quant_model.float_model.example(3)
+    outputs = [flat_output(example.call(network)) for network in (quant_model, loaded)]
+    if len(outputs[0]) != len(outputs[1]) or not all(map(torch.equal, *outputs)):
+        raise UnsupportedModelError(f"the graph of {name} gives other outputs than its code; leave float_graph out")
+
+
+def _config(quant_model: QuantModel, weights_sha256: str, float_graph_sha256: str | None) -> QuantConfig:
     model = quant_model.float_model
     return QuantConfig(
-        format_version=_version(quant_model),
+        format_version=_version(quant_model) if float_graph_sha256 is None else SELF_CONTAINED,
         synthquant_version=package_version(),
         scheme=quant_model.scheme,
         scheme_summary=quant_model.scheme.describe(),
@@ -208,6 +268,7 @@ def _config(quant_model: QuantModel, weights_sha256: str) -> QuantConfig:
         preprocess=model.takes if isinstance(model.takes, Preprocess) else None,
         weights_sha256=weights_sha256,
         fold=quant_model.fold,
+        float_graph_sha256=float_graph_sha256,
     )
 
 

@@ -11,7 +11,8 @@ from synthquant.core.errors import InputError, ModelError
 from synthquant.core.files import read_sealed_json
 from synthquant.core.settings import Settings, parse_settings
 from synthquant.data.preprocess import Preprocess
-from synthquant.models.float_model import FloatModel, RecordedSource, Task
+from synthquant.models.float_model import IN_MEMORY, FloatModel, RecordedSource, Task
+from synthquant.models.user_file import names_code
 from synthquant.nn.scheme import LayerScheme, QuantArgs, QuantScheme
 
 CONFIG_NAME = "quant_config.json"
@@ -21,6 +22,7 @@ VERSION = 2
 EQUALIZED = 3
 UNCLIPPED = 4
 UNFOLDED = 5
+SELF_CONTAINED = 6
 # Of the first version, which did not carry the hash of its own content.
 _UNSEALED = {"format": _FORMAT, "format_version": 1}
 
@@ -62,7 +64,7 @@ class QuantConfig(Settings):
     """Always `synthquant-packed`."""
     format_version: int = VERSION
     """Version of the format; since 2 the file carries the hash of its own content; 3 is of equalised networks,
-    4 of those with unclipped codes, 5 of those whose batch norms stay."""
+    4 of those with unclipped codes, 5 of those whose batch norms stay, 6 of those that keep the float network."""
     synthquant_version: str
     """Release that wrote the checkpoint."""
     scheme: QuantScheme
@@ -82,12 +84,26 @@ class QuantConfig(Settings):
     fold: bool = True
     """Batch norms are folded; left out where they are."""
 
+    float_graph_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Hash of `float_graph.pt2`, the float network as a program of `torch.export`; left out where there is none."""
+
     @model_serializer(mode="wrap")
-    def _without_the_usual_folding(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         if self.fold:
             fields.pop("fold", None)
+        if self.float_graph_sha256 is None:
+            fields.pop("float_graph_sha256", None)
         return fields
+
+    def require_trust_in_graph(self, folder: Path) -> None:
+        """Raise `ModelError` where the network is at hand as a program only, which is not read without trust."""
+        source = self.float_model.source.source
+        if self.float_graph_sha256 is not None and (names_code(source) or source.startswith(f"{IN_MEMORY}/")):
+            raise ModelError(
+                f"{folder} keeps its network as a program, and a file from elsewhere must not run code: if you know it,"
+                " give --trust-code (in Python trust_code=True)"
+            )
 
 
 def float_model_entry(model: FloatModel) -> FloatModelEntry:
@@ -115,9 +131,9 @@ def read_config(folder: Path) -> QuantConfig:
         content = read_sealed_json(path, unsealed=_UNSEALED)
         if content.get("format") != _FORMAT:
             raise ModelError(f"{path} does not describe a checkpoint of this package: its format is not {_FORMAT!r}")
-        if content.get("format_version") not in (1, VERSION, EQUALIZED, UNCLIPPED, UNFOLDED):
+        if content.get("format_version") not in (1, VERSION, EQUALIZED, UNCLIPPED, UNFOLDED, SELF_CONTAINED):
             raise ModelError(
-                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {UNFOLDED}"
+                f"{path} has version {content.get('format_version')!r}, this release reads 1 to {SELF_CONTAINED}"
             )
         return parse_settings(QuantConfig, content, str(path))
     except ModelError:

@@ -10,21 +10,18 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.files import write_bytes
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.settings import Settings
 from synthquant.data.image_set import ImageSet
 from synthquant.export.compare import require_close, row, run_beside
 from synthquant.export.deploy import Arithmetic, deploy, require_stateless
-from synthquant.export.flat import FlatFunction, FlatNetwork, constant_batch, dynamic_shapes, flat_output
+from synthquant.export.flat import FlatFunction, FlatNetwork, dynamic_shapes, flat_output
+from synthquant.export.float_graph import TRACING_ERRORS, unfollowed
 from synthquant.export.presets import find_preset
 from synthquant.methods import EXPORTERS
 from synthquant.models.samples import Samples
 from synthquant.nn.quant_model import QuantModel
-
-# What tracing a foreign network may raise: its own code runs, and torch.export has no error class of its own.
-_TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 
 
 @EXPORTERS.register("torch")
@@ -79,13 +76,8 @@ def export_program(quant_model: QuantModel) -> torch.export.ExportedProgram:
     module = FlatNetwork(deploy(quant_model, find_preset("simulate"), Arithmetic()).module, takes)
     try:
         return torch.export.export(module, tuple(takes.tensors), dynamic_shapes=dynamic_shapes(takes))
-    except _TRACING_ERRORS as error:
-        if "specialized it to be a constant" in str(error):
-            raise constant_batch(quant_model.float_model.name) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"{quant_model.float_model.name}: torch.export cannot follow it: {reason}"
-        ) from error
+    except TRACING_ERRORS as error:
+        raise unfollowed(quant_model.float_model.name, error) from error
 
 
 def _text(values: Mapping[str, str]) -> str:

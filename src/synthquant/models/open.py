@@ -149,7 +149,8 @@ def _build(request: ModelSource, published: bool) -> Opened:
     elif name and kind == IN_MEMORY:
         raise ModelError(
             f"the network {name} was given in memory and cannot be opened from anywhere: give it again, in Python"
-            " synthquant.load(FOLDER, module); a network of a file, FILE.py:FUNCTION, needs no such thing"
+            " synthquant.load(FOLDER, module); a network of a file, FILE.py:FUNCTION, needs no such thing, nor what"
+            " was saved with float_graph=True"
         )
     elif request.source.endswith(_WEIGHTS_SUFFIXES):
         raise ModelError(

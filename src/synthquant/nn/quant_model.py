@@ -161,14 +161,18 @@ class QuantModel(nn.Module):
         """What the network gives: logits `[B, classes]` of normalised images, or any tree of tensors."""
         return self.module(*args, **kwargs)
 
-    def save(self, folder: Path | str) -> Path:
+    def save(self, folder: Path | str, *, float_graph: bool = False) -> Path:
         """Write a checkpoint of packed codes to `folder`, for `synthquant.load`; one that is there is replaced.
 
+        With `float_graph` it keeps the float network beside them, weights included, as a program of `torch.export`:
+        `synthquant.load(folder, trust_code=True)` then needs neither the module nor its code.
+
         Raises:
-            ModelError: activation ranges are not calibrated yet.
+            ModelError: activation ranges are not calibrated yet, or the float weights are not there to be kept.
+            UnsupportedModelError: `torch.export` cannot follow the network, or what it gives is not the same network.
             OutputError: the folder cannot be written.
         """
-        written: Path = verb("save")(self, folder)
+        written: Path = verb("save")(self, folder, float_graph=float_graph)
         return written
 
     def export(
