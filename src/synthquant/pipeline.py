@@ -70,11 +70,13 @@ def _run(recipe: Recipe, out: Path, device: str, progress: Progress, followers: 
         is_done = all(folder.is_done(stage.name) for stage in stages)
         if is_done and folder.is_done("report"):
             progress.say(f"{out}: this run is finished; its results are read from there")
-        elif not is_done:
-            _do_stages(stages, folder, recipe, device, progress, followers)
+        else:
+            if not is_done:
+                _do_stages(stages, folder, recipe, device, progress, followers)
+            # with what was measured, which the stage that wrote the checkpoint did not know
+            write_text(folder.checkpoint / CARD_NAME, checkpoint_card(folder.path))
         write_recipe(folder, recipe)
         if not folder.is_done("report"):
-            write_text(folder.checkpoint / CARD_NAME, checkpoint_card(folder.path))
             with folder.stage("report") as metrics:
                 write_report([folder.path], folder.report, progress)
                 metrics["sha256"] = sha256_file(folder.report)
