@@ -32,6 +32,7 @@ from synthquant.quantize.bias_correction import correct_biases
 from synthquant.quantize.difference_ranges import modulation_report
 from synthquant.quantize.equalize import equalized
 from synthquant.quantize.output_correction import correct_output
+from synthquant.quantize.output_scales import spare_outputs
 from synthquant.quantize.reparameterize import require_layer_norms
 from synthquant.recipe import FineTuneSection, QuantizeSection, SelectSection, SourceSection, SynthesizeSection
 from synthquant.select.write import write_selection
@@ -174,7 +175,9 @@ def quantize(
         return _taken(model, section, Path(section.run))
     if images is None and section.needs_images:
         raise InputError(f"there are no images to quantize with, which {section.needs_images[0]} needs")
-    quant_model = equalized(build(model, section), section.equalize, images, progress)
+    quant_model = build(model, section)
+    spare_outputs(quant_model, images, progress)
+    quant_model = equalized(quant_model, section.equalize, images, progress)
     if in_float := summarize(quant_model.coverage()).in_float:
         progress.warn(in_float)
     step, rng = section.build(), Rng(seed).child("quantize")

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import synthquant as sq
 from synthquant.core.run_metrics import EvaluateMetrics
-from synthquant.evaluate.outputs import OutputSqnr, OutputSums, Ratio, channel_dim, compared
+from synthquant.evaluate.outputs import OutputSqnr, OutputSums, Ratio, compared
 from synthquant.models.float_model import Task
+from synthquant.models.signature import channel_dim
 
 QUIET = {"progress": sq.Progress()}
 SIZE = {"input_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -89,7 +90,8 @@ def test_scores_that_vanish_beside_boxes_are_said() -> None:
         torch.manual_seed(0)
         model = sq.FloatModel.from_module(Boxes(), **SIZE, task="detect")
         images = torch.rand(8, 3, 8, 8)
-    for scheme, weak in (({"preset": "W8A8", "deploy": "full"}, True), ("W8A8", False)):
+    on_one_grid = {"cat_0": {"input_activations": {"num_bits": 8}}}  # asked for
+    for scheme, weak in (({"preset": "W8A8", "deploy": "full", "overrides": on_one_grid}, True), ("W8A8", False)):
         quant_model = sq.quantize(model, images, scheme, "rtn", **QUIET)
         told = Warnings()
         row = sq.evaluate(quant_model, images, progress=told)

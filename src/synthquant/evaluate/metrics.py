@@ -34,10 +34,10 @@ from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import input_batches
 from synthquant.data.targets import Targets
-from synthquant.evaluate.outputs import ClassOverlap, channel_dim
+from synthquant.evaluate.outputs import ClassOverlap
 from synthquant.models.float_model import FloatModel
 from synthquant.models.samples import Samples, none_readable, samples_for
-from synthquant.models.signature import Inputs, named_outputs
+from synthquant.models.signature import Inputs, channel_dim, named_outputs
 from synthquant.models.user_file import names_code, user_code
 from synthquant.models.weights import one_line
 

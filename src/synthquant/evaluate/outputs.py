@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from synthquant.models.float_model import Task
+from synthquant.models.signature import channel_dim
 
 _MOST_CHANNELS = 128
 _WEAK, _BELOW = 10.0, 20.0  # dB: of a channel itself, and below its output, which says nothing about it then
@@ -72,16 +73,6 @@ class OutputSqnr:
                     " outputs"
                 )
         return found
-
-
-def channel_dim(output: Tensor) -> int | None:
-    """Where the channels of an output with its samples first are; none if it has no such dimension.
-
-    In the second dimension; of three dimensions (boxes, tokens) in the smaller of the last two.
-    """
-    if output.ndim < 2:
-        return None
-    return 2 if output.ndim == 3 and output.shape[2] < output.shape[1] else 1
 
 
 class ClassOverlap:

@@ -327,3 +327,20 @@ def named_outputs(value: Any) -> dict[str, Tensor]:
             " tensor, or tensors in lists, tuples, dictionaries or classes that are registered with torch.utils._pytree"
         )
     return found
+
+
+def channel_dim(output: Tensor) -> int | None:
+    """Where the channels of an output with its samples first are; none if it has no such dimension.
+
+    In the second dimension; of three dimensions (boxes, tokens) in the smaller of the last two.
+    """
+    if output.ndim < 2:
+        return None
+    return 2 if output.ndim == 3 and output.shape[2] < output.shape[1] else 1
+
+
+def output_channels(output: Tensor) -> list[int]:
+    """Where its channels may be: of five dimensions and more (anchors, volumes) in the last one as well."""
+    dim = channel_dim(output)
+    found = [] if dim is None else [dim]
+    return [*found, output.ndim - 1] if output.ndim > 4 else found

@@ -23,6 +23,7 @@
 - `pieces`: what split layers read of concatenations, and which of these are undone.
 - `placement`: which tensors are quantized under `deploy: full`, read off one forward pass.
 - `placement_check`: whether quantizers that stand where tensors are made reach everything that reads these tensors.
+- `placement_outputs`: which tensors leave the network.
 - `placement_reads`: which tensors are quantized in the papers' way: what layers read and, if asked, what products read.
 - `quant_model`: the quantized copy of a network: its state, its modes, its coverage.
 - `reading`: a tensor that layers read as differences between the steps of a sampler.

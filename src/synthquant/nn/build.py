@@ -25,6 +25,7 @@ from synthquant.nn.operations import watch_operations
 from synthquant.nn.own_forward import copy_network
 from synthquant.nn.placement import Flow, OperationRow, Placement
 from synthquant.nn.placement_check import check_placement
+from synthquant.nn.placement_outputs import output_quantizers
 from synthquant.nn.placement_reads import ReadPlacement, readable
 from synthquant.nn.rewrites import make_visible
 from synthquant.nn.rotation import channel_dim, rotated_layer, rotated_plan
@@ -54,6 +55,7 @@ class Parts:
         reads: for each layer whose input is quantized, the name of the quantizer of that tensor.
         operations: what becomes of the operations outside layers, in execution order.
         operation_quantizers: the quantizers of these; they are no children of the modules they stand in.
+        output_quantizers: names of those of tensors that leave the network (`deploy: full`).
         products: all matrix products of a forward pass.
         units: reconstruction units by granularity, of layers quantized or not.
         splits: the parts of each layer that was split (`scheme.split_shortcuts`), by its name.
@@ -70,6 +72,7 @@ class Parts:
     reads: dict[str, str] = field(default_factory=dict)
     operations: list[OperationRow] = field(default_factory=list)
     operation_quantizers: list[ActivationQuantizer] = field(default_factory=list)
+    output_quantizers: list[str] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     units: dict[Granularity, list[Unit]] = field(default_factory=dict)
     splits: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -288,6 +291,7 @@ class _Insertion:
         plan = self._scheme.resolve(order, second, flow.names, self._whole, _image_readers(seen, order))
         placement = Placement(flow, self._scheme, plan)
         self._parts.operations = placement.rows()
+        self._parts.output_quantizers = output_quantizers(placement)
         reads, puts_out, placed, of_inputs = {}, {}, {}, []
         for tensor in placement.tensors:
             name = f"{tensor.layers[0]}.input_quantizer" if tensor.place is None else tensor.place.name

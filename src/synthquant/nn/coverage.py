@@ -226,11 +226,11 @@ def _operation_rows(operations: Iterable[OperationRow]) -> Iterator[CoverageRow]
     """Rows for operations that multiply no matrices."""
     for row in operations:
         grids = [*row.input_bits, row.output_bits]
-        if len(row.input_bits) < 2 and not any(grids):
+        if len(row.input_bits) < 2 and not any(grids) and not row.reason:
             continue
         first, *rest = row.input_bits
         second = min((bits for bits in rest if bits is not None), default=None) if None not in rest else None
-        reason = "" if row.output_bits or None not in row.input_bits else _OUTSIDE
+        reason = row.reason or ("" if row.output_bits or None not in row.input_bits else _OUTSIDE)
         kinds = " and ".join(row.input_kinds) or None
         yield CoverageRow(row.name, row.kind, second, first, 0, 0, reason, kinds, row.output_bits)
 

@@ -29,6 +29,7 @@ _POOLINGS = frozenset(f"{kind}_pool{dimensions}d" for kind in ("avg", "adaptive_
 _ACTIVATIONS = frozenset(("sigmoid", "leaky_relu"))
 # They return nothing that could be replaced.
 _STATEMENTS = frozenset(("setitem", "set_"))
+_LEFT = "the scheme leaves its output in float"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class OperationRow:
         input_bits: for each tensor of data that it reads, or factor that it multiplies, its bits, none for a float one.
         output_bits: bits of what it puts out, behind a fused activation; none for a float tensor.
         input_kinds: the kinds of the quantizers of what it reads, each once.
+        reason: why it puts out a float tensor, where the scheme names that.
     """
 
     name: str
@@ -81,6 +83,7 @@ class OperationRow:
     input_bits: tuple[int | None, ...]
     output_bits: int | None
     input_kinds: tuple[str, ...] = ()
+    reason: str = ""
 
 
 class Flow:
@@ -294,8 +297,17 @@ class Placement:
             read = [self.tensor(operand) for operand in data]
             bits = tuple(None if tensor is None else tensor.args.num_bits for tensor in read)
             kinds = tuple(dict.fromkeys(tensor.args.kind for tensor in read if tensor is not None))
-            rows.setdefault(place.name, OperationRow(place.name, operation.name, bits, self.bits(result), kinds))
+            reason = self._left_in_float(self.flow.place(result) or place)
+            rows.setdefault(
+                place.name, OperationRow(place.name, operation.name, bits, self.bits(result), kinds, reason)
+            )
+        for place in (Place(name) for name in self.flow.layers):
+            if reason := self._left_in_float(place):
+                rows[place.name] = OperationRow(place.name, "output", (None,), None, (), reason)
         return list(rows.values())
+
+    def _left_in_float(self, place: Place) -> str:
+        return _LEFT if self._scheme.operation(place.name) is None else ""
 
     def _wanted(self) -> set[Value]:
         """Everything that an integer kernel reads or writes."""

@@ -45,6 +45,7 @@ class QuantModel(nn.Module):
         reads: for each layer whose input is quantized, the name of the quantizer of that tensor: at the layer, at the
             entry of a block around it, or (`deploy: full`) where the tensor is made.
         operations: what becomes of the operations outside layers, in execution order.
+        output_quantizers: names of those of tensors that leave the network (`deploy: full`).
         splits: the parts of each layer that was split (`scheme.split_shortcuts`), by its name.
         softmaxes: names of the quantizers of what a softmax puts out.
         modulation: the layers that read differences between the steps of a sampler, or none.
@@ -63,6 +64,7 @@ class QuantModel(nn.Module):
         self.quantizers = parts.quantizers
         self.reads = parts.reads
         self.operations = parts.operations
+        self.output_quantizers = parts.output_quantizers
         self.splits = parts.splits
         self.softmaxes = parts.softmaxes
         self.operation_quantizers = nn.ModuleList(parts.operation_quantizers)

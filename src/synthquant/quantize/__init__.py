@@ -19,6 +19,7 @@
 - `moments`: sums over what layers read, from which their weights are regressed.
 - `network_errors`: errors of a unit that look at the network's answer: settings of the methods that offer them.
 - `output_correction`: what is systematic in the error of the output taken out of the last layer.
+- `output_scales`: outputs whose channels differ in scale, which stay in floating point.
 - `ptq4vit`: PTQ4ViT: ranges searched by how much the network's answer depends on what they change.
 - `q_diffusion`: Q-Diffusion: roundings, then activation steps, from batches of all sampler steps.
 - `qdrop`: QDrop: roundings learned while activations are dropped at random.
