@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from synthquant.core.advice import about_rounding
 from synthquant.core.errors import DataError, InputError
 from synthquant.core.progress import QUIET, Progress
 from synthquant.core.quant_report import QuantReport
@@ -186,6 +187,8 @@ def quantize(
     else:
         assert is_generating(step)
         report = step.apply(quant_model, None, rng, progress=progress, workdir=workdir, memory=memory)
+    if advice := about_rounding(report.units, section.settings.get("iterations")):
+        progress.warn(str(advice))
     if section.bias_correction and images is not None:
         report = report.model_copy(update={"bias_correction": correct_biases(quant_model, images)})
     if section.output_correction and images is not None:

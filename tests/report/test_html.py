@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shutil
 import sys
@@ -9,12 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.report.run_folders import LAYERS, make_run, real_images
+from tests.report.run_folders import LAYERS, accuracy_rows, make_run, real_images
 
 from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import write_sealed_json
 from synthquant.core.progress import QUIET
+from synthquant.core.record import RunRecord
+from synthquant.report import html
 from synthquant.report.html import write_report
+from synthquant.report.run_files import open_runs
+from synthquant.report.side_by_side import accuracy_lines, differences
 
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
@@ -85,9 +91,14 @@ def test_one_run(tmp_path: Path) -> None:
     row = page.row("genie_m")
     assert row[1] == "90.82" and "89.60" in row[2] and "99.55" in row and "97.00" in row and "140\u202fKiB" in row
     assert "\u22120.41" in page.words  # points lost
-    assert page.row("blocks.0.conv1")[-3:-1] == ["14.0", "11.0"]  # alone, cumulative
+    (layer,) = [cells for cells in page.cells if cells[0] == "blocks.0.conv1" and len(cells) == 11]
+    assert layer[-3:-1] == ["14.0", "11.0"]  # alone, cumulative
     assert page.words.count("diverged, restored") == 1
-    assert "Hurt most by their own quantization: fc (12.0 dB), blocks.0.conv2 (13.0 dB)" in page.words
+    assert [row[:4] for row in page.cells if len(row) == 6 and row[3].startswith(("give", "leave"))] == [
+        ["fc", "12.0", "inputs, 8 bits: 18.0 dB", "leave the layer in floating point"],
+        ["blocks.0.conv2", "13.0", "inputs, 4 bits: 18.0 dB", "give its inputs 8 bits"],
+        ["blocks.0.conv1", "14.0", "inputs, 4 bits: 18.0 dB", "give its inputs 8 bits"],
+    ]
     assert "1 more set aside (broken.png: truncated)" in page.words
     assert page.tags.count("img") == 9 + 6
     assert len(re.findall(r'<svg role="img"', text)) == 3
@@ -95,11 +106,21 @@ def test_one_run(tmp_path: Path) -> None:
     assert "Not in this run" not in page.words
 
 
+def assert_only_its_own_script(text: str, page: Page) -> None:
+    """The page runs the script that sorts tables, which it names by its hash, and can load nothing."""
+    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    assert script == (Path(html.__file__).parent / "sort.js").read_text(encoding="utf-8")
+    assert page.tags.count("script") == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', text)
+    allowed = ("default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'")
+    assert policy == "; ".join(allowed)
+
+
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     text, page = page_of(make_run(tmp_path / "run"), make_run(tmp_path / "run2"), out=tmp_path / "report.html")
     assert all(address.startswith(("data:", "#")) for address in page.addresses), page.addresses
-    assert "script" not in page.tags
-    assert "Content-Security-Policy" in text and "default-src 'none'" in text
+    assert_only_its_own_script(text, page)
     outside = {found for found in re.findall(r"(?:https?:)?//[^\s\"'<>)]+", text) if "www.w3.org" not in found}
     assert outside == set()
     assert not re.search(r"@import|url\((?!#|&quot;#)", text)
@@ -108,7 +129,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", model__name="<script>alert(1)</script>")
     text, page = page_of(run, out=tmp_path / "report.html")
-    assert "script" not in page.tags and "b" in page.tags
+    assert_only_its_own_script(text, page)
+    assert "<script>alert(1)</script>" in page.words and "b" in page.tags
     assert "<b>not bold</b>" in page.words and "<cat>" in page.words
     assert "<b>not bold" not in text
 
@@ -127,7 +149,34 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     assert page.row("seed") == ["seed", "0", "3"]  # what differs comes before the environments
     assert "one/run" in page.words and "two/run" in page.words
     assert 'id="compare-' in text and len(re.findall(r'<svg role="img"', text)) == 7
-    assert sum(cells[:1] == ["float"] for cells in page.cells) == 2
+    assert sum(cells[:1] == ["float"] for cells in page.cells) == 1  # which both runs measured alike
+    assert [cells[0] for cells in page.cells if cells[0].startswith("genie_m")] == [
+        "genie_m one/run",
+        "genie_m two/run",
+    ]
+
+
+def test_only_what_differs_is_shown_to_differ(tmp_path: Path) -> None:
+    rows = accuracy_rows()
+    rows[1] |= {"top1": 0.8, "name": "rtn"}
+    first = make_run(tmp_path / "one", evaluate__accuracy=rows)
+    second = make_run(tmp_path / "two")
+    for run, quantize in ((first, {"method": "rtn"}), (second, {"method": "genie_m", "iterations": 300})):
+        record = RunRecord.load(run / "run.json")
+        record.recipe["quantize"] |= quantize
+        record.save(run / "run.json")
+    runs = open_runs([first, second])
+    found = differences(runs)
+    assert found.figures == [("top-1 %", ["80.00", "90.82"])]
+    assert found.settings == [("quantize.method", ["rtn", "genie_m"])]
+    assert found.own == [("quantize.iterations", ["\u2013", "300"])]
+    _, page = page_of(first, second, out=tmp_path / "report.html")
+    assert page.row("top-1 %") == ["top-1 %", "80.00", "90.82"]
+    assert "1 settings that only some of the runs have" in page.words
+    names = [(line.run, line.row.name, line.first) for line in accuracy_lines(runs)]
+    assert names == [(None, "float", True), (0, "rtn", False), (1, "genie_m", False)]
+    other = make_run(tmp_path / "three", evaluate__accuracy=[rows[0] | {"top1": 0.5}, rows[1]])
+    assert [line.run for line in accuracy_lines(open_runs([first, other]))] == [0, 0, 1, 1]
 
 
 def test_equal_recipes_are_said_to_be_equal(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.report.run_folders import make_run
-from tests.report.test_html import Page
+from tests.report.test_html import Page, assert_only_its_own_script
 from tests.small_networks import small_float_model, small_images
 
 from synthquant.core.errors import InputError
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_images(selection: Path) -> None:
 def test_the_page_of_a_selection_needs_nothing_else_and_is_the_same_each_time(selection: Path, tmp_path: Path) -> None:
     text, page = page_of(selection, out=tmp_path / "page.html")
     assert all(address.startswith(("data:", "#")) for address in page.addresses)
-    assert "script" not in page.tags and "default-src 'none'" in text
+    assert_only_its_own_script(text, page)
     assert write_report([selection], tmp_path / "again.html").read_text() == text
 
 
@@ -102,7 +102,7 @@ def test_what_comes_from_the_file_is_escaped(selection: Path, tmp_path: Path) ->
     path = selection / "selection.json"
     write_sealed_json(path, read_sealed_json(path) | {"model": {"name": "<script>alert(1)</script>"}})
     _, page = page_of(selection, out=tmp_path / "page.html")
-    assert "script" not in page.tags and "<script>alert(1)</script>" in page.words
+    assert page.tags.count("script") == 1 and "<script>alert(1)</script>" in page.words
 
 
 def test_a_selection_beside_a_run_and_a_damaged_one_are_refused(selection: Path, tmp_path: Path) -> None:

@@ -86,3 +86,30 @@ def test_raw_images_are_shown_as_the_network_sees_them() -> None:
 def test_an_empty_set_is_an_error() -> None:
     with pytest.raises(DataError, match="none of 0 images could be read"):
         make_sheet(ImageSet.from_tensors(torch.zeros(0, 3, 4, 4, dtype=torch.uint8)), None)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "said"),
+    [
+        (1, (2, 2), ""),
+        (2, (4, 4), "2 channels: each in grey"),
+        (3, (2, 2), ""),
+        (4, (4, 4), "4 channels: the first three as colours, then each further one in grey"),
+    ],
+)
+def test_images_of_other_channels_show_all_of_them(channels: int, size: tuple[int, int], said: str) -> None:
+    images = (torch.arange(channels).view(1, -1, 1, 1) * 50).expand(1, -1, 2, 2).to(torch.uint8)
+    sheet = make_sheet(ImageSet.from_tensors(images), None)
+    (picture,) = pictures([thumbnail.uri for thumbnail in sheet.thumbnails])
+    assert picture.size == size and sheet.channels == said
+    panels = [picture.getpixel((x, y)) for y in range(0, size[1], 2) for x in range(0, size[0], 2)]
+    white = (255,) * 3
+    assert (
+        panels
+        == {
+            1: [(0, 0, 0)],
+            2: [(0, 0, 0), (50, 50, 50), white, white],
+            3: [(0, 50, 100)],
+            4: [(0, 50, 100), (150, 150, 150), white, white],
+        }[channels]
+    )

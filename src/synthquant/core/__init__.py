@@ -1,5 +1,6 @@
 """What all else stands on: errors, registries, random numbers, progress, files, modules, records, settings.
 
+- `advice`: what to do about a result, from what a run measured to settings that can be pasted.
 - `allocator`: glibc's allocator: whether memory that is freed stays with the process.
 - `beside`: paths in a recipe: what lies beside the file that names it is meant.
 - `clips`: ReLU6 and other clips whose gradient needs their result alone, as that of ReLU does.

@@ -38,11 +38,13 @@ Also read: `seed`, `version`, `environment`, `recipe`, and `status`, `seconds`, 
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from synthquant.core import formatting
+from synthquant.core.advice import (
+    Advice,
+    LayerAdvice,
+    about_layers,
+    about_rounding,
+    about_selection,
+    about_training,
+    as_option,
+    layers_setting,
+)
 from synthquant.core.errors import InputError, OutputError
 from synthquant.core.files import write_text
 from synthquant.core.progress import QUIET, Progress
-from synthquant.core.run_metrics import AccuracyRow, CoverageRow, SqnrRow
+from synthquant.core.run_metrics import AccuracyRow, CoverageRow, SelectMetrics, SqnrRow
 from synthquant.core.settings import parse_settings
 from synthquant.data.image_set import ImageSet
 from synthquant.data.manifest import MANIFEST_NAME
@@ -64,11 +76,11 @@ from synthquant.diffusion.trajectory import is_trajectory, open_trajectory
 from synthquant.models.class_labels import Classes, in_classes_of
 from synthquant.report import figures
 from synthquant.report.quality import QualitySection, comparison_section, quality_section
-from synthquant.report.run_files import RunFiles, differing_settings, open_runs
+from synthquant.report.run_files import RunFiles, open_runs
 from synthquant.report.selection import SelectionSection, is_selection, selection_section
 from synthquant.report.sheet import Sheet, make_sheet
+from synthquant.report.side_by_side import accuracy_axis, accuracy_lines, differences, place_on
 
-_WORST_LAYERS = 3
 _BEFORE_UNIT = re.compile(r"(?<=\d) (?!to )")
 _KINDS = {
     "black": "Black",
@@ -107,7 +119,10 @@ class RunSection:
     sqnr_figure: Markup = field(default_factory=Markup)
     bits_figure: Markup = field(default_factory=Markup)
     layers: list[LayerRow] = field(default_factory=list)
-    worst: list[SqnrRow] = field(default_factory=list)
+    advice: list[Advice] = field(default_factory=list)
+    worst: list[LayerAdvice] = field(default_factory=list)
+    worst_setting: str = ""
+    """That changes the worst layers as advised."""
 
 
 def write_report(runs: Sequence[Path | str], out: Path | str, progress: Progress = QUIET) -> Path:
@@ -159,8 +174,9 @@ def render_report(sections: Sequence[RunSection]) -> str:
     page = environment.get_template("page.html.jinja").render(
         sections=sections,
         comparison=comparison,
-        differences=differing_settings(runs) if len(runs) > 1 else [],
-        axis=_accuracy_axis(runs),
+        differences=differences(runs),
+        accuracy=accuracy_lines(runs),
+        axis=accuracy_axis(runs),
         metric_names=list(dict.fromkeys(name for run in runs for row in run.accuracy for name in row.metrics)),
     )
     return formatting.printable(page)
@@ -225,9 +241,14 @@ def _environment(no_plots: str) -> Environment:
         environment.filters[name] = _unbroken(getattr(formatting, name))
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["cell"] = _cell
+    environment.filters["as_option"] = as_option
+    environment.globals["layers_setting"] = layers_setting
     environment.globals["columns"] = formatting.ACCURACY_COLUMNS
-    environment.globals["span"] = _interval_geometry
+    environment.globals["span"] = place_on
     environment.globals["no_plots"] = no_plots
+    script = files("synthquant.report").joinpath("sort.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return environment
 
 
@@ -256,9 +277,24 @@ def _section(run: RunFiles, anchor: str) -> RunSection:
     coverage = {row.name: row for row in run.coverage}
     sqnr = {row.name: row for row in run.sqnr}
     section.layers = [LayerRow(name, coverage.get(name), sqnr.get(name)) for name in {**coverage, **sqnr}]
-    ranked = sorted((row for row in run.sqnr if row.alone is not None), key=lambda row: row.alone or 0.0)
-    section.worst = ranked[:_WORST_LAYERS]
+    section.advice = _advice(run)
+    section.worst = about_layers(run.sqnr, run.coverage, run.record.recipe)
+    if section.worst:
+        section.worst_setting = layers_setting(section.worst, run.record.recipe)
     return section
+
+
+def _advice(run: RunFiles) -> list[Advice]:
+    """What to do about a run as a whole."""
+    quantize = run.record.recipe.get("quantize")
+    iterations = quantize.get("iterations") if isinstance(quantize, dict) else None
+    tuned = run.finetune
+    found = (
+        about_rounding(run.units, iterations if isinstance(iterations, int) else None),
+        about_selection(run.record.metrics("select", SelectMetrics).bn_distance),
+        about_training(tuned.points or (), tuned.best_step, tuned.held_out_count),
+    )
+    return [advice for advice in found if advice is not None]
 
 
 def _add_images(section: RunSection) -> None:
@@ -323,22 +359,3 @@ def _problems(manifest: dict[str, Any]) -> list[tuple[str, int]]:
     quality = manifest.get("quality") or {}
     counted = [(_KINDS.get(kind, str(kind)), len(found)) for kind, found in quality.items() if isinstance(found, list)]
     return [*counted, ("Set aside", len(manifest.get("set_aside") or []))]
-
-
-def _accuracy_axis(runs: Sequence[RunFiles]) -> tuple[float, float]:
-    """Ends of the axis of the interval plots: all intervals, but not so wide that a failed run hides the others."""
-    rows = [row for run in runs for row in run.accuracy if row.top1 is not None]
-    if not rows:
-        return 0.0, 1.0
-    values = [row.top1 for row in rows if row.top1 is not None]
-    floor = statistics.median(values) - 3 * max(0.02, max(values) - statistics.median(values))
-    low = min((row.interval or (row.top1 or 0.0, 0.0))[0] for row in rows if (row.top1 or 0.0) >= floor)
-    high = max((row.interval or (0.0, row.top1 or 0.0))[1] for row in rows)
-    margin = 0.05 * max(high - low, 0.01)
-    return max(0.0, low - margin), min(1.0, high + margin)
-
-
-def _interval_geometry(value: float, axis: tuple[float, float]) -> float:
-    """Position of a share on the axis in percent of its width, held inside it."""
-    low, high = axis
-    return 100 * min(1.0, max(0.0, (value - low) / (high - low)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,12 +164,9 @@ def open_runs(folders: Sequence[Path]) -> list[RunFiles]:
     return [RunFiles(folder, label) for folder, label in zip(folders, _labels(resolved), strict=True)]
 
 
-def differing_settings(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """Return the recipe keys, dotted, whose values are not the same in all runs, with each run's value."""
-    flat = [_flatten(run.record.recipe) | {"seed": str(run.record.seed)} for run in runs]
-    keys = sorted({key for values in flat for key in values})
-    rows = [(key, [values.get(key, "\u2013") for values in flat]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+def settings_of(run: RunFiles) -> dict[str, str]:
+    """Return the settings of the run's recipe by dotted name, as text."""
+    return _flatten(run.record.recipe) | {"seed": str(run.record.seed)}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -177,7 +175,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
         for key, inner in value.items():
             flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
         return flat
-    return {prefix: str(value)}
+    return {prefix: value if isinstance(value, str) else json.dumps(value)}  # null and true, as a recipe says it
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from pydantic import Field, ValidationError
 
+from synthquant.core.advice import about_selection
 from synthquant.core.errors import InputError
 from synthquant.core.files import read_sealed_json
 from synthquant.core.run_metrics import Row
@@ -110,6 +111,8 @@ class SelectionSection:
     gaps: Markup
     balance: Markup
     classes: str
+    farther: str
+    """That the choice moved away from the batch norms, and what to do; empty: it did not, or that is not known."""
 
 
 def is_selection(folder: Path) -> bool:
@@ -150,7 +153,15 @@ def selection_section(folder: Path, class_names: Sequence[str], anchor: str) -> 
         Markup() if gaps is None else figures.batch_norm_gaps(gaps.layers, _gap_series(gaps), f"{anchor}-gaps"),
         _balance(found.classes, class_names, f"{anchor}-classes"),
         "" if found.classes is None else _class_text(found.classes),
+        _farther(gaps),
     )
+
+
+def _farther(gaps: GapRow | None) -> str:
+    if gaps is None:
+        return ""
+    text = str(about_selection({"pool": sum(gaps.pool), "kept": sum(gaps.kept)}) or "")
+    return text[:1].upper() + text[1:]
 
 
 def _sets(found: SelectionFile, images: ImageSet) -> list[SetRow]:

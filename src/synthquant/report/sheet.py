@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,8 @@ class Sheet:
     """Share (0..1) of the pixel values shown that lie outside 0..1 and were cut off for display."""
     classes: tuple[int, ...]
     """Class numbers on the sheet, without repetition."""
+    channels: str = ""
+    """How images that are neither grey nor in colour are shown; empty: as they are."""
 
 
 def make_sheet(
@@ -69,6 +72,7 @@ def make_sheet(
     thumbnails: list[Thumbnail] = []
     outside = values = 0
     shown: list[int] = []
+    channels = 3
     indices = _spread(images.labels, len(images), count, classes)
     fit = None if preprocess is None else partial(preprocess.fit, framing=images.manifest.framing)
     for batch in images.batches(16, indices, transform=fit):
@@ -77,12 +81,13 @@ def make_sheet(
             pixels = _in_pixel_space(image)
             outside += int(((pixels < 0) | (pixels > 1)).sum())
             values += pixels.numel()
+            channels = len(pixels)
             thumbnails.append(_thumbnail(pixels, _caption(label, class_names)))
             if label >= 0 and label not in shown:
                 shown.append(label)
     if not thumbnails:
         raise DataError(f"none of {len(indices)} images could be read")
-    return Sheet(tuple(thumbnails), len(images), outside / values, tuple(shown))
+    return Sheet(tuple(thumbnails), len(images), outside / values, tuple(shown), _channels(channels))
 
 
 def thumbnail_of(image: Tensor, caption: str) -> Thumbnail:
@@ -120,10 +125,23 @@ def _in_turns(groups: list[list[int]], count: int) -> list[int]:
     return picked[:count]
 
 
+def _channels(count: int) -> str:
+    if count in (1, 3):
+        return ""
+    colours = "the first three as colours, then each further one" if count > 3 else "each"
+    return f"{count} channels: {colours} in grey"
+
+
 def _thumbnail(pixels: Tensor, caption: str) -> Thumbnail:
-    if len(pixels) != 3:  # grey, or the first three of many channels
-        pixels = pixels[:3] if len(pixels) > 3 else pixels[:1].expand(3, -1, -1)
-    data = (pixels.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    panels = [channel[None].expand(3, -1, -1) for channel in (pixels[3:] if len(pixels) >= 3 else pixels)]
+    if len(pixels) >= 3:
+        panels.insert(0, pixels[:3])
+    # beside each other in a square, what is left of it empty
+    across = math.ceil(math.sqrt(len(panels)))
+    panels += [torch.ones_like(panels[0])] * (across * across - len(panels) if len(panels) > 1 else 0)
+    rows = [torch.cat(panels[start : start + across], 2) for start in range(0, len(panels), across)]
+    whole = torch.cat(rows, 1)
+    data = (whole.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     picture = Image.fromarray(data.numpy())
     small = max(picture.size) <= _LOSSLESS_SIDE
     buffer = io.BytesIO()

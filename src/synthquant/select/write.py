@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from synthquant.core.advice import FARTHER, about_selection
 from synthquant.core.errors import DataError, OutputError
 from synthquant.core.files import atomic_folder, read_sealed_json, require_writable, write_sealed_json
 from synthquant.core.progress import QUIET, Bar, Progress
@@ -33,8 +34,6 @@ REJECTED_NAME = "rejected"
 
 _REJECTED_SHOWN = 30
 _REAL_COMPARED = 1024
-# Fewer images are a little farther by chance alone.
-_FARTHER = 1.5
 
 
 class Workers(Protocol):
@@ -155,12 +154,9 @@ def selection_metrics(folder: Path) -> dict[str, Any]:
 
 def _warn_if_farther(folder: Path, progress: Progress) -> None:
     """Say so if the filters, one image at a time, led the set as a whole away from the batch norms."""
-    distances = selection_metrics(folder)["bn_distance"]
-    if distances and distances["kept"] > _FARTHER * distances["pool"]:
-        progress.warn(
-            f"{folder}: as a set, the kept images are farther from the batch norms than the pool"
-            f" ({distances['kept']:.3g} against {distances['pool']:.3g}): more went than helps; keep more"
-        )
+    advice = about_selection(selection_metrics(folder)["bn_distance"], FARTHER)
+    if advice is not None:
+        progress.warn(f"{folder}: {advice}")
 
 
 def _identity(
