@@ -12,7 +12,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "synthquant needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable '.[models,data,diffusion,onnx,openvino,ray,report,quality,dev]'
+	$(INSTALL) --editable '.[models,data,diffusion,onnx,openvino,ray,report,quality,docs,dev]'
 	@touch $@
 
 demo: $(STAMP)
@@ -36,7 +36,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
 
 docs: $(STAMP)
-	$(INSTALL) --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --site-dir build/docs
 
 # What people install, checked without the rest of the repository beside it.

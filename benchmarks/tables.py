@@ -3,7 +3,7 @@
     python benchmarks/tables.py
 
 Numbers in the documentation come from here only: text between `<!-- results:NAME -->` and `<!-- /results -->` in
-README.md and in the export guide is replaced.
+README.md and in guides is replaced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import decisions_page
 import diffusion_page
 import diverse_page
 import fine_tuning_page
@@ -47,6 +48,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; all columns but the first are right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def plain(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table of texts, all columns left-aligned."""
+    return table(header, rows).replace("---:", "---")
 
 
 def percent(value: float | None) -> str:
@@ -383,6 +389,17 @@ def main() -> None:
     fill(ROOT / "README.md", {"demo": demo(), "zero_shot": promise(), "imagenet": imagenet})
     fill(ROOT / "docs" / "guides" / "export.md", {"kinds": kinds()})
     fill(ROOT / "docs" / "guides" / "fine-tuning.md", {"speed": tuning_speed()})
+    fill(ROOT / "docs" / "guides" / "which-method.md", decisions())
+
+
+def decisions() -> dict[str, str]:
+    """The tables of the guide that says which method is for what."""
+    measured = decisions_page.Measured(load("zero_shot"), load("imagenet"))
+    return {
+        "situations": decisions_page.situations(measured, load("quantized_diffusion"), load("onnx"), plain),
+        "images": decisions_page.images(measured, table),
+        "methods": decisions_page.methods(measured, table),
+    }
 
 
 def fill(page: Path, contents: dict[str, str]) -> None:

@@ -24,9 +24,9 @@ from tests.small_pipeline import build_small_pipeline
 from tests.small_quantized import quantized, tiny
 
 import synthquant as sq
+from synthquant.compare import keep_with_run
 from synthquant.core.errors import InputError, ModelError, UnsupportedModelError, VerificationError
 from synthquant.core.files import sha256_file
-from synthquant.core.quality_file import write_quality
 from synthquant.diffusion.pipelines import Sampling, open_pipeline
 from synthquant.diffusion.quantized import as_quantized
 from synthquant.diffusion.recording import StandIn
@@ -190,12 +190,14 @@ def test_the_card_says_what_is_known(ddim: Case, tmp_path: Path) -> None:
     record = sq.RunRecord(recipe={"quantize": {"method": "rtn", "scheme": {"name": "W8A8"}}, "images": None}, seed=7)
     record.save(run / "run.json")
     estimate = {"value": 1.25, "low": 1.0, "high": 1.5}
-    write_quality(
-        run,
+    keep_with_run(
         {"images": "a", "reference": "b", "features": "f (3 numbers)", "count": 4096, "reference_count": 5000,
          "frechet": estimate, "kernel": {"value": 0.5, "std": 0.1, "subsets": 3, "subset_size": 4},
          "precision": estimate, "recall": estimate, "seed": 0},
+        run,
     )  # fmt: skip
+    kept = (run / "model" / "README.md").read_text()
+    assert kept == sq.card(run) and "4 096 images beside 5 000" in kept and "| Frechet distance |" in kept
     result = sq.export_run(run, sq.DiffusersFolder(), tmp_path / "out", verify=False)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| quantize.method | rtn |" in card and "| quantize.scheme.name | W8A8 |" in card and "| seed | 7 |" in card

@@ -114,6 +114,10 @@ def test_a_network_in_memory_is_asked_for_by_its_card(tmp_path: Path, monkeypatc
     names: dict[str, Any] = {"module": network}
     exec(lines_of(card), names)
     assert names["outputs"].shape == (1, 3)
+    quant_model.save("FOLDER", float_graph=True)
+    whole: dict[str, Any] = {}
+    exec(lines_of(sq.card("FOLDER")), whole)
+    assert whole["outputs"].shape == (1, 3), "without the module, which is in the folder"
     row = sq.evaluate(quant_model, pixels, **QUIET)
     told = sq.card("FOLDER", measured=row, data="six pictures")
     metrics = {one["type"]: one["value"] for one in front(told)["model-index"][0]["results"][0]["metrics"]}
@@ -132,11 +136,12 @@ def test_a_network_that_takes_no_images_has_a_card_too(tmp_path: Path, monkeypat
     exec(lines_of(sq.card("FOLDER")), names)
     assert torch.equal(names["quant_model"](*example), quant_model(*example))
     row = sq.evaluate(quant_model, [sq.Inputs.of(*example)], **QUIET)
-    told = sq.card("FOLDER", measured=row)
+    told = sq.card("FOLDER", measured=row | {"metrics": {"mine": 0.25}})
     result = front(told)["model-index"][0]["results"][0]
     assert result["task"]["type"] == "image-feature-extraction"
     assert {one["type"]: one["value"] for one in result["metrics"]} == {
         "sqnr": row["sqnr"],
+        "mine": 0.25,
         "cosine": row["outputs"]["agreement"][""]["cosine"],
     }
     assert f"Output: {row['sqnr']:.1f} dB, cosine" in told

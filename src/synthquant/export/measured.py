@@ -60,6 +60,7 @@ class Measured:
             ("kl", "Kullback-Leibler divergence from the float network [nats]", row.kl),
             ("sqnr", "signal-to-quantization-noise ratio of the outputs [dB]", row.sqnr),
         ]
+        found += [(name, "a metric of the user's", value) for name, value in row.metrics.items()]
         for name, ways in (self.outputs.agreement if self.outputs else {}).items():
             found += [
                 (way, f"{way} of output {name}".removesuffix(" of output "), value) for way, value in ways.items()

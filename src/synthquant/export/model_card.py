@@ -78,11 +78,10 @@ size, uint8 or 0..1, and normalises them."""
 _INPUTS = """```python
 import synthquant as sq
 
-# module: the float network; example: inputs that it takes
-quant_model = sq.load("FOLDER", sq.FloatModel.from_module(module, example=example))
+quant_model = sq.load("FOLDER"{second})
 ```
 
-FOLDER is the one that holds this file. The quantized network takes and gives what the float one does."""
+FOLDER is the one that holds this file{needs}. The quantized network takes and gives what the float one does."""
 
 
 def checkpoint_card(
@@ -263,14 +262,19 @@ def _loading(config: QuantConfig) -> str:
     entry, source = config.float_model, config.float_model.source.source
     if entry.task == "denoise":
         return _DENOISER
-    if config.preprocess is None:
-        return _INPUTS
     extra = _EXTRAS.get(source.partition("/")[0])
     second, needs = "", f"; it needs `pip install 'synthquant[{extra}]'`" if extra else ""
-    if source.startswith(f"{IN_MEMORY}/"):
+    if config.float_graph_sha256 is not None:
+        second, needs = ", trust_code=True", ", and the float network as a program, which is read by those who trust it"
+    elif config.preprocess is None:
+        second = ", sq.FloatModel.from_module(module, example=example)"
+        needs = ", `module` the float network and `example` inputs that it takes"
+    elif source.startswith(f"{IN_MEMORY}/"):
         second, needs = ", module", f", and `module` a `{entry.name}`, whose weights do not matter"
     elif names_code(source):
         second, needs = f', "{Path(source).name}"', f", and `{Path(source).name.rpartition(':')[0]}` the network's code"
+    if config.preprocess is None:
+        return _INPUTS.format(second=second, needs=needs)
     height, width = config.preprocess.input_size
     channels = config.preprocess.channels
     return _IMAGES.format(second=second, needs=needs, channels=channels, height=height, width=width)
