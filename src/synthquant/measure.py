@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from synthquant.core.device import resolve_device
 from synthquant.core.errors import DataError, MissingExtraError, ModelError
@@ -21,16 +23,17 @@ from synthquant.evaluate.agreement import measure_output_sqnr
 from synthquant.evaluate.cost import float_cost, quantized_cost
 from synthquant.evaluate.data import Data
 from synthquant.evaluate.metrics import Values, metrics_of
-from synthquant.evaluate.outputs import OutputSqnr
+from synthquant.evaluate.outputs import OutputSqnr, compare_outputs
 from synthquant.export.checkpoint import load_checkpoint
 from synthquant.export.quant_config import CONFIG_NAME, read_config
 from synthquant.models.class_labels import Classes, classes_of
 from synthquant.models.float_model import FloatModel, ModelSource
 from synthquant.models.open import open_model
 from synthquant.models.samples import none_readable
+from synthquant.models.signature import named_outputs
 from synthquant.nn.coverage import summarize
 from synthquant.nn.quant_model import QuantModel
-from synthquant.runtimes import RuntimeExporter
+from synthquant.runtimes import ExportedNetwork, RuntimeExporter
 
 
 def evaluate(
@@ -162,17 +165,22 @@ def evaluate_exported(
     Without a `runtime` the exporter's usual one runs the file. Measuring it runs no code of the network's origin;
     without leave for it, only the agreement is missing.
 
+    Of a network that is no classifier it returns what `evaluate_quantized` does of one, without the coverage; where the
+    float network is not to be had, only what the metric says.
+
     Raises:
         ModelError: the file was not exported by this package, the runtime cannot load it, or it was not made from
-            `model`.
+            `model`; or it is of no classifier, and there is neither a float network nor a metric.
         UnknownNameError: there is no such runtime.
         MissingExtraError: the runtime is not installed.
         DataError: the images cannot be used, or a label is not a class of the network.
     """
     runtime = runtime or exporter.runtimes[0]
     opened = exporter.open(path, runtime)
-    data = data.in_classes_of(Classes(opened.name, opened.class_names, opened.num_classes), progress)
-    images = data.pictures
+    classifies, images = opened.task == "classify", data.pictures
+    if classifies:
+        data = data.in_classes_of(Classes(opened.name, opened.class_names, opened.num_classes), progress)
+        images = data.pictures
     float_model = reference = None
     before = dict[str, Values]()
     try:
@@ -183,6 +191,9 @@ def evaluate_exported(
         progress.warn(f"no agreement with the float network: {error}")
     else:
         float_model = _same_float_model(recorded, opened.fingerprint, "cpu", progress)
+    if not classifies:
+        cost = {"runtime": runtime, "size_bytes": path.stat().st_size}
+        return _outputs_of_file(opened, float_model, data, progress) | cost | _read(data, progress)
     if float_model is not None:
         reference = _logits(float_model.module, float_model, images, data.batch_size, progress)
         before = _of_float(data.measured_of(reference, float_model, progress, "evaluate float"))
@@ -203,6 +214,55 @@ def evaluate_exported(
         title = f"evaluate in {runtime}"
         row["metrics"] = metrics_of(result.logits, images, [data.metric], data.targets, progress, title)
     return row | before | _read(data, progress)
+
+
+class _File(nn.Module):
+    """A file in a runtime as a module that gives what the float network does, or tensors by their names in the file."""
+
+    def __init__(self, opened: ExportedNetwork, float_model: FloatModel | None) -> None:
+        super().__init__()
+        self._opened, self._like = opened, None
+        if float_model is not None:
+            with torch.no_grad():
+                self._like = pytree.tree_flatten(float_model.example(1).call(float_model.module))
+
+    def forward(self, images: Tensor) -> Any:
+        """Run the file on normalised images."""
+        found = self._opened.function([images])
+        if self._like is None:
+            return found[0] if len(found) == 1 else dict(zip(self._opened.outputs, found, strict=True))
+        leaves, tree = self._like
+        rest = iter(found)
+        return pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)
+
+
+def _outputs_of_file(
+    opened: ExportedNetwork, float_model: FloatModel | None, data: Data, progress: Progress
+) -> dict[str, Any]:
+    """Measure a file of a network that is no classifier."""
+    network = _File(opened, float_model)
+    source = ModelSource.model_validate(opened.source.model_dump())
+    stands = FloatModel(network, opened.preprocess, opened.name, source, opened.task)
+    row: dict[str, Any] = {"name": opened.scheme.name, "count": len(data.images)}
+    if float_model is None:
+        if data.metric is None:
+            raise ModelError(
+                f"{opened.name} is no classifier, and there is no float network to compare its outputs with; give a"
+                " metric"
+            )
+        return row | data.measured(network, stands, progress)
+
+    @torch.no_grad()
+    def both() -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        for batch in input_batches(data.pictures, opened.preprocess, data.batch_size):
+            yield named_outputs(float_model.module(batch.inputs)), named_outputs(network(batch.inputs))
+
+    outputs = compare_outputs(both(), opened.task)
+    for warning in outputs.warnings:
+        progress.warn(warning)
+    row |= {"sqnr": outputs.total, "agreement": outputs.same_answers, "outputs": asdict(outputs)}
+    before = _of_float(data.measured(float_model.module, float_model, progress))
+    return row | data.measured(network, stands, progress) | before
 
 
 def _require_labels(data: ImageSet, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from synthquant.data.preprocess import Preprocess
-    from synthquant.models.float_model import RecordedSource
+    from synthquant.models.float_model import RecordedSource, Task
     from synthquant.nn.scheme import QuantScheme
 
 
@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 class ExportedNetwork:
     """A file that an exporter wrote, opened: what it computes, and what it says about itself."""
 
-    run: Callable[[Tensor], Tensor]
-    """Images `[B, C, H, W]`, normalised, to logits `[B, classes]`, both on the CPU."""
+    function: Callable[[Sequence[Tensor]], list[Tensor]]
+    """Images `[B, C, H, W]`, normalised and alone in a list, to all tensors of the output, in order; on the CPU."""
+    outputs: tuple[str, ...]
+    """Names of these tensors in the file."""
+    task: Task
+    """What the network does."""
     preprocess: Preprocess
     """How images become input."""
     scheme: QuantScheme
@@ -41,6 +45,10 @@ class ExportedNetwork:
     """Number of logits."""
     class_names: tuple[str, ...] | None
     """Names of the classes, where known."""
+
+    def run(self, images: Tensor) -> Tensor:
+        """Return the first output for images: logits `[B, classes]` of a classifier."""
+        return self.function([images])[0]
 
 
 class SpeedTest(Settings):

@@ -52,7 +52,7 @@ def test_export_evaluate_and_benchmark(synthquant: Command, run: Path, data: Pat
     in_runtime = json.loads(synthquant("evaluate", file, "--trust-code", "--data", data, "--json").out)
     assert in_runtime["count"] == 21 and in_runtime["runtime"] == "onnxruntime"
     assert abs(in_runtime["top1"] - in_torch["top1"]) <= 2 / 21 and in_runtime["agreement"] is not None
-    assert synthquant("evaluate", file, "--data", data).out.startswith("name")
+    assert synthquant("evaluate", file, "--data", data).out.startswith("network ")
 
     timed = synthquant(
         "benchmark", file, "--trust-code", "--seconds", "0.1", "--threads", "1", "--batch", "2", "--json"
@@ -124,7 +124,9 @@ class Toy(Settings):
         assert runtime in cls.runtimes
         model, entry = load_checkpoint(path, trust_code=True), read_config(path).float_model
         return ExportedNetwork(
-            run=model,
+            function=lambda tensors: [model(tensors[0])],
+            outputs=("logits",),
+            task=entry.task,
             preprocess=model.float_model.preprocess,
             scheme=model.scheme,
             name=entry.name,

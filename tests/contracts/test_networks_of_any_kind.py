@@ -144,8 +144,11 @@ def test_written_files_give_the_same_outputs(name: str, tmp_path: Path) -> None:
     assert found["samples"] == 24 and "images" not in found
     program = TorchProgram().export(model, tmp_path / "x.pt2")
     assert TorchProgram().verify(model, program, one.samples)["samples"] == 24
-    with pytest.raises(ModelError, match="is no classifier of images"):
-        Onnx.open(path)
+    if isinstance(one.model.takes, Inputs):
+        with pytest.raises(ModelError, match="takes no images"):
+            Onnx.open(path)
+    else:
+        assert len(Onnx.open(path).function([one.samples.inputs.tensors[0]])) == len(names)
 
 
 def test_an_output_that_differs_is_named(tmp_path: Path) -> None:
@@ -230,7 +233,7 @@ def test_a_run_on_a_network_with_a_dictionary_of_outputs(tmp_path: Path, capsys:
     assert found.output_sqnr is not None and found.output_sqnr.outputs.keys() == {"boxes.0", "boxes.1", "scores"}
     assert found.accuracy is not None and found.accuracy[1].sqnr == found.output_sqnr.total
     print_run(tmp_path / "run", record, as_json=False)
-    assert " dB" in capsys.readouterr().out
+    assert "SQNR" in (printed := capsys.readouterr().out) and "dB" in printed
     assert "SQNR of the outputs of W4A8" in (tmp_path / "run" / "report.html").read_text()
     loaded = load_checkpoint(tmp_path / "run" / "model", trust_code=True)
     assert loaded.float_model.task == "other" and set(loaded(torch.randn(2, 3, 8, 8))) == {"boxes", "scores", "best"}

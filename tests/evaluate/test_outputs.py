@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import synthquant as sq
 from synthquant.core.run_metrics import EvaluateMetrics
-from synthquant.evaluate.outputs import OutputSqnr, OutputSums, Ratio, compared
-from synthquant.models.float_model import Task
+from synthquant.evaluate.outputs import OutputSqnr, compare_outputs
+from synthquant.models.float_model import ModelSource, Task
+from synthquant.models.open import open_model
 from synthquant.models.signature import channel_dim
 
 QUIET = {"progress": sq.Progress()}
@@ -21,11 +22,7 @@ SIZE = {"input_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 def sums(task: Task, wanted: Tensor, found: Tensor) -> OutputSqnr:
     """In two batches."""
-    total, one = Ratio(), OutputSums(task)
-    for rows in (slice(0, 2), slice(2, None)):
-        total.add(wanted[rows], found[rows])
-        one.add(wanted[rows], found[rows])
-    return compared(total, {"y": one})
+    return compare_outputs((({"y": wanted[rows]}, {"y": found[rows]}) for rows in (slice(0, 2), slice(2, None))), task)
 
 
 def test_channels_by_hand() -> None:
@@ -127,3 +124,35 @@ def test_outputs_of_a_network_that_takes_no_images() -> None:
     row = sq.evaluate(sq.quantize(model, inputs, method="rtn", **QUIET), inputs, **QUIET)
     assert row["outputs"]["outputs"].keys() == {"boxes.0", "boxes.1", "scores"}
     assert row["outputs"]["agreement"]["scores"]["cosine"] > 0.99
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_files_of_other_tasks_are_measured(opens: bool, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    model = sq.FloatModel.from_module(module, **SIZE, task="dense")
+    if opens:  # what opens again is of a file
+        torch.save(module.state_dict(), tmp_path / "net.pt")
+        (tmp_path / "net.py").write_text(
+            "import torch\n\n\ndef build():\n"
+            "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 1))\n"
+        )
+        where = {"source": f"{tmp_path / 'net.py'}:build", "weights": str(tmp_path / "net.pt"), "task": "dense"}
+        model = open_model(ModelSource(input_size=(8, 8), mean=SIZE["mean"], std=SIZE["std"], **where))
+    quant_model = sq.quantize(model, images, target="ort-cpu", method="rtn", **QUIET)
+    file = quant_model.export(tmp_path / "net.onnx", images=images, **QUIET)
+    where = {"trust_code": True, "batch_size": 4, **QUIET}
+    if opens:
+        row, wanted = sq.evaluate(file, images, **where), sq.evaluate(quant_model, images, **QUIET)
+        assert row["sqnr"] == pytest.approx(wanted["sqnr"], abs=0.5) and 20 < row["sqnr"] < 60
+        assert row["outputs"]["agreement"][""].keys() == {"pixels", "miou"} and row["count"] == 6
+        assert row["agreement"] == pytest.approx(wanted["agreement"], abs=0.02)
+    else:
+        with pytest.raises(sq.ModelError, match="no float network to compare its outputs with; give a metric"):
+            sq.evaluate(file, images, **where)
+    row = sq.evaluate(file, images, metric=lambda outputs, targets: float(outputs.mean()), **where)
+    inputs = (images.float() / 255 - 0.5) / 0.25
+    assert row["metrics"]["metric"] == pytest.approx(float(quant_model(inputs).mean()), abs=0.02)
+    assert ("float_metrics" in row) is opens

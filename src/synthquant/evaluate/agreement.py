@@ -6,7 +6,7 @@ The signal-to-quantization-noise ratio of a tensor `x` and its quantized version
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from synthquant.core.errors import ModelError
 from synthquant.core.modules import eval_mode, hooked
 from synthquant.core.progress import QUIET, Progress
 from synthquant.data.image_set import ImageSet
-from synthquant.evaluate.outputs import OutputSqnr, OutputSums, Ratio, compared
+from synthquant.evaluate.outputs import OutputSqnr, Ratio, compare_outputs
 from synthquant.models.float_model import FloatModel
 from synthquant.models.samples import Samples, none_readable, samples_for, spread
 from synthquant.models.signature import Inputs, named_outputs
@@ -117,17 +117,16 @@ def measure_output_sqnr(
     Arguments and errors are those of `measure_sqnr`.
     """
     reference = _reference(quant_model, float_model)
-    total, parts = Ratio(), dict[str, OutputSums]()
-    with eval_mode(quant_model), eval_mode(reference):
+
+    def both() -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         for inputs in _inputs(quant_model, samples, count, batch_size):
             with reference.mode(weights=False, activations=False):
                 wanted = {name: value.clone() for name, value in named_outputs(inputs.clone().call(reference)).items()}
             with quant_model.mode(weights=True, activations=True):
-                found = named_outputs(inputs.call(quant_model))
-            for name, value in wanted.items():
-                parts.setdefault(name, OutputSums(quant_model.float_model.task)).add(value, found[name])
-                total.add(value, found[name])
-    return compared(total, parts)
+                yield wanted, named_outputs(inputs.call(quant_model))
+
+    with eval_mode(quant_model), eval_mode(reference):
+        return compare_outputs(both(), quant_model.float_model.task)
 
 
 def _inputs(quant_model: QuantModel, source: ImageSet | Samples, count: int, batch_size: int) -> Iterator[Inputs]:

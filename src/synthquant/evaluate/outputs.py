@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -158,8 +158,13 @@ class OutputSums:
         return {"correlation": (count * xy - x * y) / math.sqrt(spread)} if spread > 0 else {}
 
 
-def compared(total: Ratio, sums: Mapping[str, OutputSums]) -> OutputSqnr:
-    """Return what was added up of all outputs."""
+def compare_outputs(pairs: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], task: Task) -> OutputSqnr:
+    """Compare what two networks put out, by name, batch for batch: the reference first."""
+    total, sums = Ratio(), dict[str, OutputSums]()
+    for wanted, found in pairs:
+        for name, value in wanted.items():
+            sums.setdefault(name, OutputSums(task)).add(value, found[name])
+            total.add(value, found[name])
     channels = {name: ratios for name, one in sums.items() if (ratios := one.channels()) is not None}
     agreement = {name: shares for name, one in sums.items() if (shares := one.agreement())}
     outputs = {name: one.ratio.decibels() for name, one in sums.items()}

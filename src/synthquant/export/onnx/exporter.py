@@ -142,12 +142,13 @@ class Onnx(Settings):
 
         found = read_metadata(path)
         entry = found.float_model
-        if found.preprocess is None or entry.task != "classify":
-            raise ModelError(
-                f"{path} holds {entry.name}, which is no classifier of images; run it in the runtime itself"
-            )
+        if found.preprocess is None:
+            raise ModelError(f"{path} holds {entry.name}, which takes no images; run it in the runtime itself")
+        function, outputs = open_network(path, runtime, threads)
         return ExportedNetwork(
-            run=open_network(path, runtime, threads),
+            function=function,
+            outputs=outputs,
+            task=entry.task,
             preprocess=found.preprocess,
             scheme=found.scheme,
             name=entry.name,

@@ -109,26 +109,24 @@ def ort_function(loaded: onnxruntime.InferenceSession) -> FlatFunction:
 
 def ort_network(loaded: onnxruntime.InferenceSession) -> Callable[[Tensor], Tensor]:
     """Return a session as a function from images `[B, C, H, W]` to logits `[B, classes]`; raises as `ort_function`."""
-    return _one_to_one(ort_function(loaded))
-
-
-def _one_to_one(function: FlatFunction) -> Callable[[Tensor], Tensor]:
+    function = ort_function(loaded)
     return lambda images: function([images])[0]
 
 
-def open_network(path: Path, runtime: str, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Load a file of a classifier of images into one of `Onnx.runtimes`.
+def open_network(path: Path, runtime: str, threads: int | None = None) -> tuple[FlatFunction, tuple[str, ...]]:
+    """Load a file into one of `Onnx.runtimes`; returns what it computes, and the names of its outputs.
 
     Raises:
         ModelError: it cannot load the file.
         MissingExtraError: openvino is not installed.
     """
     if runtime == "openvino":
-        return _one_to_one(_openvino_function(path, threads))
-    return ort_network(session(path, threads=threads))
+        return _openvino_function(path, threads)
+    loaded = session(path, threads=threads)
+    return ort_function(loaded), tuple(value.name for value in loaded.get_outputs())
 
 
-def _openvino_function(path: Path, threads: int | None) -> FlatFunction:
+def _openvino_function(path: Path, threads: int | None) -> tuple[FlatFunction, tuple[str, ...]]:
     try:
         import openvino
     except ImportError as error:
@@ -146,4 +144,4 @@ def _openvino_function(path: Path, threads: int | None) -> FlatFunction:
         outputs = compiled([tensor.detach().cpu().numpy() for tensor in tensors])
         return [torch.from_numpy(array.copy()) for array in outputs.values()]
 
-    return run
+    return run, tuple(output.any_name for output in compiled.outputs)
