@@ -28,7 +28,7 @@ from synthquant.nn.activation_quantizers import QUANTIZER_KINDS
 
 ROOT = Path(__file__).parent.parent
 ZOO = ROOT / "src" / "synthquant" / "models" / "zoo"
-AIMS = {"cifar10-resnet20": 90, "cifar10-mobilenetv2": 91, "cifar10-vit": 85}
+AIMS = {"cifar10-resnet20": 90, "cifar10-mobilenetv2": 91, "cifar10-vit": 82}
 METHODS = {"rtn": "RTN", "adaround": "AdaRound", "brecq": "BRECQ", "qdrop": "QDrop", "genie_m": "Genie-M"}
 KINDS = {"noise": "noise", "zeroq": "ZeroQ", "genie_d": "Genie-D", "real": "real images"}
 
