@@ -33,6 +33,7 @@ def test_everything_that_is_announced_is_there_and_nothing_else_is() -> None:
         "finetune",
         "export",
         "export_stages",
+        "held_out_stage",
         "measure",
         "methods",
         "models",

@@ -20,6 +20,7 @@ quant_model.save("quantized")
 - `export/`: write a quantized network to files and read it back.
 - `export_stages`: stages that a recipe adds: a file for a runtime, and how fast that runs.
 - `finetune/`: training quantized networks end to end, with the float network as their teacher.
+- `held_out_stage`: a stage that a recipe adds: the error on images that a network was not quantized with.
 - `make`: images, choices and quantized networks: what the commands and the stages of a run share.
 - `measure`: networks on images: what the command `evaluate` and the stage of a run share.
 - `methods`: the protocol of every kind of method, and its registry.

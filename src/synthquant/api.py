@@ -37,6 +37,7 @@ from synthquant.export.diffusers_folder import load_pipeline
 from synthquant.export.write import export_run
 from synthquant.export_stages import BenchmarkStage, ExportStage
 from synthquant.finetune import DSGQAT, GDFQ, AdaDFQ, Distill
+from synthquant.held_out_stage import HeldOutStage
 from synthquant.methods import (
     EXPORTERS,
     FINE_TUNERS,
@@ -94,6 +95,7 @@ __all__ = [
     "FloatModel",
     "GenieD",
     "GenieM",
+    "HeldOutStage",
     "ImageQuality",
     "ImageSet",
     "ImageSetWriter",

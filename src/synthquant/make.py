@@ -106,6 +106,15 @@ def given_images(section: SourceSection, model: FloatModel, seed: int, progress:
     return drawn(opened, model, seed, progress, source, count)
 
 
+def undrawn_images(section: SourceSection, model: FloatModel, seed: int, progress: Progress) -> ImageSet:
+    """Return those that `given_images` leaves, in a random order; of a trajectory, or without a `count`, none."""
+    opened, source = section.open(), section.source
+    if isinstance(opened, Trajectory) or section.count is None:
+        return ImageSet.from_tensors(torch.zeros(0, 1, 1, 1, dtype=torch.uint8))
+    order = torch.randperm(len(opened), generator=Rng(seed).generator("draw images"))
+    return in_classes_of(opened, classes_of(model), source, progress).subset(order[section.count :])
+
+
 def drawn(
     images: ImageSet, model: FloatModel, seed: int, progress: Progress, source: str, count: int | None = None
 ) -> ImageSet:

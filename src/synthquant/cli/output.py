@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synthquant.core.advice import held_out_in_words
 from synthquant.core.device import resolve_device
 from synthquant.core.formatting import ACCURACY_COLUMNS, Column, number, size
 from synthquant.core.record import RunRecord, environment
-from synthquant.core.run_metrics import BenchmarkMetrics, ExportMetrics, QuantizeMetrics
+from synthquant.core.run_metrics import BenchmarkMetrics, ExportMetrics, HeldOutMetrics, QuantizeMetrics
 from synthquant.nn.coverage import CoverageSummary
 
 _SHOWN = ("name", "top1", "interval", "top5", "recovery", "agreement", "kl", "sqnr", "size_bytes")
@@ -53,6 +54,9 @@ def print_run(out: Path, record: RunRecord, *, as_json: bool) -> None:
         print("\n".join(line for line in (str(summary), summary.in_float) if line))
     print_table(evaluation["accuracy"])
     exported, speed = record.metrics("export", ExportMetrics), record.metrics("benchmark", BenchmarkMetrics)
+    held_out = record.metrics("held_out", HeldOutMetrics)
+    if held_out.sqnr is not None:
+        print(held_out_in_words(held_out))
     if exported.file is not None and exported.bytes is not None:
         print(f"exported: {out / exported.file}, {size(exported.bytes)}")
     if speed.speedup is not None:

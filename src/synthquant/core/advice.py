@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from synthquant.core.formatting import number, percent, quantity, significant, size
-from synthquant.core.run_metrics import CoverageRow, FineTunePoint, SqnrRow
+from synthquant.core.run_metrics import CoverageRow, FineTunePoint, HeldOutMetrics, SqnrRow
 
 MOST_UNDECIDED = 0.05
 """Share of roundings that may be undecided: as many choices are then left to the final rounding to nearest."""
 FARTHER = 1.5
 """How much farther from the batch norms chosen images may be than all: fewer are a little farther by chance alone."""
+TOO_FEW = 3.0
+"""So many dB less on images held out, twice the error, is too much."""
 _WORST = 3
 _WIDTHS = (4, 8)
 # With 300 iterations next to no rounding of the bundled networks is undecided; with 80 a third is.
@@ -130,6 +132,30 @@ def about_training(points: Sequence[FineTunePoint], best_step: int | None, held_
         f"fine-tuning reaches {percent(best.training)}% agreement on images that it trains on and"
         f" {percent(best.held_out)}% on images held out",
         "it learned its images by heart; train on more of them",
+    )
+
+
+def about_held_out(found: HeldOutMetrics) -> Advice | None:
+    """Say that outputs of images held out have `TOO_FEW` dB less than of those learned from; none: they have not.
+
+    The difference counts as far as it is beyond 1.96 of its standard errors.
+    """
+    if found.sqnr is None or found.held_out_sqnr is None or found.error is None:
+        return None
+    if found.sqnr - found.held_out_sqnr - _DEVIATIONS * found.error <= TOO_FEW:
+        return None
+    return Advice(held_out_in_words(found), "it learned its images by heart; quantize with more of them")
+
+
+def held_out_in_words(found: HeldOutMetrics) -> str:
+    """Return what was measured of images held out, beside those that the network was quantized with."""
+    seen, unseen = (
+        "" if share is None else f" and {percent(share)}% agreement"
+        for share in (found.agreement, found.held_out_agreement)
+    )
+    return (
+        f"outputs have {number(found.sqnr, 1)} dB{seen} on {found.count} images that it was quantized with,"
+        f" {number(found.held_out_sqnr, 1)} dB{unseen} on {found.held_out_count} held out"
     )
 
 

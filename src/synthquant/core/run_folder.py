@@ -147,7 +147,7 @@ class RunFolder:
         before, after = flat(self.record.recipe), flat(recipe)
         # A stage that a recipe may lack can only be added as long as the stage behind it has not begun.
         behind = {"images": (), "select": ("quantize",), "quantize": (), "finetune": ("checkpoint",), "evaluate": ()}
-        behind |= {"export": (), "benchmark": ()}
+        behind |= {"held_out": (), "export": (), "benchmark": ()}
         free = [name for name, later in behind.items() if not any(map(self._begun, (name, *later)))]
         differing = differences(
             {name: value for name, value in before.items() if name not in place and name.partition(".")[0] not in free},

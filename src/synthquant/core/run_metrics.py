@@ -241,6 +241,20 @@ class EvaluateMetrics(ReadMetrics):
     output_sqnr: OutputSqnrRow | None = None
 
 
+class HeldOutMetrics(Metrics):
+    """Single images' outputs [dB] and agreement, of images that it was quantized with and of others like them."""
+
+    required = ("count", "sqnr", "held_out_count", "held_out_sqnr", "error")
+
+    count: Count | None = None
+    sqnr: Number | None = None
+    agreement: Share | None = None
+    held_out_count: Count | None = None
+    held_out_sqnr: Number | None = None
+    held_out_agreement: Share | None = None
+    error: Size | None = None
+
+
 class ExportMetrics(Metrics):
     """The file or folder for a runtime."""
 
@@ -275,6 +289,7 @@ METRICS: Mapping[str, type[Metrics]] = {
     "finetune": FineTuneMetrics,
     "checkpoint": CheckpointMetrics,
     "evaluate": EvaluateMetrics,
+    "held_out": HeldOutMetrics,
     "export": ExportMetrics,
     "benchmark": BenchmarkMetrics,
     "report": ReportMetrics,

@@ -8,6 +8,7 @@
 - `data`: what networks are measured on: images with labels, or samples, and targets for a metric.
 - `diversity`: how diverse images are: how far features lie apart, and how many directions they span.
 - `feature_distances`: how far two sets of images lie apart: FID, KID, precision and recall, of features of any network.
+- `gap`: how much smaller the error is on images that a network was quantized with than on others like them.
 - `image_features`: features of a set of images, by the network that is named: a classifier, or Inception.
 - `image_quality`: how good drawn images are beside reference images, and in relation to the float pipeline's.
 - `metrics`: a user's own metric, and agreement with masks: what they are given, and the numbers that they give.

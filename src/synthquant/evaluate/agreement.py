@@ -116,17 +116,27 @@ def measure_output_sqnr(
 
     Arguments and errors are those of `measure_sqnr`.
     """
+    both = outputs_of_both(quant_model, samples, float_model, count, batch_size)
+    return compare_outputs(((wanted, found) for _, wanted, found in both), quant_model.float_model.task)
+
+
+def outputs_of_both(
+    quant_model: QuantModel, samples: ImageSet | Samples, float_model: FloatModel | None, count: int, batch_size: int
+) -> Iterator[tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """How many samples a batch has, and the outputs of the float and of the quantized network for it, by name.
+
+    Arguments and errors are those of `measure_sqnr`.
+    """
     reference = _reference(quant_model, float_model)
-
-    def both() -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
-        for inputs in _inputs(quant_model, samples, count, batch_size):
-            with reference.mode(weights=False, activations=False):
-                wanted = {name: value.clone() for name, value in named_outputs(inputs.clone().call(reference)).items()}
-            with quant_model.mode(weights=True, activations=True):
-                yield wanted, named_outputs(inputs.call(quant_model))
-
     with eval_mode(quant_model), eval_mode(reference):
-        return compare_outputs(both(), quant_model.float_model.task)
+        for inputs in _inputs(quant_model, samples, count, batch_size):
+            with torch.no_grad():
+                with reference.mode(weights=False, activations=False):
+                    outputs = named_outputs(inputs.clone().call(reference))
+                    wanted = {name: value.clone() for name, value in outputs.items()}
+                with quant_model.mode(weights=True, activations=True):
+                    found = named_outputs(inputs.call(quant_model))
+            yield len(inputs), wanted, found
 
 
 def _inputs(quant_model: QuantModel, source: ImageSet | Samples, count: int, batch_size: int) -> Iterator[Inputs]:

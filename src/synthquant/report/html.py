@@ -56,11 +56,13 @@ from synthquant.core import formatting
 from synthquant.core.advice import (
     Advice,
     LayerAdvice,
+    about_held_out,
     about_layers,
     about_rounding,
     about_selection,
     about_training,
     as_option,
+    held_out_in_words,
     layers_setting,
 )
 from synthquant.core.errors import InputError, OutputError
@@ -242,6 +244,7 @@ def _environment(no_plots: str) -> Environment:
     environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["cell"] = _cell
     environment.filters["as_option"] = as_option
+    environment.filters["held_out_in_words"] = held_out_in_words
     environment.globals["layers_setting"] = layers_setting
     environment.globals["columns"] = formatting.ACCURACY_COLUMNS
     environment.globals["span"] = place_on
@@ -292,6 +295,7 @@ def _advice(run: RunFiles) -> list[Advice]:
     found = (
         about_rounding(run.units, iterations if isinstance(iterations, int) else None),
         about_selection(run.record.metrics("select", SelectMetrics).bn_distance),
+        about_held_out(run.held_out),
         about_training(tuned.points or (), tuned.best_step, tuned.held_out_count),
     )
     return [advice for advice in found if advice is not None]

@@ -20,6 +20,7 @@ from synthquant.core.run_metrics import (
     EvaluateMetrics,
     ExportMetrics,
     FineTuneMetrics,
+    HeldOutMetrics,
     ImagesMetrics,
     QuantizeMetrics,
     Row,
@@ -68,6 +69,7 @@ class RunFiles:
         self.coverage = quantization.coverage
         self.finetune = self.record.metrics("finetune", FineTuneMetrics)
         self.file = self.record.metrics("export", ExportMetrics)
+        self.held_out = self.record.metrics("held_out", HeldOutMetrics)
         self.speed = self.record.metrics("benchmark", BenchmarkMetrics)
         self.quality = read_quality(folder)
         summary = quantization.coverage_summary
