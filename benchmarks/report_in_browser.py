@@ -107,7 +107,7 @@ def chromium() -> Iterator[Browser]:
     if binary is None:
         sys.exit("no Chromium found; on Debian: apt-get install chromium")
     to_browser, from_browser = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # the browser reads from descriptor 3 and writes to 4
         command = f'exec "$0" "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
         process = subprocess.Popen(

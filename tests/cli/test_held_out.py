@@ -55,5 +55,5 @@ def test_a_gap_of_twice_the_error_and_beyond_chance_is_told(gap: float, error: f
     found = HeldOutMetrics(count=64, sqnr=20.0 + gap, held_out_count=8, held_out_sqnr=20.0, error=error)
     advice = about_held_out(found)
     assert (advice is not None) is told and TOO_FEW == 3.0
-    assert advice is None or str(advice).endswith("it learned its images by heart; quantize with more of them")
+    assert advice is None or str(advice).endswith("the network learned its images by heart; quantize with more of them")
     assert about_held_out(HeldOutMetrics()) is None

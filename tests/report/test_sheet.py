@@ -92,9 +92,10 @@ def test_an_empty_set_is_an_error() -> None:
     ("channels", "size", "said"),
     [
         (1, (2, 2), ""),
-        (2, (4, 4), "2 channels: each in grey"),
+        (2, (4, 2), "2 channels: each in grey"),
         (3, (2, 2), ""),
-        (4, (4, 4), "4 channels: the first three as colours, then each further one in grey"),
+        (4, (4, 2), "4 channels: the first three as colours, then each further one in grey"),
+        (5, (4, 4), "5 channels: the first three as colours, then each further one in grey"),
     ],
 )
 def test_images_of_other_channels_show_all_of_them(channels: int, size: tuple[int, int], said: str) -> None:
@@ -103,13 +104,13 @@ def test_images_of_other_channels_show_all_of_them(channels: int, size: tuple[in
     (picture,) = pictures([thumbnail.uri for thumbnail in sheet.thumbnails])
     assert picture.size == size and sheet.channels == said
     panels = [picture.getpixel((x, y)) for y in range(0, size[1], 2) for x in range(0, size[0], 2)]
-    white = (255,) * 3
     assert (
         panels
         == {
             1: [(0, 0, 0)],
-            2: [(0, 0, 0), (50, 50, 50), white, white],
+            2: [(0, 0, 0), (50, 50, 50)],
             3: [(0, 50, 100)],
-            4: [(0, 50, 100), (150, 150, 150), white, white],
+            4: [(0, 50, 100), (150, 150, 150)],
+            5: [(0, 50, 100), (150, 150, 150), (200, 200, 200), (255,) * 3],
         }[channels]
     )

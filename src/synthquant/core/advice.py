@@ -131,7 +131,7 @@ def about_training(points: Sequence[FineTunePoint], best_step: int | None, held_
     return Advice(
         f"fine-tuning reaches {percent(best.training)}% agreement on images that it trains on and"
         f" {percent(best.held_out)}% on images held out",
-        "it learned its images by heart; train on more of them",
+        "the network learned its images by heart; train on more of them",
     )
 
 
@@ -144,7 +144,7 @@ def about_held_out(found: HeldOutMetrics) -> Advice | None:
         return None
     if found.sqnr - found.held_out_sqnr - _DEVIATIONS * found.error <= TOO_FEW:
         return None
-    return Advice(held_out_in_words(found), "it learned its images by heart; quantize with more of them")
+    return Advice(held_out_in_words(found), "the network learned its images by heart; quantize with more of them")
 
 
 def held_out_in_words(found: HeldOutMetrics) -> str:

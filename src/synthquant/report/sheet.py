@@ -136,9 +136,9 @@ def _thumbnail(pixels: Tensor, caption: str) -> Thumbnail:
     panels = [channel[None].expand(3, -1, -1) for channel in (pixels[3:] if len(pixels) >= 3 else pixels)]
     if len(pixels) >= 3:
         panels.insert(0, pixels[:3])
-    # beside each other in a square, what is left of it empty
+    # beside each other, about as high as wide
     across = math.ceil(math.sqrt(len(panels)))
-    panels += [torch.ones_like(panels[0])] * (across * across - len(panels) if len(panels) > 1 else 0)
+    panels += [torch.ones_like(panels[0])] * (-len(panels) % across)
     rows = [torch.cat(panels[start : start + across], 2) for start in range(0, len(panels), across)]
     whole = torch.cat(rows, 1)
     data = (whole.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
