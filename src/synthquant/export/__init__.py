@@ -5,7 +5,8 @@
 - `deploy`: a private copy of a quantized network that computes with integer weights, as a runtime will.
 - `diffusers_folder`: a quantized pipeline as a folder of diffusers, and loading one.
 - `flat`: a network as a map from tensors to tensors, whatever trees it takes and gives.
-- `float_graph`: the float network as a program of `torch.export`, and back as modules.
+- `float_graph`: the float network as a program of `torch.export`.
+- `graph_network`: such a program as a network of modules.
 - `grids`: codes and scales of a quantized network in the forms that files hold.
 - `measured`: what was measured, as a model card says it.
 - `model_card`: model cards of checkpoints and of quantized pipelines.

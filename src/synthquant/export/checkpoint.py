@@ -39,7 +39,7 @@ from synthquant.data.image_set import ImageSet
 from synthquant.data.preprocess import Preprocess
 from synthquant.export.compare import row, run_beside
 from synthquant.export.flat import flat_output
-from synthquant.export.float_graph import GRAPH_NAME, float_graph, network_of_graph
+from synthquant.export.float_graph import GRAPH_NAME, float_graph
 from synthquant.export.model_card import CARD_NAME, checkpoint_card
 from synthquant.export.packing import pack_codes, unpack_codes
 from synthquant.export.quant_config import (
@@ -230,6 +230,8 @@ def _of_graph(folder: Path, config: QuantConfig, sha256: str) -> FloatModel:
     content = path.read_bytes()
     if sha256_bytes(content) != sha256:
         raise ModelError(f"{path} is damaged: its hash is not the one in {CONFIG_NAME}; write the checkpoint again")
+    from synthquant.export.graph_network import network_of_graph  # loads much of torch.export
+
     module, takes = network_of_graph(content)
     entry = config.float_model
     built = FloatModel(module, takes, entry.name, ModelSource.model_validate(entry.source.model_dump()))

@@ -1,24 +1,17 @@
-"""The float network as a graph of `torch.export`, and the network of modules that it is read back as.
-
-What `torch.export` writes has operations of ATen where there were layers. Here they become layers again: the tree of
-modules is as it was, a module that only convolved or normalised with its own weights is that layer, and every other
-operation is the function of torch that it was recorded from. Such a network is quantized like the one it was made from.
-"""
+"""The float network as a program of `torch.export`, beside a checkpoint; `graph_network` reads it back as modules."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._ops import OpOverload
-from torch.export.unflatten import InterpreterModule, InterpreterModuleDispatcher
+from torch import nn
 
-from synthquant.core.errors import ModelError, UnsupportedModelError
+from synthquant.core.errors import UnsupportedModelError
 from synthquant.export.flat import constant_batch
 from synthquant.models.float_model import FloatModel
 from synthquant.models.signature import Inputs
@@ -27,25 +20,12 @@ GRAPH_NAME = "float_graph.pt2"
 # What tracing a foreign network may raise: its own code runs, and torch.export has no error class of its own.
 TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 
-_CONTAINERS: dict[str, type[nn.Module]] = {
+CONTAINERS: dict[str, type[nn.Module]] = {
     "sequential": nn.Sequential,
     "list": nn.ModuleList,
     "dict": nn.ModuleDict,
 }
-_CONVOLUTIONS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
-_TRANSPOSED: dict[str, type[nn.Module]] = {
-    "conv_transpose1d": nn.ConvTranspose1d,
-    "conv_transpose2d": nn.ConvTranspose2d,
-    "conv_transpose3d": nn.ConvTranspose3d,
-}
-_BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-# Operations under another name than the function of torch that does the same.
-_RENAMED: dict[str, Callable[..., Any]] = {
-    "sym_size": torch.Tensor.size,
-    "lift_fresh_copy": torch.clone,
-    "_assert_tensor_metadata": lambda *args, **kwargs: None,
-}
-_CONTAINERS_FILE, _CONSTANTS_FILE = "containers.json", "constants.json"
+CONTAINERS_FILE, CONSTANTS_FILE = "containers.json", "constants.json"
 
 
 def float_graph(model: FloatModel) -> bytes:
@@ -54,7 +34,8 @@ def float_graph(model: FloatModel) -> bytes:
     Raises:
         UnsupportedModelError: `torch.export` cannot follow it; says why.
     """
-    model = replace(model, module=model.module.cpu()) if model.device.type != "cpu" else model
+    if model.device.type != "cpu":
+        model = replace(model, module=copy.deepcopy(model.module).cpu())
     takes = model.example(2)
     try:
         program = torch.export.export(
@@ -64,7 +45,7 @@ def float_graph(model: FloatModel) -> bytes:
         raise unfollowed(model.name, error) from error
     containers = {name: kind for name, part in model.module.named_modules() if name and (kind := _container(part))}
     buffer = io.BytesIO()
-    extra = {_CONTAINERS_FILE: json.dumps(containers), _CONSTANTS_FILE: json.dumps(sorted(takes.constants, key=str))}
+    extra = {CONTAINERS_FILE: json.dumps(containers), CONSTANTS_FILE: json.dumps(sorted(takes.constants, key=str))}
     torch.export.save(program, buffer, extra_files=extra)
     return buffer.getvalue()
 
@@ -75,33 +56,6 @@ def unfollowed(name: str, error: Exception) -> UnsupportedModelError:
         return constant_batch(name)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UnsupportedModelError(f"{name}: torch.export cannot follow it: {reason}")
-
-
-def network_of_graph(content: bytes) -> tuple[nn.Module, Inputs]:
-    """Return the network that `float_graph` wrote, in modules, and an example of its inputs.
-
-    Reading such a program evaluates expressions in it: it must come from somebody who is trusted.
-
-    Raises:
-        ModelError: it cannot be read.
-        UnsupportedModelError: an operation in it is no function of torch.
-    """
-    extra: dict[str, Any] = {_CONTAINERS_FILE: "", _CONSTANTS_FILE: ""}
-    try:
-        program = torch.export.load(io.BytesIO(content), extra_files=extra)
-        network = torch.export.unflatten(program)
-        containers = json.loads(extra[_CONTAINERS_FILE])
-        constants = frozenset(json.loads(extra[_CONSTANTS_FILE]))
-    except TRACING_ERRORS as error:
-        raise ModelError(f"{GRAPH_NAME} cannot be read: {error}") from error
-    for name, part in list(network.named_modules())[::-1]:  # the innermost first
-        if name:
-            parent, _, key = name.rpartition(".")
-            network.get_submodule(parent)._modules[key] = _as_it_was(part, containers.get(name))
-    for graph_module in _graph_modules(network):
-        _use_torch_functions(graph_module)
-    args, kwargs = cast(tuple[tuple[Any, ...], dict[str, Any]], program.example_inputs)
-    return network.eval().requires_grad_(False), Inputs(args, kwargs, constants)
 
 
 def _free_batch(module: nn.Module, takes: Inputs) -> Any:
@@ -118,140 +72,7 @@ def _free_batch(module: nn.Module, takes: Inputs) -> Any:
 
 def _container(part: nn.Module) -> str | None:
     """What kind of container a module is, if it only holds others."""
-    for name, kind in _CONTAINERS.items():
+    for name, kind in CONTAINERS.items():
         if isinstance(part, kind) and type(part).forward is kind.forward:
             return name
     return None
-
-
-def _as_it_was(part: nn.Module, container: str | None) -> nn.Module:
-    """The module that a part of the graph was recorded from, as far as it can be told."""
-    if container is not None and _takes_one(part):
-        held = _CONTAINERS[container]()
-        held._modules.update(part._modules)
-        return held
-    if not isinstance(part, InterpreterModule):
-        return part
-    return _layer(part) or _of_its_class(part)
-
-
-def _takes_one(part: nn.Module) -> bool:
-    """Whether a module takes one tensor, or is never called: others get sizes that were computed outside, too."""
-    return not isinstance(part, InterpreterModule) or len(_placeholders(part)) == 1
-
-
-def _placeholders(part: InterpreterModule) -> list[fx.Node]:
-    return [node for node in part.graph.nodes if node.op == "placeholder"]
-
-
-def _of_its_class(part: InterpreterModule) -> nn.Module:
-    """The same module with a class of its own for each class that there was: units are found by classes."""
-    part.__class__ = _class_named(str(part._ty))
-    return part
-
-
-def _class_named(name: str, known: dict[str, type[InterpreterModule]] = {}) -> type[InterpreterModule]:  # noqa: B006
-    if name not in known:
-        known[name] = type(name.rpartition(".")[2], (InterpreterModule,), {"__module__": __name__})
-    return known[name]
-
-
-def _layer(part: InterpreterModule) -> nn.Module | None:
-    """The layer that computes what this module does, if it does one thing with its own weights."""
-    calls = [node for node in part.graph.nodes if node.op in ("call_function", "call_module", "call_method")]
-    if len(calls) != 1 or not isinstance(calls[0].target, OpOverload) or list(part.children()):
-        return None
-    values = _arguments(calls[0])
-    found = _made(_name(calls[0].target), values, part)
-    if found is None:
-        return None
-    found.load_state_dict(part.state_dict(), strict=False, assign=True)
-    return found
-
-
-def _made(name: str, values: dict[str, Any], part: InterpreterModule) -> nn.Module | None:
-    bias = values.get("bias") is not None
-    weight = cast(Any, getattr(part, "weight", None))
-    if name in _CONVOLUTIONS or name in _TRANSPOSED:
-        dims = weight.ndim - 2
-
-        def sides(key: str) -> Any:
-            value = values[key]
-            return value if isinstance(value, str) else tuple(value) * (dims if len(value) == 1 else 1)
-
-        geometry = {key: sides(key) for key in ("stride", "padding", "dilation")}
-        groups = values["groups"]
-        if name in _CONVOLUTIONS:
-            made: Callable[..., nn.Module] = _CONVOLUTIONS[name]
-            channels = (weight.shape[1] * groups, weight.shape[0])
-        else:
-            made = _TRANSPOSED[name]
-            channels = (weight.shape[0], weight.shape[1] * groups)
-            geometry["output_padding"] = sides("output_padding")
-        return made(*channels, tuple(weight.shape[2:]), groups=groups, bias=bias, device="meta", **geometry)
-    if name == "linear":
-        return nn.Linear(weight.shape[1], weight.shape[0], bias=bias, device="meta")
-    if name == "batch_norm" and not values["training"]:
-        made = _BATCH_NORMS[_dims_of_input(part)]
-        affine = values["weight"] is not None
-        return made(len(cast(Any, part.running_mean)), values["eps"], values["momentum"], affine, device="meta")
-    if name == "layer_norm":
-        affine = values["weight"] is not None
-        return nn.LayerNorm(tuple(values["normalized_shape"]), values["eps"], affine, bias, device="meta")
-    if name == "group_norm" and values["weight"] is not None:
-        return nn.GroupNorm(values["num_groups"], len(weight), values["eps"], device="meta")
-    return None
-
-
-def _dims_of_input(part: InterpreterModule) -> int:
-    """Number of dimensions of the tensor that a module takes."""
-    return cast(int, _placeholders(part)[0].meta["val"].ndim)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an operation by name, defaults included."""
-    schema = cast(OpOverload, node.target)._schema.arguments
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
-    defaults = {one.name: one.default_value for one in schema if one.has_default_value()}
-    return defaults | given
-
-
-def _graph_modules(network: nn.Module) -> Iterator[Any]:
-    """All that has a graph; a module that was called several times has one for each call."""
-    for part in network.modules():
-        if isinstance(part, InterpreterModuleDispatcher):
-            yield from cast(Any, part).call_modules()
-        elif hasattr(part, "graph"):
-            yield part
-
-
-def _use_torch_functions(part: Any) -> None:
-    """Call functions of torch where operations of ATen stand, and forget what was noted while tracing."""
-    for node in part.graph.nodes:
-        node.meta = {}  # tensors without values, which cannot be copied
-        if node.op == "call_function" and isinstance(node.target, OpOverload):
-            node.target, node.args, node.kwargs = _torch_function(node)
-    if isinstance(part, InterpreterModule):
-        cast(Any, part).finalize()
-
-
-def _torch_function(node: fx.Node) -> tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]:
-    """The function that torch has for an operation, which takes the same arguments."""
-    name = _name(cast(OpOverload, node.target))
-    if name == "slice":
-        return _sliced(node)
-    known = [_RENAMED.get(name), *(getattr(place, name, None) for place in (torch, torch._C._nn, torch.Tensor))]
-    for found in known:
-        if callable(found):
-            return found, node.args, dict(node.kwargs)
-    raise UnsupportedModelError(f"operation {node.target} of its graph is no function of torch")
-
-
-def _sliced(node: fx.Node) -> tuple[Callable[..., Any], Sequence[Any], dict[str, Any]]:
-    values = _arguments(node)
-    index = (slice(None),) * values["dim"] + (slice(values["start"], values["end"], values["step"]),)
-    return torch.Tensor.__getitem__, (values["self"], index), {}
-
-
-def _name(operation: OpOverload) -> str:
-    return str(operation._schema.name.partition("::")[2])

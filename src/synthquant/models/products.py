@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.core.modules import eval_mode, hooked
@@ -35,9 +35,15 @@ _MORE: dict[Any, Callable[..., int]] = {
     _aten._trilinear: lambda one, weight, other, *_, **__: 2 * len(one) * weight.numel(),  # nn.Bilinear
     _aten.addbmm: lambda added, one, other, **_: 2 * one.numel() * other.shape[-1],
 }
-_FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **_MORE}
 # They add the product of their second and third argument to the first.
 _ADDING = frozenset((_aten.addmm, _aten.baddbmm, _aten.addmv, _aten.addbmm))
+
+
+@cache
+def _formulas() -> Mapping[Any, Callable[..., int]]:
+    from torch.utils.flop_counter import flop_registry  # loads triton
+
+    return {**flop_registry, **_MORE}
 
 
 @dataclass(frozen=True)
@@ -208,15 +214,15 @@ class _Dispatch:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if packet not in _FORMULAS:
+        if packet not in _formulas():
             with cast(TorchDispatchMode, self):
                 taken_apart = func.decompose(*args, **kwargs)
             if taken_apart is not NotImplemented:
                 return taken_apart
         self._counter.require_own(tensors)
         result = func(*args, **kwargs)
-        if packet in _FORMULAS:
-            self._counter.add(packet, tensors, _FORMULAS[packet](*args, **kwargs, out_val=result))
+        if packet in _formulas():
+            self._counter.add(packet, tensors, _formulas()[packet](*args, **kwargs, out_val=result))
         return result
 
 
