@@ -216,7 +216,11 @@ def lacking(method: str, model: FloatModel, lacks: str, need: str) -> Unsupporte
 
 
 def number_of_classes(model: FloatModel) -> int:
-    """Classes of a network; raises `UnsupportedModelError` if it is no classifier."""
-    model.require_logits()
+    """Classes of a network, for a method's `cross_entropy`; raises `UnsupportedModelError` if it is no classifier."""
+    if model.task != "classify":
+        raise UnsupportedModelError(
+            f"{model.name} is no classifier (its task is {model.task!r}), and the method draws classes for its images;"
+            " leave them out with --set cross_entropy=0"
+        )
     with torch.no_grad():
         return model.logits(model.example_images(1)).shape[1]
