@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import synthquant as sq
-from synthquant import make
+from synthquant import make, verbs
 from synthquant.recipe import SynthesizeSection
 
 SIZE = {"input_size": 8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.3)}
@@ -257,3 +257,31 @@ def test_older_names_work_and_say_what_they_are_called_now(quantized: sq.QuantMo
         folder = sq.save_checkpoint(quantized, tmp_path / "model")
     with pytest.warns(DeprecationWarning, match=r"synthquant.load_checkpoint is now synthquant.load"):
         assert same(sq.load_checkpoint(folder, float_model=quantized.float_model), quantized)
+
+
+def test_a_module_that_only_lends_its_architecture_is_not_judged(
+    quantized: sq.QuantModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantized.save(tmp_path / "quantized")
+    untrained = network()
+    for part in untrained.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+    assert same(sq.load(tmp_path / "quantized", untrained), quantized) and "untrained" not in caplog.text
+    sq.FloatModel.from_module(untrained, **SIZE)
+    assert "untrained" in caplog.text
+
+
+def test_images_that_are_made_unasked_are_told(model: sq.FloatModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(sq.Progress):
+        lines: ClassVar[list[str]] = []
+
+        def say(self, text: str) -> None:
+            self.lines.append(text)
+
+    monkeypatch.setattr(verbs, "synthesize", lambda *_, **__: sq.ImageSet.from_tensors(PIXELS))
+    sq.quantize(model, method="rtn", progress=Told())
+    assert any(
+        line.startswith("no images are given: 1024 are made of Sequential alone by genie_d") for line in Told.lines
+    )
+    assert repr(sq.ImageSet.from_tensors(PIXELS)) == "ImageSet(24 images)"

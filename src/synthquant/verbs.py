@@ -43,6 +43,7 @@ from synthquant.export.quant_config import CONFIG_NAME, read_config
 from synthquant.export.write import export_network
 from synthquant.methods import EXPORTERS
 from synthquant.models.float_model import FloatModel, ModelSource
+from synthquant.models.in_memory import architecture_of
 from synthquant.models.open import open_model
 from synthquant.models.samples import InputSamples, Samples, is_samples
 from synthquant.models.signature import Inputs, joined
@@ -58,12 +59,13 @@ _BATCH_SIZE: int = EvaluateSection.model_fields["batch_size"].default
 _VERIFIED = 128  # samples that a file is verified on, if none are given
 _GIVEN = "the images given"
 _SCHEME = "W8A8"
+_METHOD = "genie_d"
 
 
 def synthesize(
     model: FloatModel | nn.Module | ModelSource | str,
     count: int = _COUNT,
-    method: str = "genie_d",
+    method: str = _METHOD,
     *,
     folder: Path | str | None = None,
     seed: int = 0,
@@ -150,6 +152,11 @@ def quantize(
             given = make.drawn(given, network, seed, shown, name)
             warn_of_suspicious(given, shown, name)
     else:
+        if section.needs_images:
+            shown.say(
+                f"no images are given: {_COUNT} are made of {network.name} alone by {_METHOD};"
+                " synthquant.synthesize(model, count=..., iterations=...) makes fewer, or faster"
+            )
         given = synthesize(network, seed=seed, progress=shown) if section.needs_images else None
     if isinstance(given, Trajectory):
         network = make.fitted(network, given)
@@ -254,8 +261,8 @@ def load(
     entry = config.float_model
     if isinstance(module, FloatModel):
         network = module
-    elif config.preprocess is not None:
-        network = FloatModel.from_module(module, preprocess=config.preprocess, name=entry.name, task=entry.task)
+    elif config.preprocess is not None:  # its weights do not matter, nor what its batch norms have seen
+        network = architecture_of(module, config.preprocess, entry.name, entry.task)
     else:
         raise ModelError(
             f"{folder} is of a network that takes no images; give synthquant.FloatModel.from_module(module,"

@@ -139,6 +139,9 @@ class ImageSet:
             for part in self.manifest.parts:
                 require_hash(self.folder / part.name, part.sha256)
 
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self)} images)"
+
     def __len__(self) -> int:
         return len(self._rows) if self._positions is None else len(self._positions)
 

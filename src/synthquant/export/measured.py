@@ -63,7 +63,8 @@ class Measured:
         found += [(name, "a metric of the user's", value) for name, value in row.metrics.items()]
         for name, ways in (self.outputs.agreement if self.outputs else {}).items():
             found += [
-                (way, f"{way} of output {name}".removesuffix(" of output "), value) for way, value in ways.items()
+                (f"{way}_with_float", f"{way} beside the float network, output {name}".removesuffix(", output "), value)
+                for way, value in ways.items()
             ]
         return [{"type": kind, "name": name, "value": value} for kind, name, value in found if value is not None]
 
@@ -128,7 +129,7 @@ def measured_lines(found: Measured | None) -> list[str]:
             "no error" if ratio is None else f"{ratio:.1f} dB",
             *(f"{way} {share:.4f}" for way, share in ways.items()),
         ]
-        lines += ["", f"Output{f' `{name}`' if name else ''}: {', '.join(parts)}."]
+        lines += ["", f"Output{f' `{name}`' if name else ''} beside the float network's: {', '.join(parts)}."]
     return lines
 
 

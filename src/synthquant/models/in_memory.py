@@ -36,10 +36,12 @@ def model_of_module(
     task: Task | None,
     num_classes: int | None,
     class_names: Sequence[str] | None,
+    trained: bool = True,
 ) -> FloatModel:
     """Do the work of `FloatModel.from_module`, which says what is raised.
 
-    `images` are `input_size`, `mean` and `std`, none where they are not given.
+    `images` are `input_size`, `mean` and `std`, none where they are not given. Of a network that need not be `trained`
+    nothing is said about its weights.
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"a {type(module).__name__} is no torch.nn.Module")
@@ -57,9 +59,15 @@ def model_of_module(
     if class_names is not None and len(class_names) != classes:
         raise ModelError(f"{len(class_names)} class_names for a network of {classes or 'no'} classes")
     names = None if class_names is None else tuple(str(one) for one in class_names)
-    for finding in batch_norm_findings(model.module):
+    for finding in batch_norm_findings(model.module) if trained else ():
         QUIET.warn(f"{name}: {finding}")
     return replace(model, num_classes=classes, class_names=names)
+
+
+def architecture_of(module: nn.Module, preprocess: Preprocess, name: str, task: Task) -> FloatModel:
+    """Return a module as the architecture of a checkpoint, whatever its weights; raises as `model_of_module`."""
+    known: dict[str, Any] = {"example": None, "num_classes": None, "class_names": None}
+    return model_of_module(module, {}, preprocess=preprocess, name=name, task=task, trained=False, **known)
 
 
 def _copied(module: nn.Module, name: str) -> nn.Module:
