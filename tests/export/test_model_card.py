@@ -142,9 +142,9 @@ def test_a_network_that_takes_no_images_has_a_card_too(tmp_path: Path, monkeypat
     assert {one["type"]: one["value"] for one in result["metrics"]} == {
         "sqnr": row["sqnr"],
         "mine": 0.25,
-        "cosine": row["outputs"]["agreement"][""]["cosine"],
+        "cosine_with_float": row["outputs"]["agreement"][""]["cosine"],
     }
-    assert f"Output: {row['sqnr']:.1f} dB, cosine" in told
+    assert f"Output beside the float network's: {row['sqnr']:.1f} dB, cosine" in told
 
 
 def test_numbers_of_another_network_are_not_its_own(run: Path, tmp_path: Path) -> None:
