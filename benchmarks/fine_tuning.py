@@ -139,8 +139,17 @@ def results(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "images": {"float": of_float.packed(), "quantized": of_network.packed()},
         "points": tuned.get("points"),
         "best_step": tuned.get("best_step"),
-        "recipe": record.recipe,
+        "recipe": without_folders(record.recipe),
     }
+
+
+def without_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose images are named by the last two parts of their path, whatever machine they were on."""
+    images = recipe["images"]
+    source = images.get("source") if isinstance(images, dict) else None
+    if source is None or not Path(source).is_absolute():
+        return recipe
+    return {**recipe, "images": {**images, "source": "/".join(Path(source).parts[-2:])}}
 
 
 def main() -> None:

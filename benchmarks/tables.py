@@ -21,6 +21,7 @@ import generated_tables
 import imagenet_page
 import memory_page
 import robustness_table
+import small_tasks_page
 import transformers_page
 from synthquant.core.formatting import ACCURACY_COLUMNS
 from synthquant.export.presets import PRESETS
@@ -383,6 +384,8 @@ def main() -> None:
         (folder / "robustness.md").write_text(robustness_table.page(results, table))
     if peaks := load("memory/peaks"):
         (folder / "memory.md").write_text(memory_page.page(peaks, load("memory/batches"), table))
+    if small := load("small_tasks"):
+        (folder / "other-tasks.md").write_text(small_tasks_page.page(small, table))
     networks = load("imagenet")
     (folder / "imagenet.md").write_text(imagenet_page.page(networks, table))
     imagenet = imagenet_page.promise(networks, table)
