@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 import synthquant as sq
 from synthquant.core.errors import ModelError, UnsupportedModelError
 from synthquant.core.progress import QUIET
-from synthquant.export.float_graph import GRAPH_NAME
+from synthquant.export.float_graph import GRAPH_NAME, float_graph
+from synthquant.export.graph_network import network_of_graph
 from synthquant.models.float_model import FloatModel
 
 
@@ -43,6 +45,18 @@ class Attention(nn.Module):
         return x + mixed.transpose(1, 2).reshape(batch, tokens, width)
 
 
+class Head(nn.Module):
+    """Joins nothing: its layer is a unit of its own, which only its class tells apart from a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, 2, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: Tensor = self.up(F.relu(x))
+        return maps
+
+
 class Network(nn.Module):
     """Stem of another class than the blocks, attention, two inputs' worth of outputs."""
 
@@ -51,7 +65,7 @@ class Network(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.Hardswish())
         self.blocks = nn.Sequential(Narrow(8), Narrow(8), Narrow(8))
         self.attention = nn.ModuleList([Attention(8), Attention(8)])
-        self.up = nn.ConvTranspose2d(8, 2, 2, stride=2)
+        self.head = Head()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.blocks(self.stem(x))
@@ -60,7 +74,7 @@ class Network(nn.Module):
         for block in self.attention:
             tokens = block(tokens)
         maps = tokens.transpose(1, 2).reshape(batch, channels, height, width)
-        return {"maps": self.up(F.relu(maps)), "mean": tokens.mean(1)}
+        return {"maps": self.head(maps), "mean": tokens.mean(1)}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +109,15 @@ def test_it_loads_without_its_code_to_the_same_bits(network: FloatModel, tmp_pat
     of_graph = loaded.float_model
     assert not of_graph.recorded_fingerprint and of_graph.fingerprint == network.fingerprint
     assert torch.equal(example.call(of_graph.module)["maps"], example.call(network.module)["maps"])
+
+
+def test_units_are_found_by_the_classes_that_there_were() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(Narrow(8), Narrow(8)), Head())
+    model = FloatModel.from_module(module, input_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, task="dense")
+    again = replace(model, module=network_of_graph(float_graph(model))[0])
+    units = [[unit.name for unit in quantized(one, "papers").units("block")] for one in (model, again)]
+    assert units[0] == units[1] == ["0", "1.0", "1.1", "2.up"]
 
 
 def test_another_process_without_the_class_loads_it(kept: Path) -> None:
