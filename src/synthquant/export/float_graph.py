@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from synthquant.core.errors import UnsupportedModelError
 from synthquant.export.flat import constant_batch
@@ -39,7 +40,7 @@ def float_graph(model: FloatModel) -> bytes:
     takes = model.example(2)
     try:
         program = torch.export.export(
-            model.module, takes.args, dict(takes.kwargs), dynamic_shapes=_free_batch(model.module, takes), strict=False
+            model.module, takes.args, dict(takes.kwargs), dynamic_shapes=_free_batch(takes), strict=False
         )
     except TRACING_ERRORS as error:
         raise unfollowed(model.name, error) from error
@@ -58,7 +59,7 @@ def unfollowed(name: str, error: Exception) -> UnsupportedModelError:
     return UnsupportedModelError(f"{name}: torch.export cannot follow it: {reason}")
 
 
-def _free_batch(module: nn.Module, takes: Inputs) -> Any:
+def _free_batch(takes: Inputs) -> Any:
     """What `torch.export` is told of the arguments: the number of samples is free, where they have samples."""
     batch = torch.export.Dim("batch")
     varying = {id(leaf) for leaf in takes.tensors}
@@ -66,8 +67,7 @@ def _free_batch(module: nn.Module, takes: Inputs) -> Any:
     def shape(leaf: Any) -> Any:
         return {0: batch} if id(leaf) in varying else None
 
-    tree_map = torch.utils._pytree.tree_map
-    return (*tree_map(shape, takes.args), *tree_map(shape, tuple(takes.kwargs.values())))
+    return (*pytree.tree_map(shape, takes.args), *pytree.tree_map(shape, tuple(takes.kwargs.values())))
 
 
 def _container(part: nn.Module) -> str | None:

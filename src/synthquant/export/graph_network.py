@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -28,11 +29,17 @@ _TRANSPOSED: dict[str, type[nn.Module]] = {
     "conv_transpose3d": nn.ConvTranspose3d,
 }
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In the place of an assertion about a tensor that was traced."""
+
+
 # Operations under another name than the function of torch that does the same.
 _RENAMED: dict[str, Callable[..., Any]] = {
     "sym_size": torch.Tensor.size,
     "lift_fresh_copy": torch.clone,
-    "_assert_tensor_metadata": lambda *args, **kwargs: None,
+    "_assert_tensor_metadata": _nothing,
 }
 
 
@@ -89,10 +96,9 @@ def _of_its_class(part: InterpreterModule) -> nn.Module:
     return part
 
 
-def _class_named(name: str, known: dict[str, type[InterpreterModule]] = {}) -> type[InterpreterModule]:  # noqa: B006
-    if name not in known:
-        known[name] = type(name.rpartition(".")[2], (InterpreterModule,), {"__module__": __name__})
-    return known[name]
+@cache
+def _class_named(name: str) -> type[InterpreterModule]:
+    return type(name.rpartition(".")[2], (InterpreterModule,), {"__module__": __name__})
 
 
 def _layer(part: InterpreterModule) -> nn.Module | None:
